@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, Slots, SomeTokens, factors_of_layers, fold, layer_slots
-from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
+from megatron_tiedlora.base.methods import FACTORS, Factor, Method, find_method
 from megatron_tiedlora.base.shapes import QKV, ModelShape, ShardedDim, linear_sizes
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
@@ -251,8 +251,12 @@ def make_adapter_config(
     init_std_b: float | None = None,
 ) -> AdapterConfig:
     """Return an AdapterConfig. alpha is the rank by default. Raise UserError if the method is unknown."""
-    std_a = default_std_a(targets[0].in_size) if init_std_a is None else init_std_a
-    std_b = default_std_b(find_method(method), rank) if init_std_b is None else init_std_b
+    # With stds of 1 / sqrt(d) and 1 / sqrt(r), the elements of A x and of B A x have the same magnitude as those of x.
+    # If the initial update is not zero (tl1), the std of B is 0.3 times as large. With the full std, the first loss of
+    # a real model was 3.5 instead of 1.43. With 0.3 it was 1.47, and the final loss was as good (docs/start_widths.md).
+    share_b = 1.0 if find_method(method).starts_at_base else 0.3
+    std_a = 1.0 / math.sqrt(targets[0].in_size) if init_std_a is None else init_std_a
+    std_b = share_b / math.sqrt(rank) if init_std_b is None else init_std_b
     return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 

@@ -23,12 +23,6 @@ def end_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
-def leave_signals_to_parent() -> None:
-    """Ignore SIGINT, SIGTERM and SIGUSR1, so that only the parent handles signals to the whole process group."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextmanager
 def limited(*, memory: int) -> Iterator[None]:
     """Let the `with` block allocate at most `memory` more bytes. A larger allocation raises MemoryError."""

@@ -78,14 +78,12 @@ def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = No
         guard()
         _put_in_place(temporary, path, guard)
     except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path}: cannot be written ({reason}); nothing was changed; check the disk space and the permissions"
         ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # it still exists only after an error
 
 
 def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:
@@ -347,11 +345,6 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
         UserError: the file is not valid. The message has the file's name and, if possible, the line.
     """
     return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), dict, source=str(file))
-
-
-def read_yaml_list(file: Path) -> list[Any]:
-    """Return the list in an existing YAML file, or [] for an empty file. Raise UserError if the file is not valid."""
-    return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), list, source=str(file))
 
 
 def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:

@@ -5,7 +5,6 @@ u (r) and v (o). Layers share tied tensors. The paper's tied methods have one A 
 each layer has its own u and v.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,18 +83,3 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest_name(name, METHODS)}; give one of: {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def default_std_a(hidden_size: int) -> float:
-    """Return the init std of A: 1 / sqrt(d). The elements of A x then have the same magnitude as the elements of x."""
-    return 1.0 / math.sqrt(hidden_size)
-
-
-def default_std_b(method: Method, rank: int) -> float:
-    """Return the init std 1 / sqrt(r) of a B that is not initialised to zero. The elements of B A x then have the same
-    magnitude as the elements of x.
-
-    A method whose initial update is not zero (tl1) uses 0.3 times this value. With the full std, the first loss of a
-    real model was 3.5 instead of 1.43. With 0.3 it was 1.47, and the final loss was as good (docs/start_widths.md).
-    """
-    return (1.0 if method.starts_at_base else 0.3) / math.sqrt(rank)

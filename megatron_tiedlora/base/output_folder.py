@@ -6,11 +6,10 @@ import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +105,6 @@ def output_file(given: str, *, flag: str) -> Path:
         raise UserError(f"{flag} {given}: is a folder; give a file")
     check_writable(path.parent, given=given, flag=flag)
     return path
-
-
-def output_files(given: Mapping[str, str | None]) -> dict[str, Path]:
-    """Return the paths of the files that a command writes when it finishes, by flag. Flags without a value are omitted.
-
-    Raises:
-        UserError: a file is not writable, or two flags name the same file.
-    """
-    found = {flag: output_file(value, flag=flag) for flag, value in given.items() if value is not None}
-    for (one, path), (other, same) in combinations(found.items(), 2):
-        if path.resolve() == same.resolve():
-            raise UserError(f"{one} and {other} both write {given[one]}; give two files")
-    return found
 
 
 def reject_links(*folders: Path) -> None:

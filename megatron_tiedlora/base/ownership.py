@@ -32,6 +32,8 @@ OWNER_FILE = ".owner"
 START_ID = "MEGATRON_TIEDLORA_START"  # `tiedlora run` recognises the tokens of its ranks by this variable's value
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a launch id
 STALE_SECONDS = 60.0  # after this time without a renewal of its token, an owner has lost its claim to the folder
+_RENEW_SECONDS = 10.0  # between renewals of the token
+_LOCK_SECONDS = 5.0  # longest wait for the lock on the folder itself, which processes hold only briefly
 _MISSED_SECONDS = 20.0  # the limit for an owner whose lock is free: it has missed two renewals
 _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
@@ -148,14 +150,10 @@ class FolderLock:
 
     Attributes:
         descriptor: descriptor of the locked file. Child processes that inherit it keep the lock until they end.
-        renew_seconds: seconds between renewals of the token.
-        lock_seconds: maximum seconds to wait for the lock on the folder itself, which processes hold only briefly.
     """
 
     owner: Owner
     descriptor: int
-    renew_seconds: float
-    lock_seconds: float
     _made: tuple[Path, ...] = ()
     _over: threading.Event = field(default_factory=threading.Event)
 
@@ -170,7 +168,7 @@ class FolderLock:
         self.release()
 
     def _renew(self) -> None:
-        while not self._over.wait(self.renew_seconds):
+        while not self._over.wait(_RENEW_SECONDS):
             with suppress(OSError):
                 os.utime(self.descriptor)
 
@@ -179,9 +177,9 @@ class FolderLock:
         if self._over.is_set():
             return
         self._over.set()
-        self._thread.join(self.lock_seconds)
+        self._thread.join(_LOCK_SECONDS)
         os.close(self.descriptor)
-        with suppress(OSError), _one_at_a_time(self.owner.folder, self.lock_seconds):
+        with suppress(OSError), _one_at_a_time(self.owner.folder):
             self.owner.give_back()
         _remove_empty(self._made)
 
@@ -195,8 +193,6 @@ def take_folder(
     take_over: bool = False,
     removed_after: bool = False,
     before: Callable[[], None] = lambda: None,
-    renew_seconds: float = 10.0,
-    lock_seconds: float = 5.0,
 ) -> FolderLock:
     """Make this process the owner of a folder. The folder is created if it does not exist.
 
@@ -211,7 +207,6 @@ def take_folder(
         take_over: whether to take the folder from any owner.
         before: called before the folder is taken from an earlier launch. If it raises, that launch keeps the folder.
         removed_after: whether `release` removes the folder if it is empty, even if another process created it.
-        renew_seconds, lock_seconds: as in `FolderLock`.
 
     Raises:
         FolderTaken: another launch owns the folder. The message names its host, process and start time.
@@ -230,10 +225,10 @@ def take_folder(
         with suppress(OSError):  # on a file system without locks, only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock belongs to a dead launch
-        with _one_at_a_time(folder, lock_seconds):
+        with _one_at_a_time(folder):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
         emptied = (folder, *made[1:]) if removed_after else made
-        return FolderLock(Owner(folder, token.start), descriptor, renew_seconds, lock_seconds, emptied)
+        return FolderLock(Owner(folder, token.start), descriptor, emptied)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
@@ -364,11 +359,11 @@ def _is_unlocked(file: Path) -> bool | None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
+def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let only one process of this machine at a time run the block, if the file system can lock folders."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + seconds  # a suspended process may hold the lock, and tokens alone are safe
+        deadline = time.monotonic() + _LOCK_SECONDS  # a suspended process may hold the lock, and tokens alone are safe
         with suppress(OSError):
             while time.monotonic() < deadline:
                 try:

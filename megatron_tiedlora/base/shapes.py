@@ -258,8 +258,7 @@ class BlockShape:
     @property
     def adaptable(self) -> dict[str, LinearShape]:
         """Return the linears by target name, such as `qkv`."""
-        linears = ((name, getattr(self, field)) for name, field in _FIELDS.items())
-        return {name: linear for name, linear in linears if linear is not None}
+        return {name: getattr(self, field) for name, field in _FIELDS.items()}
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:

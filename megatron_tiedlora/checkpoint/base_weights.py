@@ -21,6 +21,7 @@ from megatron_tiedlora.base.output_folder import nearest_existing, reject_existi
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import TINY, ModelShape
 from megatron_tiedlora.checkpoint import tensor_files
+from megatron_tiedlora.checkpoint.tensor_files import damaged_model
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat
@@ -42,14 +43,12 @@ def weight_map(folder: Path) -> dict[str, Path]:
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
-            said = f"{index}: not a safetensors index (weight_map is not a table of tensors and files)"
-            raise UserError(f"{said}; download the model again")
+            raise damaged_model(f"{index}: not a safetensors index (weight_map is not a table of tensors and files)")
         for name in sorted(set(entries.values())):
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
-                raise UserError(f"{index}: names a file outside its folder: {shown(name)}; download the model again")
+                raise damaged_model(f"{index}: names a file outside its folder: {shown(name)}")
             if not (folder / name).is_file():
-                said = f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it"
-                raise UserError(f"{said}; download the model again")
+                raise damaged_model(f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it")
         return {tensor: folder / name for tensor, name in entries.items()}
     single = folder / tensor_files.SINGLE_FILE
     if not single.is_file():
@@ -129,21 +128,19 @@ class BaseWeights(WeightFiles):
     def _check(self) -> None:
         for name, expected in stored_shapes(self.rules).items():
             if name not in self.file_of:
-                said = f"{self.folder}: tensor {name} is missing from the safetensors files"
-                raise UserError(f"{said}; download the model again")
+                raise damaged_model(f"{self.folder}: tensor {name} is missing from the safetensors files")
             file = self.file_of[name]
             try:
                 stored = self.stored(name)
             except SafetensorError as error:
-                raise UserError(f"{file}: {error}, but the index names it; download the model again") from None
+                raise damaged_model(f"{file}: {error}, but the index names it") from None
             if self._stored is not None and name in self._quantised:
                 with naming(str(file)):
                     self._stored.check(name, expected)
                 continue
             shape = tuple(stored.get_shape())
             if shape != expected:
-                said = f"{name} has shape {shape}, but config.json requires {expected}"
-                raise UserError(f"{file}: {said}; download the model again")
+                raise damaged_model(f"{file}: {name} has shape {shape}, but config.json requires {expected}")
             if stored.get_dtype() not in tensor_files.FLOAT_TYPES:
                 said = f"{name} is {stored.get_dtype()}, but only linears of blocks may be quantised"
                 raise UserError(f"{file}: {said}; give a model in which it is bf16, fp16 or fp32")
@@ -234,7 +231,7 @@ class BaseWeights(WeightFiles):
         try:
             target.load_stored(codes, scales, start=start, columns=columns)
         except ValueError as error:
-            raise UserError(f"{self.file_of[name]}: {name} has {error}; download the model again") from None
+            raise damaged_model(f"{self.file_of[name]}: {name} has {error}") from None
 
 
 def load_base_weights(
@@ -320,7 +317,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     needed = sum(file.value_bytes for file in files)
     require_room(nearest_existing(output.parent), needed, output=output)
     with new_folder(output) as folder:
-        tensor_files.write_files(folder, files, bar=name, progress=True)
+        tensor_files.write_files(folder, files, bar=name)
         if not (kinds := values.get("architectures")):  # names of model classes; transformers may not be installed
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

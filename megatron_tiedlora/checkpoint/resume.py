@@ -31,7 +31,6 @@ PROGRESS_FILE = "trainer_state.json"
 LATEST_FILE = "latest"
 CHECKPOINT_FILES = (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, PROGRESS_FILE, STATE_FILE)
 _STEP_NAME = re.compile(r"step_([0-9]{1,15})")
-_MEAN_OF_SQUARES = MOMENTS[1]
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
@@ -209,7 +208,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     shapes = {moment_name(moment, name): adapter.config.shape(name) for moment in MOMENTS for name in trained}
     moments = read_tensors(state, shapes, sums=sums)
     for name, values in moments.items():
-        if name.startswith(f"{_MEAN_OF_SQUARES}.") and bool((values < 0).any()):
+        if name.startswith(f"{MOMENTS[1]}.") and bool((values < 0).any()):
             raise UserError(f"{state}: {name} holds negative numbers, but it is a mean of squares; copy the file again")
     return Checkpoint(folder, progress, adapter, moments, content["settings"])
 

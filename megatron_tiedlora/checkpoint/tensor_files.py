@@ -87,6 +87,11 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
     return values
 
 
+def damaged_model(said: str) -> UserError:
+    """Return the error to raise for a model whose files are missing or wrong. `said` names the file or the tensor."""
+    return UserError(f"{said}; download the model again")
+
+
 def check_tensors(
     source: Path | str, found: TensorShapes, wanted: TensorShapes, check: Callable[[str], object] = str
 ) -> None:
@@ -253,11 +258,11 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
     return files
 
 
-def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", progress: bool = False) -> None:
+def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights") -> None:
     """Write weights files, and an index if there are several files. Tensors are computed while they are written. `bar`
     is the text of the progress bar."""
     total = sum(file.value_bytes for file in files)
-    with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
+    with progress_bar(bar, "B", total=total) as shown, ThreadPoolExecutor(1) as thread:
         flushed = []
         for file in files:
             _write_file(folder / file.name, file, shown.update)
@@ -307,16 +312,6 @@ SliceOf = Callable[[str], Any]  # returns the stored tensor with this name, or N
 QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, number of bytes that were read
 
 
-class _Nf4State(NamedTuple):
-    """The quantisation state of a bitsandbytes tensor, with the size of its blocks.
-
-    `nested` is None, or for quantised scales (size of a block of scales, offset of the scales).
-    """
-
-    block: int
-    nested: tuple[int, float] | None
-
-
 class StoredWeights:
     """The quantised tensors of a folder. Error messages name the tensor, and the caller adds the name of the file."""
 
@@ -338,16 +333,14 @@ class StoredWeights:
             return
         stored = self._slice_of(name)
         if stored.get_dtype() != "F8_E4M3":
-            said = f"{name} is {as_given(stored.get_dtype())}, but other linears are fp8"
-            raise UserError(f"{said}; download the model again")
+            raise damaged_model(f"{name} is {as_given(stored.get_dtype())}, but other linears are fp8")
         if tuple(stored.get_shape()) != shape:
-            said = f"{name} has shape {tuple(stored.get_shape())}, but config.json requires {shape}"
-            raise UserError(f"{said}; download the model again")
+            raise damaged_model(f"{name} has shape {tuple(stored.get_shape())}, but config.json requires {shape}")
         scale = self._needed(name, _ROW_SCALE)
         by_row, found = ((shape[0], 1), (shape[0],)), tuple(scale.get_shape())
         if found not in ((), (1,), (1, 1), *by_row) or scale.get_dtype() not in FLOAT_TYPES:
             said = f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}"
-            raise UserError(f"{said}, not one value, or one per row; download the model again")
+            raise damaged_model(f"{said}, not one value, or one per row")
 
     def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         """Return the codes and scales of a range of rows and columns, and the number of bytes that were read.
@@ -367,7 +360,7 @@ class StoredWeights:
         """Return all columns of these rows, dequantised to fp32, and the number of bytes that were read."""
         codes, scales, num_bytes = self.read(name, shape, rows, slice(0, shape[1]))
         if has_nan(codes, self.kind.base_format) or not scales.isfinite().all():
-            raise UserError(f"{name} has numbers that are not finite; download the model again")
+            raise damaged_model(f"{name} has numbers that are not finite")
         if not self._block:
             return dequantise_rows(fp8_numbers(codes), scales[:, 0]), num_bytes
         return dequantise_blocks(codes, scales, shape[1], self._block, self.kind.base_format), num_bytes
@@ -375,19 +368,18 @@ class StoredWeights:
     def _needed(self, name: str, part: str) -> Any:
         found = self._slice_of(name + part)
         if found is None:
-            raise UserError(f"{name} is quantised, but tensor {name}{part} is missing; download the model again")
+            raise damaged_model(f"{name} is quantised, but tensor {name}{part} is missing")
         return found
 
     def _check_nf4(self, name: str, shape: TensorShape) -> None:
         stored = self._slice_of(name)
         if stored.get_dtype() != "U8":
-            said = f"{name} is {as_given(stored.get_dtype())}, but other linears are nf4"
-            raise UserError(f"{said}; download the model again")
-        state = self._state(name, shape)
+            raise damaged_model(f"{name} is {as_given(stored.get_dtype())}, but other linears are nf4")
+        block, nested = self._state(name, shape)
         size = shape[0] * shape[1]
-        counts = [("", "U8", size // 2), (_ABSMAX, "F32" if state.nested is None else "U8", size // state.block)]
-        if state.nested is not None:
-            counts.append((_NESTED_ABSMAX, "F32", -(-size // state.block // state.nested[0])))
+        counts = [("", "U8", size // 2), (_ABSMAX, "F32" if nested is None else "U8", size // block)]
+        if nested is not None:
+            counts.append((_NESTED_ABSMAX, "F32", -(-size // block // nested[0])))
             counts.append((_NESTED_LEVELS, "F32", 256))
         counts.append((_LEVELS, "F32", 16))
         for part, dtype, count in counts:
@@ -395,16 +387,18 @@ class StoredWeights:
             found = torch.Size(tensor.get_shape()).numel()
             if tensor.get_dtype() != dtype or found != count:
                 said = f"{name}{part} has {found:,} values of type {as_given(tensor.get_dtype())}"
-                raise UserError(f"{said}, not {count:,} of type {dtype}; download the model again")
+                raise damaged_model(f"{said}, not {count:,} of type {dtype}")
             # Codes may be stored as one column or one row. Rows are sliced from this sequence of codes.
             sizes = list(tensor.get_shape())
             if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
-                said = f"{name}{part} has shape {sizes}, not [{count}]{'' if part else f' or [{count}, 1]'}"
-                raise UserError(f"{said}; download the model again")
+                other = "" if part else f" or [{count}, 1]"
+                raise damaged_model(f"{name}{part} has shape {sizes}, not [{count}]{other}")
         if not torch.equal(self._needed(name, _LEVELS)[:], torch.tensor(NF4_LEVELS)):
             raise UserError(f"{name}{_LEVELS} does not have the levels of nf4; give a model in nf4 or in bf16")
 
-    def _state(self, name: str, shape: TensorShape) -> _Nf4State:
+    def _state(self, name: str, shape: TensorShape) -> tuple[int, tuple[int, float] | None]:
+        """Return the number of weights in a block of a bitsandbytes tensor. Also return None, or for quantised scales
+        (size of a block of scales, offset of the scales)."""
         raw = self._needed(name, _STATE)
         try:
             if raw.get_dtype() != "U8" or torch.Size(raw.get_shape()).numel() > _LARGEST_STATE:
@@ -418,39 +412,36 @@ class StoredWeights:
             if nested is not None and (type(nested[1]) not in (int, float) or not abs(nested[1]) < _LARGEST_OFFSET):
                 raise ValueError("its nested_offset is not a number, or is too large")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            said = f"{name}{_STATE} is not the state of an nf4 tensor ({error})"
-            raise UserError(f"{said}; download the model again") from None
+            raise damaged_model(f"{name}{_STATE} is not the state of an nf4 tensor ({error})") from None
         if kind != "nf4" or found != list(shape):
-            said = f"{name} is {shown(kind)} of shape {shown(found)}, not 'nf4' of shape {list(shape)}"
-            raise UserError(f"{said}; download the model again")
-        if block % self._block:
-            said = f"{name} has blocks of {block} weights, which is not a multiple of {self._block}"
-            raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")
-        if shape[1] % block:
-            said = f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded"
+            raise damaged_model(f"{name} is {shown(kind)} of shape {shown(found)}, not 'nf4' of shape {list(shape)}")
+        if block % self._block or shape[1] % block:
+            odd = f"weights, which is not a multiple of {self._block}"
+            crossing = f"that cross its rows of {shape[1]} weights, so it cannot be sharded"
+            said = f"{name} has blocks of {block} {odd if block % self._block else crossing}"
             raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")
         # The offset becomes a float, because torch cannot add an integer above 2^63.
-        return _Nf4State(block, None if nested is None else (nested[0], float(nested[1])))
+        return block, None if nested is None else (nested[0], float(nested[1]))
 
     def _read_nf4(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
-        state, width = self._state(name, shape), shape[1]
+        (block, nested), width = self._state(name, shape), shape[1]
         start, stop, _ = rows.indices(shape[0])
         stored = self._slice_of(name)
         # The bytes are stored one after another, in a tensor with one column (in some files with one row).
         one_row = len(stored.get_shape()) == 2 and stored.get_shape()[0] == 1 != shape[0] * width // 2
         first, last = start * width // 2, stop * width // 2
         codes = (stored[:, first:last] if one_row else stored[first:last]).reshape(stop - start, width // 2)
-        per_row = width // state.block
+        per_row = width // block
         blocks = slice(start * per_row, stop * per_row)
         scales = self._slice_of(name + _ABSMAX)[blocks]
         num_bytes = codes.nbytes + scales.nbytes
-        if state.nested is not None:  # the scales are quantised too: they are codes with their own scales
-            size, offset = state.nested
+        if nested is not None:  # the scales are quantised too: they are codes with their own scales
+            size, offset = nested
             levels, of_groups = self._slice_of(name + _NESTED_LEVELS)[:], self._slice_of(name + _NESTED_ABSMAX)[:]
             num_bytes += of_groups.nbytes
             groups = torch.arange(blocks.start, blocks.stop) // size
             scales = levels[scales.int()] * of_groups[groups] + offset
         scales = scales.view(stop - start, per_row)
-        scales = scales.repeat_interleave(state.block // self._block, dim=1)
+        scales = scales.repeat_interleave(block // self._block, dim=1)
         own = codes[:, columns.start // 2 : columns.stop // 2]
         return own, scales[:, columns.start // self._block : columns.stop // self._block], num_bytes

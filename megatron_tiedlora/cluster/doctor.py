@@ -298,16 +298,18 @@ def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
 # first host counts. So the finding names the host that differs, and not all remaining hosts.
 
 
-def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> list[Finding]:
-    """Return all findings about the hosts that answered. `max_skew` is the maximum clock difference in seconds."""
-    return [
-        *compare_machines(hosts),
-        *(finding for host, answer in doctor_rank.answering(hosts) for finding in _look_at(host, answer, hosts)),
-        *compare_clocks(hosts, max_skew=max_skew),
-    ]
-
-
-# The values of most hosts ---------------------------------------------------------------------------------------------
+def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[Finding]:
+    """Yield all findings about the hosts that answered. A clock is reported if it certainly differs by more than
+    `max_skew` seconds."""
+    yield from compare_machines(hosts)
+    for host, answer in doctor_rank.answering(hosts):
+        yield from _look_at(host, answer, hosts)
+    for host in hosts:
+        if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
+            direction = "ahead of" if host.clock.skew > 0 else "behind"
+            value = f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's"
+            fix = "let chrony or systemd-timesyncd set it; until then, times in logs and of files mislead"
+            yield warning("clock", [host.name], value, fix)
 
 
 def odd_hosts(
@@ -369,16 +371,6 @@ def count_gpus(machine: MachineRecord) -> str:
 def kind_of_gpus(machine: MachineRecord) -> str:
     """Return the names of the GPU models of a machine as text."""
     return " and ".join(sorted({gpu.name for gpu in machine.gpus})) or NO_GPU
-
-
-def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[Finding]:
-    """Yield a finding for each clock that certainly differs by more than `max_skew` seconds."""
-    for host in hosts:
-        if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
-            direction = "ahead of" if host.clock.skew > 0 else "behind"
-            value = f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's"
-            fix = "set the clock with chrony or systemd-timesyncd; until then, times in logs and of files are wrong"
-            yield warning("clock", [host.name], value, fix)
 
 
 def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:

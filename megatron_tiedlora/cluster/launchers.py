@@ -17,7 +17,7 @@ from typing import Literal
 from megatron_tiedlora.base.files import read_small_text
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import START_ID
-from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES, Host, num_ranks
+from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES, Host
 
 Route = Literal["ssh", "srun", "local"]  # the way from a launcher to the hosts
 
@@ -59,7 +59,7 @@ class Job:
     @property
     def size(self) -> int:
         """Return the number of ranks."""
-        return num_ranks(self.hosts)
+        return sum(host.slots for host in self.hosts)
 
     @property
     def names(self) -> str:
@@ -106,13 +106,29 @@ def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
     Raises:
         UserError: the launcher cannot pass an argument to the ranks, or `.deepspeed_env` cannot be read.
     """
-    by_launcher = {"deepspeed": _deepspeed, "mpirun": _mpirun, "srun": _srun, "torchrun": _torchrun}
     kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
     if job.route == "ssh":  # DeepSpeed would export MLFLOW_*, whose passwords all users of a host could read
         agents = {} if any(name in kept for name in _AGENTS) else dict.fromkeys(_AGENTS, f"ssh {SSH_OPTIONS}")
         own = {name: value for name, value in kept.items() if not name.startswith("MLFLOW")}
         kept = {"PDSH_SSH_ARGS_APPEND": SSH_OPTIONS, **agents, **own}
-    return by_launcher[job.launcher](job, {**kept, **job.variables})
+    kept |= job.variables
+    match job.launcher:
+        case "deepspeed":
+            return _deepspeed(job, kept)
+        case "mpirun":
+            sent = {**{name: value for name, value in kept.items() if name.startswith(EXPORTS)}, **job.variables}
+            words = ["-np", str(job.size), "--hostfile", str(job.hostfile), "--bind-to", "none", "--map-by", "slot"]
+            words += [word for name in sent for word in ("-x", name)]
+            return StartPlan(("mpirun", *words, *job.launcher_args, *job.command), kept, _hostfile(job))
+        case "srun":
+            slots = {host.slots for host in job.hosts}
+            per_host = [f"--ntasks-per-node={slots.pop()}"] if len(slots) == 1 else []
+            words = ["--kill-on-bad-exit=1", "--wait=60", "--export=ALL", f"--nodes={len(job.hosts)}"]
+            words += [f"--nodelist={job.names}", f"--ntasks={job.size}", *per_host, "--distribution=block"]
+            return StartPlan(("srun", *words, *job.launcher_args, *job.command), kept)
+    agent = [job.python, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={job.size}", "--rdzv-backend=c10d"]
+    agent += [f"--rdzv-endpoint={job.master_addr}:{job.master_port}", *job.launcher_args]
+    return StartPlan((*agent, *job.program, *job.arguments), kept)
 
 
 def _hostfile(job: Job) -> dict[Path, str]:
@@ -155,25 +171,3 @@ def _users_lines(job: Job, environment: Mapping[str, str]) -> list[str]:
                     raise UserError(f"{file}:{number}: the line is not of the form NAME=VALUE. Correct or remove it")
                 found.append(content)
     return found
-
-
-def _mpirun(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    exported = {name: value for name, value in environment.items() if name.startswith(EXPORTS)}
-    sent = {**exported, **job.variables}
-    words = ["mpirun", "-np", str(job.size), "--hostfile", str(job.hostfile), "--bind-to", "none", "--map-by", "slot"]
-    passed = [word for name in sent for word in ("-x", name)]
-    return StartPlan((*words, *passed, *job.launcher_args, *job.command), {**environment, **sent}, _hostfile(job))
-
-
-def _srun(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    slots = {host.slots for host in job.hosts}
-    per_host = [f"--ntasks-per-node={slots.pop()}"] if len(slots) == 1 else []
-    words = ["srun", "--kill-on-bad-exit=1", "--wait=60", "--export=ALL", f"--nodes={len(job.hosts)}"]
-    words += [f"--nodelist={job.names}", f"--ntasks={job.size}", *per_host, "--distribution=block", *job.launcher_args]
-    return StartPlan((*words, *job.command), environment)
-
-
-def _torchrun(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    agent = [job.python, "-P", "-m", "torch.distributed.run", f"--nproc-per-node={job.size}", "--rdzv-backend=c10d"]
-    agent += [f"--rdzv-endpoint={job.master_addr}:{job.master_port}", *job.launcher_args]
-    return StartPlan((*agent, *job.program, *job.arguments), environment)

@@ -47,7 +47,6 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
                     say=_show_note,
                     new=partial(new_output, take_over=settings.take_over),
                     between=stop.raise_if_requested,
-                    progress=True,
                 )
     except RunStopped as stopped:
         show(f"stopped by {stopped}: {output} was not written", file=sys.stderr)
@@ -116,8 +115,8 @@ def import_adapter(settings: adapter_settings.ImportSettings) -> int:
 def verify(settings: adapter_settings.VerifySettings) -> int:
     """Check exports of an adapter. Return the exit status, which is 1 if an export differs from the adapter."""
     opened = open_adapter(settings.adapter, settings.model, differs=settings.base_differs)
-    base = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)
-    for note in (*opened.notes, *base.notes):
+    _, notes = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)
+    for note in (*opened.notes, *notes):
         _show_note(note)
     found = verify_export(
         opened.source,
@@ -140,7 +139,7 @@ def convert(settings: ConvertNemoSettings) -> int:
     reject_existing(output, flag=f"--output {output}")
     try:
         new = partial(new_output, take_over=settings.take_over)
-        config = convert_nemo(settings.nemo, output, new=new, progress=True)
+        config = convert_nemo(settings.nemo, output, new=new)
     except UserError as error:
         show(f"error: {error}", file=sys.stderr)
         return 1

@@ -65,7 +65,7 @@ COMMANDS = (
     Command("push", "jobs:push", "adapter_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
     Command("convert-nemo", "convert:convert", "tool_settings:ConvertNemoSettings",
             "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
-    Command("check-gpu", "check_gpu:main", "tool_settings:CheckGpuSettings",
+    Command("check-gpu", "jobs:check_gpu", "tool_settings:CheckGpuSettings",
             "check what this machine's GPUs can do", "tools/check_gpu.py"),
     Command("bench", "jobs:bench", "tool_settings:BenchSettings",
             "measure a training step or generation", "tools/bench_step.py", is_rank=True),
@@ -111,7 +111,9 @@ def help_text() -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command whose name is the first argument, and exit with its status, or with 2 if it does not exist."""
-    words = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].partition("=")[0] in _LOCAL_RANK:  # from a launcher; ranks are read from the environment
+        words = words[1 if "=" in words[0] else 2 :]
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
     if not words:
@@ -160,21 +162,13 @@ def call(name: str, argv: Sequence[str], **options: Any) -> int:
     assert command is not None
     reader = _of_package(f"config.{command.settings}")
     settings = parse_settings(argv, reader) if isinstance(reader, type) else reader(argv)
-    status: int = _of_package(f"commands.{command.main}")(settings, **options)
-    return status
+    return int(_of_package(f"commands.{command.main}")(settings, **options))
 
 
 def _of_package(where: str) -> Any:
     """Import and return the object `where` of this package, given as MODULE:NAME."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(f"megatron_tiedlora.{module}"), name)
-
-
-def _without_local_rank(words: Sequence[str]) -> list[str]:
-    """Return `words` without the leading --local_rank of a launcher. Ranks are read from the environment instead."""
-    if words and words[0].startswith(tuple(f"{name}=" for name in _LOCAL_RANK)):
-        return list(words[1:])
-    return list(words[2:]) if words and words[0] in _LOCAL_RANK else list(words)
 
 
 def _leave(text: str, *, status: int = 0) -> NoReturn:

@@ -1,5 +1,5 @@
-"""Implement the commands for jobs, machines and adapter collections: run, sweep, plan, doctor, env, bench, index and
-push.
+"""Implement the commands for jobs, machines and adapter collections: run, sweep, plan, doctor, env, bench, check-gpu,
+index and push.
 
 Modules that need torch are imported inside the functions, so that `env` also works without torch.
 """
@@ -7,30 +7,35 @@ Modules that need torch are imported inside the functions, so that `env` also wo
 import gc
 import json
 import os
+import signal
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
 from megatron_tiedlora.base.installation import require_extra
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, show, user_path
-from megatron_tiedlora.base.output_folder import last_name, output_file, output_files, reject_existing
+from megatron_tiedlora.base.output_folder import last_name, output_file, reject_existing
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
-from megatron_tiedlora.config.tool_settings import BenchSettings, EnvSettings
+from megatron_tiedlora.config.tool_settings import CHECK_PARTS, BenchSettings, CheckGpuSettings, EnvSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
-
-if TYPE_CHECKING:
-    from megatron_tiedlora.convert.index import Entry
 
 HERE = Path(__file__).resolve().parent
 _MEETING_MINUTES = 10.0  # time limit for the rendezvous in plan --measure
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
+
+# Time limit of each part of check-gpu in seconds, 8 minutes in total. A part may also use the unused time of earlier
+# parts.
+PART_SECONDS = dict(zip(CHECK_PARTS, (50, 35, 85, 95, 50, 35, 30, 100), strict=True))
+RANKS_OF_SEVERAL = 340  # time limit in seconds of the part `ranks` on several GPUs; all parts then take 12 minutes
+NO_GPU_STATUS = 2
 
 
 def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
@@ -58,7 +63,10 @@ def plan(command: PlanCommand) -> int:
         require_extra("train", only=["deepspeed"])
         return _measure(command, settings.measure)
     prints = settings.json_file == "-"
-    paths = output_files({"--json": None if prints else settings.json_file, "--yaml": settings.yaml})
+    given = {"--json": None if prints else settings.json_file, "--yaml": settings.yaml}
+    paths = {flag: output_file(value, flag=flag) for flag, value in given.items() if value is not None}
+    if len({path.resolve() for path in paths.values()}) < len(paths):
+        raise UserError(f"--json and --yaml both write {settings.json_file}; give two files")
     gc.disable()  # a plan makes a million objects and frees few, so garbage collection would take half a second
     try:
         # These import torch, which takes a second. --help and a wrong flag do not wait for this import.
@@ -178,14 +186,84 @@ def bench(settings: BenchSettings) -> int:
     return 0
 
 
+def check_gpu(settings: CheckGpuSettings) -> int:
+    """Run the tests in `selfcheck/`, each part in its own process, write the reports and return the exit status. A
+    signal also ends the running check process. Raise UserError if the folder of the reports cannot be written."""
+    from xml.etree.ElementTree import Element, ElementTree
+
+    import torch
+
+    from megatron_tiedlora.selfcheck import parts
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # for example under nohup
+            # SystemExit also ends the running check process, before this process exits.
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    require_extra("check")
+    chosen = [part for part in PART_SECONDS if settings.parts is None or part in settings.parts]
+    missing, num_gpus = None, 0
+    if settings.device == "cuda":
+        missing, num_gpus = parts.why_no_gpu(), torch.cuda.device_count()
+        chosen = chosen if missing is None else ["env"]
+    limits = part_limits(chosen, settings.minutes, num_gpus=num_gpus)
+    where = f"{num_gpus} GPUs of {socket.gethostname()}" if settings.device == "cuda" else settings.device
+    minutes, now = sum(limits.values()) / 60, time.strftime("%Y-%m-%d %H:%M:%S %z")
+    about = f"{settings.model} on {where}; {', '.join(chosen)} in at most {minutes:.1f} minutes from {now}"
+    suites: list[Element] = []
+
+    def write(*lines: str) -> None:
+        root = Element("testsuites")
+        root.extend(suites)
+        page = "\n".join(("# check-gpu", "", about, "", *lines))
+        try:
+            settings.output.mkdir(parents=True, exist_ok=True)
+            (settings.output / "report.md").write_text(f"{page}\n", encoding="utf-8")
+            ElementTree(root).write(settings.output / "report.xml", encoding="utf-8", xml_declaration=True)
+        except OSError as error:
+            said = f"--output {settings.output}: {error.strerror or error}; give a writable folder"
+            raise UserError(said) from None
+
+    write("No part has ended yet.")
+    folder, deadline = settings.output.absolute(), time.monotonic()
+    for part, seconds in limits.items():
+        deadline += seconds
+        left = deadline - time.monotonic()
+        given = {"device": settings.device, "model": settings.model, "folder": folder, "seconds": left}
+        options = [f"--check-{name}={value}" for name, value in given.items()]
+        command = parts.part_command(part, *options, f"--junitxml={folder / f'{part}.xml'}")
+        environment = parts.part_environment(part, settings.device)
+        suites.append(parts.run_part(part, command, environment=environment, folder=folder, seconds=left))
+        show(*parts.part_lines(suites[-1]))
+        write(*parts.summary_lines(suites), *(line for suite in suites for line in parts.part_lines(suite)))
+    show("", *parts.summary_lines(suites), f"{settings.output}/report.md and report.xml")
+    if missing is not None:
+        show(f"no GPU, so only env was run: {missing}", file=sys.stderr)
+        return NO_GPU_STATUS
+    return int(parts.verdicts(suites)["failed"] > 0)
+
+
+def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
+    """Return the time limit of each part in seconds. The total time is divided in proportion to PART_SECONDS.
+
+    The total time is `minutes` if given, otherwise the sum of PART_SECONDS."""
+    shares = {**PART_SECONDS, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else PART_SECONDS
+    seconds = sum(shares.values()) if minutes is None else 60 * minutes
+    given = sum(shares[part] for part in chosen)
+    return {part: seconds * shares[part] / given for part in chosen}
+
+
 def index(settings: IndexSettings) -> int:
     """Build, search or check the index of adapters. Return the exit status."""
     from megatron_tiedlora.convert.index import INDEX_FILE, entry_folder, find_entries, find_entry  # needs sqlite3
 
     root = settings.folder
     if settings.action == "find":
-        entries = find_entries(root, settings.wanted)
-        for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else _table(entries):
+        entries, rows = find_entries(root, settings.wanted), [_HEADING]
+        for entry in entries:
+            names = (entry.name, last_name(entry.base_model), entry.method, str(entry.rank), entry.targets)
+            rows.append((*names, f"{entry.parameters:,}", entry.task or "-", entry.date, entry.path))
+        table = [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
+        for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else table:
             show(line)
         return 0
     # Only actions that read adapters import torch, which takes seconds.
@@ -193,13 +271,13 @@ def index(settings: IndexSettings) -> int:
 
     match settings.action:
         case "build":
-            count, problems = build_index(root, progress=True)
+            count, problems = build_index(root)
             indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
             show(*(f"not indexed: {problem}" for problem in problems), indexed)
             return 1 if problems else 0
         case "verify":
             entries = find_entries(root, settings.wanted)
-            problems = verify_entries(root, entries, progress=True)
+            problems = verify_entries(root, entries)
             size = messages.bytes_in_words(sum(entry.size for entry in entries))
             verified = f"verified {count_text(len(entries), 'adapter')} of {size}: {len(problems)} with problems"
             show(*(f"FAILED  {problem}" for problem in problems), verified)
@@ -208,14 +286,6 @@ def index(settings: IndexSettings) -> int:
     differences = compare_adapters(one, other)
     show(*(differences or ["the same"]))
     return 1 if differences else 0
-
-
-def _table(entries: "Sequence[Entry]") -> list[str]:
-    rows = [_HEADING]
-    for one in entries:
-        names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)
-        rows.append((*names, f"{one.parameters:,}", one.task or "-", one.date, one.path))
-    return [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
 
 
 def push(settings: PushSettings) -> int:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from megatron_tiedlora.base.files import read_yaml_list, read_yaml_mapping
+from megatron_tiedlora.base.files import LARGEST_YAML, parse_yaml, read_small_text, read_yaml_mapping
 from megatron_tiedlora.base.installation import missing_module
 from megatron_tiedlora.base.messages import UserError, count_text, naming, show_messages, shown, user_path
 from megatron_tiedlora.config import fields
@@ -282,7 +282,9 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
     check_together(given)
     shared = {name: getattr(given, name) for name in given.model_fields_set if name not in OF_ALL}
     found, taken = dict[str, Settings](), set[str]()
-    for number, entry in enumerate(read_yaml_list(adapters_path(path)), start=1):
+    file = adapters_path(path)
+    text = read_small_text(file, kind="YAML", largest=LARGEST_YAML)
+    for number, entry in enumerate(parse_yaml(text, list, source=str(file)), start=1):
         name, own = _checked_entry(entry, f"{path}: entry {number}")
         if name.lower() in _FILES_OF_RUN:
             raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give a different name")

@@ -241,7 +241,11 @@ class CommandSettings(BaseModel):
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, int | float) and abs(part) >= _BOUND:
                 raise ValueError(f"{flag} {shown(value)}: out of range; give a number below 2^53 (9e15)")
-            if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
+            try:  # os.fsencode accepts the surrogates that Python uses for non-UTF-8 bytes in names of files
+                is_text = not isinstance(part, str) or b"\0" not in os.fsencode(part)
+            except UnicodeEncodeError:
+                is_text = False
+            if not is_text:
                 raise ValueError(f"{flag} {shown(value)}: contains characters that are not text; remove them")
         return value
 
@@ -286,15 +290,6 @@ def _part_as_meant(value: Any, own: Declared, kinds: set[Any]) -> Any:
 def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
     """Return the values that the Literal types in `kinds` allow."""
     return tuple(value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind))
-
-
-def _is_system_text(text: str) -> bool:
-    """Return whether `text` can be a file name. Surrogates that Python uses for non-UTF-8 bytes are allowed."""
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
@@ -367,11 +362,8 @@ def flag_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def shell_words(name: str, text: str | None) -> list[str]:
-    """Return the arguments in a setting's text, split as a shell does. Return [] if `text` is None.
-
-    Args:
-        name: the setting's name, for the message.
+def launcher_words(text: str | None) -> list[str]:
+    """Return the arguments in --launcher_args, split as a shell does. Return [] if `text` is None.
 
     Raises:
         ValueError: a closing quotation mark is missing.
@@ -379,7 +371,7 @@ def shell_words(name: str, text: str | None) -> list[str]:
     try:
         return shlex.split(text or "")
     except ValueError as error:
-        raise ValueError(f"--{name} {text}: {str(error).lower()}; correct the quotation") from None
+        raise ValueError(f"--launcher_args {text}: {str(error).lower()}; correct the quotation") from None
 
 
 # Types of settings, which check their own values ----------------------------------------------------------------------

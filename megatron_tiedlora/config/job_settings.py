@@ -28,7 +28,7 @@ _train = partial(shared_field, Settings, group="job")
 
 def _check_launcher(settings: Any) -> None:
     """Raise ValueError if a launcher, its hosts and its arguments contradict each other."""
-    fields.shell_words("launcher_args", settings.launcher_args)
+    fields.launcher_words(settings.launcher_args)
     if settings.launcher == "srun" and settings.hostfile is not None:
         raise ValueError("--launcher srun runs on the nodes of its Slurm allocation; remove --hostfile")
     if settings.launcher == "torchrun" and settings.hostfile is not None:
@@ -371,7 +371,7 @@ class SweepSettings(CommandSettings, command="sweep"):
                 f"--halving compares learning rates that train together; give --together auto, or"
                 f" {len(self.learning_rates)} or more"
             )
-        fields.shell_words("launcher_args", self.launcher_args)
+        fields.launcher_words(self.launcher_args)
 
 
 def parse_launcher(words: Sequence[str]) -> LaunchSettings:
@@ -399,7 +399,7 @@ class SweepCommand:
     @property
     def launcher(self) -> LaunchSettings:
         """Return the settings in --launcher_args. Raise UserError if they are not valid."""
-        return parse_launcher(fields.shell_words("launcher_args", self.settings.launcher_args))
+        return parse_launcher(fields.launcher_words(self.settings.launcher_args))
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
@@ -430,7 +430,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
         command = make_command(merged)
-    words = fields.shell_words("launcher_args", command.settings.launcher_args)
+    words = fields.launcher_words(command.settings.launcher_args)
     if "launcher_args" not in values and not _FROM_FILE.fullmatch("".join(f"{word}\0" for word in words)):
         raise UserError(
             f"{source}: launcher_args are not read from a file, which another user may have written ("

@@ -70,7 +70,7 @@ def find_folders(root: Path) -> Iterator[Path]:
             yield folder
 
 
-def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
+def build_index(root: Path) -> tuple[int, list[str]]:
     """Write the index of the adapters in `root` atomically. It replaces an earlier index.
 
     Returns:
@@ -82,7 +82,7 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with adapters")
     entries, problems = [], []
-    for folder in progress_bar("index", "adapter", find_folders(root), shows=progress):
+    for folder in progress_bar("index", "adapter", find_folders(root)):
         try:
             if inputs.adapter_kind(folder, flag=str(folder)) == "native":
                 entries.append(read_entry(root, folder))
@@ -92,19 +92,15 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
     return len(entries), problems
 
 
-def _identity(entry: index.Entry) -> index.Entry:
-    """Return the row without the fields that may change while the adapter stays the same."""
-    return replace(entry, scores=None, task=None, run=None, date="", size=0)
-
-
-def verify_entries(root: Path, entries: Sequence[index.Entry], *, progress: bool = False) -> list[str]:
+def verify_entries(root: Path, entries: Sequence[index.Entry]) -> list[str]:
     """Return a sentence for each adapter that is damaged, or has changed since it was indexed."""
     problems = []
-    for entry in progress_bar("verify", "adapter", entries, shows=progress):
+    may_change: dict[str, Any] = {"scores": None, "task": None, "run": None, "date": "", "size": 0}
+    for entry in progress_bar("verify", "adapter", entries):
         try:
             folder = index.entry_folder(root, entry)
             native_adapter.load_native_adapter(folder)
-            if _identity(read_entry(root, folder)) != _identity(entry):
+            if replace(read_entry(root, folder), **may_change) != replace(entry, **may_change):
                 problems.append(f"{folder}: has changed since it was indexed")
         except UserError as error:
             problems.append(str(error))

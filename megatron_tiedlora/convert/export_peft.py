@@ -137,8 +137,8 @@ def export_peft(
     if rank < adapter.config.rank:
         raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; increase it")
     reject_existing(output, flag=f"--output {output}")
-    base = inputs.check_base(source, adapter, uses_tokenizer=False, differs=base_differs, identify=identify)
-    for note in base.notes:
+    of_base, notes = inputs.check_base(source, adapter, uses_tokenizer=False, differs=base_differs, identify=identify)
+    for note in notes:
         say(note)
     with new(output) as temporary:
         tensors = peft_tensors(source, adapter, rank=rank, dtype=dtype)
@@ -152,7 +152,7 @@ def export_peft(
         on_this_host = {} if source.from_hub else {inputs.BASE_PATH: base_location(source)}
         formats = {name: getattr(adapter.base_identity, name) for name in FORMAT_FIELDS}
         trained = {name: value for name, value in formats.items() if value is not None}
-        write_json(temporary / inputs.EXPORT_RECORD, {**adapter.record(), **base.record, **trained, **on_this_host})
+        write_json(temporary / inputs.EXPORT_RECORD, {**adapter.record(), **of_base, **trained, **on_this_host})
         if native is not None:
             (temporary / inputs.NATIVE_FOLDER).mkdir()
             native_adapter.copy_adapter_files(native, temporary / inputs.NATIVE_FOLDER, adapter)

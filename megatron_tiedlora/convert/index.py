@@ -120,12 +120,12 @@ def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
     Raises:
         UserError: there is no index, or it does not have the format that `write_index` writes.
     """
-    found = (entry for entry in _entries(root) if all(_matches(getattr(entry, name), wanted[name]) for name in wanted))
+    found = []
+    for entry in _entries(root):
+        values = ((getattr(entry, name), value) for name, value in wanted.items())
+        if all(fnmatchcase(own, value) if isinstance(own, str) else own == value for own, value in values):
+            found.append(entry)
     return sorted(found, key=lambda entry: entry.path)
-
-
-def _matches(value: object, wanted: object) -> bool:
-    return fnmatchcase(value, wanted) if isinstance(value, str) and isinstance(wanted, str) else value == wanted
 
 
 def find_entry(root: Path, name: str) -> Entry:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from megatron_tiedlora.base.files import UNSEALED_NOTE, read_json_object
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
@@ -44,16 +44,11 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
             raise UserError(f"{flag}: this is a model folder; give it with --model")
         raise UserError(f"{flag}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
     content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
-    if is_peft(content):
+    if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
         return "peft"
     if "format_version" in content:
         return "native"
     raise UserError(f"{path / CONFIG_FILE}: has neither format_version nor peft_type; give a native or PEFT adapter")
-
-
-def is_peft(content: Mapping[str, Any]) -> bool:
-    """Return whether `content`, an adapter_config.json, describes a PEFT adapter."""
-    return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
 
 def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
@@ -70,8 +65,9 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
     if isinstance(model, ModelSource):
         return model
     if model is not None:
-        models = _models_under(model)
-        return find_model(model) if models is None else _find_by_hash(folder, model, models, hashes)
+        path = user_path(model)
+        is_model = is_preset(model) or not path.is_dir() or (path / _MODEL_CONFIG).is_file()
+        return find_model(model) if is_model else _find_by_hash(folder, model, hashes)
     try:
         return find_model(named)
     except UserError as error:
@@ -79,24 +75,13 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
         raise UserError(f"{folder}: its base cannot be found; {hint} ({error})") from None
 
 
-def _models_under(model: str) -> list[Path] | None:
-    """Return the model folders below the folder `model`; None if `model` is a model itself, or not a folder.
-
-    Raises:
-        UserError: the folder holds no models.
-    """
-    folder = user_path(model)
-    if is_preset(model) or not folder.is_dir() or (folder / _MODEL_CONFIG).is_file():
-        return None
+def _find_by_hash(folder: Path, model: str, hashes: Mapping[str, Any]) -> ModelSource:
+    """Return the model below the folder `model` that has these hashes. Raise UserError if there is none."""
     patterns = ("*/" * depth + _MODEL_CONFIG for depth in range(1, _DEPTH + 1))
-    found = sorted(file.parent for pattern in patterns for file in folder.glob(pattern))
-    if not found:
+    models = sorted(file.parent for pattern in patterns for file in user_path(model).glob(pattern))
+    if not models:
         none = f"has no {_MODEL_CONFIG}, and no models in subfolders down to {_DEPTH} levels"
         raise UserError(f"--model {model}: {none}; {_GIVE}")
-    return found
-
-
-def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[str, Any]) -> ModelSource:
     wanted = {name: hashes[name] for name in _WEIGHT_HASHES if hashes.get(name) is not None}
     if not wanted or "base_hash" not in hashes:
         raise UserError(f"--model {model}: {folder} does not record its base's hashes; give the base's own folder")
@@ -119,18 +104,6 @@ def is_merged(source: ModelSource) -> bool:
 Identify = Callable[[ModelSource, str, str | None], base_identity.BaseIdentity]
 
 
-class CheckedBase(NamedTuple):
-    """The result of `check_base` for an adapter and the model that it is used with.
-
-    Attributes:
-        record: the fields that describe the base in the record of a converted adapter or model.
-        notes: notes about the base for the user.
-    """
-
-    record: dict[str, Any]
-    notes: tuple[str, ...]
-
-
 def check_base(
     source: ModelSource,
     adapter: NativeAdapter,
@@ -141,8 +114,9 @@ def check_base(
     base_format: str | None = None,
     flag: str = "--adapter",
     identify: Identify = base_identity.identify_model,
-) -> CheckedBase:
-    """Compare `source` with the base that `adapter` was trained on, by its config, weights and tokenizer.
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Compare `source` with the base that `adapter` was trained on, by its config, weights and tokenizer. Return the
+    fields that describe the base in the record of a converted adapter or model, and notes for the user.
 
     Args:
         tokenizer: the tokenizer in use, if it is not the base's own.
@@ -168,7 +142,7 @@ def check_base(
     record = {name: getattr(found, name) for name in base_identity.HASH_FIELDS}
     if differences := base_identity.base_differences(trained, found):
         record["base_differs"] = list(differences)
-    return CheckedBase(record, notes)
+    return record, notes
 
 
 def stored_precision(source: ModelSource) -> str | None:

@@ -55,7 +55,6 @@ def merge_adapter(
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
     between: Callable[[], object] = lambda: None,
-    progress: bool = False,
 ) -> None:
     """Write a merged Hugging Face checkpoint folder atomically.
 
@@ -94,8 +93,8 @@ def merge_adapter(
             f"--onto trained: the adapter was trained on its base in {adapter.base_identity.dtype}, not on a quantised"
             " base; remove --onto"
         )
-    base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
-    if onto is not None and "weights" in base.record.get("base_differs", ()):
+    of_base, notes = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
+    if onto is not None and "weights" in of_base.get("base_differs", ()):
         raise UserError(
             f"--onto trained: {source.name} has different weights from the base that training used; give that base with"
             " --model, or remove --onto"
@@ -107,9 +106,9 @@ def merge_adapter(
             "--onto trained: the adapter does not record the precision from which its base was quantised; if it was not"
             " the precision of this model, the values differ from those in training"
         )
-    for note in base.notes:
+    for note in notes:
         say(note)
-    record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
+    record = {**adapter.record(), **of_base, **({} if onto is None else {MERGED_ONTO: onto})}
     # A quantised folder already has the values that training used.
     quantised = source.stored is not None
     copied = [*model_files, *own_files]
@@ -124,7 +123,7 @@ def merge_adapter(
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
             output_folder.require_room(temporary, needed, output=output)
-            tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
+            tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge")
             for file in copied:  # includes the index of a base that is not quantised, which may have more metadata
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:

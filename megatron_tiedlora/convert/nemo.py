@@ -25,13 +25,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.checkpoint.tensor_files import (
-    StreamedTensor,
-    all_finite,
-    check_tensors,
-    sharded,
-    write_files,
-)
+from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, all_finite, check_tensors, sharded, write_files
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
 
@@ -51,7 +45,6 @@ def convert_nemo(
     output: Path,
     *,
     new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Write the model of the file `nemo` as a `stablelm` folder atomically, and return its config.
 
@@ -77,7 +70,7 @@ def convert_nemo(
         (temporary / "tokenizer.model").write_bytes(sentencepiece)
         files.write_json(temporary / "tokenizer_config.json", settings)
         files.write_json(temporary / "config.json", config)
-        write_files(temporary, sharded(tensors), progress=progress)
+        write_files(temporary, sharded(tensors))
     return config
 
 
@@ -153,7 +146,8 @@ def _check_members(archive: NemoArchive, model: NemoModel) -> None:
 
 
 def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: int, tp_rank: int) -> Rank:
-    """Return the tensors of a rank by their NeMo names without the prefix, after checking their shapes."""
+    """Return the tensors of a rank by their NeMo names without the prefix. Raise UserError if their shapes or the
+    rotary frequencies do not match the settings."""
     member = model.rank_member(pp_rank, tp_rank)
     found: Rank = {}
     for name, tensor in archive.tensors(member, folder).items():
@@ -163,7 +157,13 @@ def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: in
             raise UserError(f"{archive.path}: {member} holds {shown(name)}{hint}, which is not supported")
         found[name.removeprefix(prefix)] = tensor
     where = f"{archive.path}: {member}"
-    _check_frequencies(found.pop(_FREQUENCIES, None), model, where)
+    if (frequencies := found.pop(_FREQUENCIES, None)) is not None:
+        half = model.rotary_dim // 2
+        # They have 16 bits with megatron_amp_O2. `half` comes from untrusted settings, so the shape is checked first.
+        fits = frequencies.shape == (half,)
+        if not fits or not torch.allclose(frequencies.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2):
+            said = f"{where}: {_FREQUENCIES} does not match base {ROPE_BASE:g} and {2 * half} rotated elements"
+            raise UserError(said)
     stored = {name: tuple(tensor.shape) for name, tensor in found.items()}
     check_tensors(where, stored, _expected_shapes(model, pp_rank, stored))
     return found
@@ -186,17 +186,6 @@ def _expected_shapes(
     if pp_rank == model.pp_size - 1:
         shapes |= {f"{_FINAL_NORM}.weight": (hidden,), f"{_FINAL_NORM}.bias": (hidden,), _HEAD: head}
     return shapes
-
-
-def _check_frequencies(stored: torch.Tensor | None, model: NemoModel, where: str) -> None:
-    """Raise UserError if the rotary frequencies in the file do not match the settings."""
-    if stored is None:
-        return
-    half = model.rotary_dim // 2
-    # They have 16 bits with megatron_amp_O2. `half` comes from untrusted settings, so the shape is checked first.
-    fits = stored.shape == (half,)
-    if not fits or not torch.allclose(stored.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2):
-        raise UserError(f"{where}: {_FREQUENCIES} does not match base {ROPE_BASE:g} and {2 * half} rotated elements")
 
 
 def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int) -> Iterator[StreamedTensor]:

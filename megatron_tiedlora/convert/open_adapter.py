@@ -17,15 +17,8 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
 from megatron_tiedlora.base.files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.base.messages import UserError, as_given, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.checkpoint import native_adapter
-from megatron_tiedlora.checkpoint.base_identity import (
-    FORMAT_FIELDS,
-    OPTIONAL_FIELDS,
-    SHAPE_FIELDS,
-    BaseIdentity,
-    identify_model,
-    identify_shape,
-)
+from megatron_tiedlora.checkpoint import base_identity, native_adapter
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_model, identify_shape
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
 from megatron_tiedlora.convert import export_peft, inputs
@@ -141,7 +134,7 @@ def import_peft(
     reject_existing(output, flag=f"--output {output}")
     opened = open_adapter(folder, model, kind="peft", differs=base_differs)
     source, native, trained = opened.source, opened.native, opened.trained_on or opened.adapter.base_identity
-    base = inputs.check_base(
+    _, notes = inputs.check_base(
         source,
         replace(opened.adapter, base_identity=replace(trained, base_stored=None)),  # an import quantises nothing
         uses_tokenizer=False,
@@ -149,13 +142,14 @@ def import_peft(
         base_format=trained.base_format,  # no difference is reported, because an import does not run the base
         flag=f"--peft {folder}",
     )
-    for note in (*opened.notes, *base.notes, *([] if opened.apart is None else [opened.apart])):
+    for note in (*opened.notes, *notes, *([] if opened.apart is None else [opened.apart])):
         say(note)
     with new(output) as temporary:
         if native is not None:
             native_adapter.copy_adapter_files(folder / inputs.NATIVE_FOLDER, temporary, native)
         else:
-            kept = {name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", *FORMAT_FIELDS)}
+            names = ("tokenizer", "tokenizer_hash", *base_identity.FORMAT_FIELDS)
+            kept = {name: getattr(trained, name) for name in names}
             own = replace(identify_model(source, "fp32"), **kept)
             native_adapter.write_adapter_files(temporary, opened.config, own, opened.state)
     return opened
@@ -191,7 +185,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     """Return the fields of a PEFT adapter's config. Raise UserError if the folder contains no PEFT adapter."""
     file = folder / native_adapter.CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
-    if not inputs.is_peft(content):
+    if content.get("peft_type", native_adapter.PEFT_TYPE) == native_adapter.PEFT_TYPE:
         what = "it is a native one" if "format_version" in content else "it has no peft_type"
         raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
     return content
@@ -309,7 +303,7 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
     if not file.is_file():
         return None
     content = read_json_object(file, kind="the record of an export")
-    not_recorded = {name: getattr(like, name) for name in (*SHAPE_FIELDS, "dtype")}
-    found = read_fields(file, {**content, **not_recorded}, BaseIdentity, optional=OPTIONAL_FIELDS)
+    not_recorded = {name: getattr(like, name) for name in (*base_identity.SHAPE_FIELDS, "dtype")}
+    found = read_fields(file, {**content, **not_recorded}, BaseIdentity, optional=base_identity.OPTIONAL_FIELDS)
     found.check_formats(file)
     return found

@@ -3,11 +3,10 @@
 A merged folder in 16 bits cannot have the adapter's exact logits. So its logits must be equal to the logits of base +
 adapter after rounding to the same dtype. The difference from the unrounded adapter is shown but not checked.
 
-The bits are compared some rows at a time, and `layerwise` computes the logits in the memory of one layer. If the model
-is small, transformers and PEFT also load the exports, as users do, and compute the logits in fp32.
+The bits are compared some rows at a time, and `layerwise_logits` computes the logits in the memory of one layer. If the
+model is small, transformers and PEFT also load the exports, as users do, and compute the logits in fp32.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,16 +19,16 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.base import messages
-from megatron_tiedlora.base.installation import install_hint
+from megatron_tiedlora.base.installation import install_hint, missing_modules
 from megatron_tiedlora.base.messages import UserError, count_text, first_line, one_line, printable, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
-from megatron_tiedlora.checkpoint.load_model import MergedWeights, row_blocks
+from megatron_tiedlora.checkpoint.load_model import MergedWeights, Weights, layerwise_logits, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.convert import inputs, layerwise, merge
+from megatron_tiedlora.convert import inputs, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model import families, hf_config, weights
 
@@ -141,7 +140,7 @@ def choose_runtimes(
         if size > LARGEST_WHOLE:
             words = f"{messages.bytes_in_words(size)} in fp32; give --in {','.join(there)} to load all of it there too"
             return (), f"{source.name} takes {words}"
-        if peft is not None and not has_peft():
+        if peft is not None and missing_modules("peft"):
             why = "peft is not installed, so it did not load the export"
         elif peft is not None and kind is not None:
             why = f"PEFT computes a base in {kind} differently, so it did not load the export; see --in"
@@ -195,7 +194,7 @@ def verify_export(
     imported = None if peft is None else read_peft(peft, source, tied=False)
     notes += () if imported is None else imported.notes
     exported = None if peft is None else compare_export(peft, source, adapter)
-    if imported is not None and "peft" in runtimes and not has_peft():
+    if imported is not None and "peft" in runtimes and missing_modules("peft"):
         raise UserError(f"checking a PEFT adapter needs peft; {install_hint('peft')}")
     bits = []
     if merged is not None:
@@ -209,7 +208,7 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         of_peft = {} if imported is None else {"peft": imported.adapter}
-        models: list[layerwise.Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
+        models: list[Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
             quantised = opened.enter_context(MergedWeights(source, None, base_format=name))
             models.append((quantised.read, {name: adapter}))
@@ -219,7 +218,7 @@ def verify_export(
                 models.append((lambda name, rows: once.read(name, rows).to(stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append((written.read, {"merged": None}))
-        found = layerwise.layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
+        found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
     if trained is not None and trained in found:
@@ -288,11 +287,6 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
         numbers = [f"{number:.1e}" for number in (row.largest, row.mean, row.divergence)]
         rows.append([row.name, *numbers, f"{row.agreement:.1%}", row.verdict])
     return "\n".join(map(printable, messages.aligned_lines([heading, *rows], align="<>>>><")))
-
-
-def has_peft() -> bool:
-    """Return whether PEFT is installed."""
-    return importlib.util.find_spec("peft") is not None
 
 
 def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any] = lambda model: model) -> Tensor:

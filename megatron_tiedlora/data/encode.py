@@ -11,6 +11,7 @@ This module reports errors of a tokenizer as one line. The module `loader` makes
 """
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
+from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.data.chat import Chat
@@ -375,7 +376,8 @@ def _result(chunk: list[NumberedRow], future: Future[tuple[Arrays, RowShapes]]) 
 
 def _begin(encoding: Encoding, parent: int) -> None:
     """Prepare a process that tokenises rows."""
-    leave_signals_to_parent()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # only the parent handles a process group's signals
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has no threads of the library and would wait for them
     _ENCODER.set(RowEncoder(encoding))

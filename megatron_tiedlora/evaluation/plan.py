@@ -250,7 +250,7 @@ def _find_model(
         settings.adapter, settings.model, tokenizer=settings.tokenizer, longest=longest, differs=settings.base_differs
     )
     used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base_identity.base_format
-    base = check_base(
+    _, notes = check_base(
         opened.source,
         opened.adapter,
         tokenizer=settings.tokenizer,
@@ -258,4 +258,4 @@ def _find_model(
         base_format=trained if opened.trained_on is None else used,  # otherwise the base of its training is unknown
         identify=identify,
     )
-    return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)
+    return opened.source, opened.adapter, opened.kind, (*opened.notes, *notes)

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+import torch
 from torch.distributed import DistError, DistNetworkError
 
 from megatron_tiedlora.base.files import Guard, make_way_for_log, new_file, unguarded
@@ -32,7 +33,7 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime import heartbeat
 from megatron_tiedlora.runtime.heartbeat import Heartbeat, PeerFailure
 from megatron_tiedlora.runtime.launch_env import first_to_fail
-from megatron_tiedlora.runtime.process_group import leave_process_group, own_gpu
+from megatron_tiedlora.runtime.process_group import gpu_name, leave_process_group
 from megatron_tiedlora.runtime.run_folder import LOGS_FOLDER, RunFolder, State
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
@@ -195,7 +196,9 @@ class End:
 
     def watch_peers(self, timeout_minutes: float) -> None:
         """Start the heartbeat. From now on, a lost rank ends the run on every host. All ranks must call this."""
-        self.gpu = own_gpu()  # read now, because a failed GPU does not respond
+        if torch.cuda.is_initialized():  # the name is read now, because a failed GPU does not respond
+            device = torch.device("cuda", torch.cuda.current_device())
+            self.gpu = f"{device} ({gpu_name(device)})"
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
             self.heartbeat = Heartbeat(
@@ -293,7 +296,8 @@ class End:
         if lost or not failure.reports:  # this rank's traceback does not explain a peer's failure
             self.log.note(details)
             details = ""
-        self._show(failure, f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
+        show = self.log.say if failure.reports else self.log.note
+        show(f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
         if self.heartbeat is not None:
             self.heartbeat.leave_failed()
         self._leave_folder()
@@ -302,7 +306,8 @@ class End:
     def _lost(self, failure: PeerFailure) -> None:
         """Report a peer failure and end the process. The heartbeat's thread calls this while the main thread waits."""
         self._record_failure(failure.reason, again=self.rank == 0)
-        self._show(failure, f"error: {failure.reason}")
+        show = self.log.say if failure.reports else self.log.note
+        show(f"error: {failure.reason}")
         self._leave_folder()
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
@@ -313,11 +318,6 @@ class End:
         if self.rank and self.heartbeat is not None and self.heartbeat.main_lost:
             for owner in self.owners:
                 owner.give_up()
-
-    def _show(self, failure: PeerFailure, text: str) -> None:
-        """Show `text` on the terminal if this rank reports for all ranks. Otherwise write it only to the log."""
-        tell = self.log.say if failure.reports else self.log.note
-        tell(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
         """Write the status, unless it exists and `again` is false. Return False if there was nothing to write."""

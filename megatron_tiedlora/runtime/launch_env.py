@@ -31,7 +31,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # a variable with the number of ranks that the job should start
 _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # the shell of a batch script lacks the first two
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators")  # deepspeed's
@@ -97,18 +97,13 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
     return tuple(hosts.values())
 
 
-def in_slurm_step(environment: Mapping[str, str]) -> bool:
-    """Return whether `srun` started this process. The shell of a batch script is not started by `srun`."""
-    return "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
-
-
 def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
     """Return the hosts and the number of tasks per host of the Slurm step, or of the allocation outside a step.
 
     Raises:
         UserError: this process is not in an allocation, or Slurm's variables cannot be read.
     """
-    step = in_slurm_step(environment)
+    step = all(name in environment for name in _SLURM[:2])
     names = environment.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST")
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE" if step else "SLURM_TASKS_PER_NODE")
     if not names or not tasks:
@@ -165,11 +160,6 @@ def is_torchrun(words: Sequence[str]) -> bool:
     return Path(started_program(words)).name in _TORCHRUN
 
 
-def num_ranks(hosts: Sequence[Host]) -> int:
-    """Return the total number of ranks on these hosts."""
-    return sum(host.slots for host in hosts)
-
-
 # The variables of ranks -----------------------------------------------------------------------------------------------
 
 
@@ -196,7 +186,7 @@ def prepare_environment() -> None:
     if all(name in environment for name in _OPENMPI):  # before Slurm, because mpirun may run inside a Slurm step
         if "MASTER_ADDR" in environment:
             _set_ranks(_OPENMPI, environment["MASTER_ADDR"], _DEFAULT_PORT)
-    elif in_slurm_step(environment):
+    elif all(name in environment for name in _SLURM[:2]):
         master = environment.get("MASTER_ADDR") or slurm_hosts(environment)[0].name
         _set_ranks(_SLURM, master, slurm_port(environment))
     elif not all(name in environment for name in _PMI[:2]):
@@ -222,8 +212,7 @@ def free_port(host: str = "") -> int:
     """Return a port of this machine that is free now, on the address `host` or on all addresses."""
     with socket.socket() as probe:
         probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -300,7 +289,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
         name, _, value = word.partition("=")
         if name in ("-H", "--hostfile"):
             given = value or following
-            slots = num_ranks(read_hostfile(folder / user_path(given, flag="--hostfile")))
+            slots = sum(host.slots for host in read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
                 raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
 

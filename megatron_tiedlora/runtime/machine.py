@@ -43,6 +43,7 @@ _PREFIXES = tuple(name for name in VARIABLES if name.endswith("_"))
 _LONGEST = 200  # characters of a value
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 _BF16_CAPABILITY = (8, 0)
+_IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _FREE_SHARE = 0.9  # fraction of a GPU's memory; if less is free, another process uses the GPU
 
 
@@ -153,7 +154,11 @@ def machine_record() -> MachineRecord:
         nofile=_limit("RLIMIT_NOFILE"),
         memlock=_limit("RLIMIT_MEMLOCK"),
         name_addresses=resolve(host),
-        interfaces=_addresses_by_interface(),
+        interfaces={
+            name: own
+            for name, addresses in sorted(psutil.net_if_addrs().items())
+            if (own := [one.address.partition("%")[0] for one in addresses if one.family in _IP_FAMILIES])
+        },
     )
 
 
@@ -187,16 +192,6 @@ def _devices() -> dict[str, Any]:
 def _limit(name: str) -> int | None:
     soft = resource.getrlimit(getattr(resource, name))[0]
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def _addresses_by_interface() -> dict[str, list[str]]:
-    """Return the IP addresses of each network interface that has an address."""
-    families = (socket.AF_INET, socket.AF_INET6)
-    found = {
-        name: [address.address.partition("%")[0] for address in addresses if address.family in families]
-        for name, addresses in sorted(psutil.net_if_addrs().items())
-    }
-    return {name: addresses for name, addresses in found.items() if addresses}
 
 
 def resolve(name: str) -> list[str]:

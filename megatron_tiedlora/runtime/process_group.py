@@ -23,9 +23,8 @@ from torch import distributed
 from megatron_tiedlora.base.messages import UserError, first_line, shown
 from megatron_tiedlora.parallel.agreement import first_message, gather_numbers, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
-from megatron_tiedlora.runtime.launch_env import rank_number, uses_gpu
+from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES, rank_number, uses_gpu
 
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _UNIQUE = ("GPU-", "MIG-")  # prefixes of globally unique names
 _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # a variable of NCCL since 2.30
 
@@ -83,14 +82,6 @@ def gpu_name(device: torch.device) -> str:
     return f"GPU-{uuid}" if uuid.strip("0-") else name
 
 
-def own_gpu() -> str:
-    """Return the name of this process's GPU for an error message, or "" without a GPU."""
-    if not torch.cuda.is_initialized():
-        return ""
-    device = torch.device("cuda", torch.cuda.current_device())
-    return f"{device} ({gpu_name(device)})"
-
-
 def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
     """Return an error message if ranks share a GPU or only some ranks have a GPU, else None.
 
@@ -141,7 +132,15 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
     except RuntimeError as error:
         if not is_lost_exchange(error):
             raise
-        raise UserError(_no_meeting(error, expected_ranks, timeout_minutes)) from error
+        master, reason = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", first_line(error)
+        if "EADDRINUSE" in reason or "in use" in reason:
+            why = f"port {master} is in use; end its process, or give another port (--master_port, MASTER_PORT)"
+            raise UserError(why) from error
+        raise UserError(
+            f"the {expected_ranks} ranks did not connect to {master} within {timeout_minutes:g} minutes (rank"
+            f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); check which hosts started, and run"
+            " `tiedlora doctor`"
+        ) from error
     # DeepSpeed uses the device with this index
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else rank_number(local=True))
     deepspeed.init_distributed(dist_backend=group_backend(device), timeout=timeout, verbose=False)  # uses our group
@@ -161,7 +160,7 @@ def _discover_ranks() -> None:
     """Set missing variables from MPI, as DeepSpeed does if it creates the process group itself."""
     from deepspeed.comm import comm
 
-    if distributed.is_initialized() or all(name in os.environ for name in _RANK_VARIABLES):
+    if distributed.is_initialized() or all(name in os.environ for name in RANK_VARIABLES if name != "LOCAL_RANK"):
         return
     if comm.in_aml() and not comm.in_dlts():
         comm.patch_aml_env_for_torch_nccl_backend(verbose=False)
@@ -169,19 +168,6 @@ def _discover_ranks() -> None:
         comm.patch_aws_sm_env_for_torch_nccl_backend(verbose=False)
     else:
         comm.mpi_discovery(verbose=False)
-
-
-def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
-    """Return a one-line error message that explains why the ranks did not connect."""
-    master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    reason = first_line(error)
-    if "EADDRINUSE" in reason or "in use" in reason:
-        return f"port {master} is in use; end its process, or give another port (--master_port, MASTER_PORT)"
-    return (
-        f"the {expected_ranks} ranks did not connect to {master} within {timeout_minutes:g} minutes (rank"
-        f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); check which hosts started, and run"
-        " `tiedlora doctor`"
-    )
 
 
 def ranks_by_host() -> list[list[int]]:

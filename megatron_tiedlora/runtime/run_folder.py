@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -98,10 +98,6 @@ class RunFolder:
         """Replace table.csv of a run of several adapters. Raise UserError if it cannot be written."""
         if self.of_several:
             files.write_text(self.table, messages.csv_text(list(rows[0]), rows), guard=self.guard)
-
-    def new_folder(self, path: Path) -> AbstractContextManager[Path]:
-        """Return `files.new_folder` for `path`, with the guard of this run folder."""
-        return files.new_folder(path, guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:

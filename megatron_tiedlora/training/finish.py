@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.files import discard, read_json_object, write_json
+from megatron_tiedlora.base.files import discard, new_folder, read_json_object, write_json
 from megatron_tiedlora.base.installation import install_hint
 from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, count_text, range_text
 from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.load_model import describe_dtype
+from megatron_tiedlora.checkpoint.load_model import describe_dtype, layerwise_loss
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import Export, base_location, base_name, export_peft, serve_hints
-from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.tasks import get_task
@@ -153,7 +152,6 @@ def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
             dtype=plan.dtype,
             device=run.runner.device,
             between=stop.raise_if_requested,
-            progress=True,
         )
     return loss / run.data.validation.num_supervised
 
@@ -177,11 +175,12 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
     adapter = load_native_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier launch of this run may have exported another best adapter
-    export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
+    new = partial(new_folder, guard=folder.guard)
+    export_peft(source, adapter, peft, native=folder.adapter, new=new)
     if not get_task(settings.task).exports_merged or source.stored is not None:
         return []
     discard(merged, guard=folder.guard)
-    merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
+    merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, new=new)
     found = verify_export(source, adapter, merged=merged, peft=peft)
     if not found.passed:
         _LOGGER.error(found.report())

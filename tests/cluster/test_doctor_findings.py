@@ -75,7 +75,7 @@ def layout(num_ranks: int = 6, tensor: int = 2, pipeline: int = 1) -> doctor_ran
 
 
 def examined(reports: list[doctor_rank.HostReport]) -> list[Finding]:
-    return compare_hosts(reports, max_skew=1.0)
+    return list(compare_hosts(reports, max_skew=1.0))
 
 
 def versions(**changes: str) -> Changes:

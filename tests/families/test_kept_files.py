@@ -31,7 +31,7 @@ KEPT = ROOT / "tests" / "data" / "run_before_families"
 def test_the_adapter_is_of_this_base_and_verifies() -> None:
     source, adapter = find_model(str(KEPT / "base")), load_native_adapter(KEPT / "adapter")
     assert source.base_hash == adapter.base_identity.base_hash
-    assert not check_base(source, adapter, uses_tokenizer=True, differs=False).notes
+    assert not check_base(source, adapter, uses_tokenizer=True, differs=False)[1]
     found = verify_export(source, adapter, merged=KEPT / "merged", peft=KEPT / "peft")
     # Of the bits only those of untouched tensors: processors may sum the update in another order.
     assert all("base + adapter" in difference for difference in found.bits[0].differences)

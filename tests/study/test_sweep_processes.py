@@ -205,7 +205,7 @@ def test_a_port_for_each_start_unless_one_is_named(study: tuple[Base, Path], tmp
 
 
 def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
-    with lock_study(tmp_path) as lock, pytest.raises(UserError, match="it is a different sweep"), lock_study(tmp_path):
+    with lock_study(tmp_path) as lock, pytest.raises(UserError, match="it is another sweep"), lock_study(tmp_path):
         pass
     with lock_study(tmp_path) as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.descriptor,))

@@ -133,8 +133,9 @@ def test_a_folder_that_is_gone_or_emptied(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_an_owner_renews_its_time(tmp_path: Path) -> None:
-    with take(tmp_path, renew_seconds=0.05):
+def test_an_owner_renews_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "_RENEW_SECONDS", 0.05)
+    with take(tmp_path):
         grow_old(tmp_path, 100)
         deadline = time.monotonic() + 10
         while (tmp_path / OWNER_FILE).stat().st_mtime < time.time() - 50:
@@ -250,7 +251,9 @@ def _taken_at_line(folder: Path, first: FolderLock, line: int) -> FolderLock | N
             return None
         if event == "line":
             if seen == line:
-                found.append(take(folder, take_over=True, lock_seconds=0.0))
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(ownership, "_LOCK_SECONDS", 0.0)
+                    found.append(take(folder, take_over=True))
             seen += 1
         return suspended
 
@@ -262,13 +265,14 @@ def _taken_at_line(folder: Path, first: FolderLock, line: int) -> FolderLock | N
     return found[0] if found else None
 
 
-def test_a_folder_that_somebody_else_has_locked(tmp_path: Path) -> None:
+def test_a_folder_that_somebody_else_has_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as `flock FOLDER rsync`, or a start that stands still: it is waited for a moment, and no longer."""
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
+    monkeypatch.setattr(ownership, "_LOCK_SECONDS", 0.2)
     started = time.monotonic()
-    with take(tmp_path, lock_seconds=0.2):
-        assert "is using this folder" in refusal(take, tmp_path, resumes=True, lock_seconds=0.2)
+    with take(tmp_path):
+        assert "is using this folder" in refusal(take, tmp_path, resumes=True)
     assert time.monotonic() - started < 5
     os.close(descriptor)
     assert names(tmp_path) == set()

@@ -19,6 +19,7 @@ from megatron_tiedlora.base.installation import EXTRAS, missing_module, require_
 from megatron_tiedlora.base.messages import UserError, show_messages
 from megatron_tiedlora.commands import front
 from megatron_tiedlora.commands.front import _OTHER_NAMES, COMMANDS, find_command
+from megatron_tiedlora.config.cli import run_command
 
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib", "sqlite3"}  # some Pythons lack the last one
 
@@ -139,7 +140,7 @@ def test_a_command_of_other_tools_is_answered_with_ours(capsys: pytest.CaptureFi
 # Extras --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     with pytest.raises(UserError, match=r"^this needs deepspeed; .*pip install 'megatron_tiedlora\[train\]'$"):
@@ -152,6 +153,10 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         require_extra("train")
     assert "[eval]" in str(missing_module(ModuleNotFoundError(name="rouge_score.tokenizers")))
     assert missing_module(ModuleNotFoundError(name="megatron_tiedlora.x")) is None
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda argv: int(importlib.import_module("rouge_score") is None), [])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: this needs rouge_score; install it with: pip install ")
 
 
 # Commands of a process in which some packages are not installed, and what each ends with.

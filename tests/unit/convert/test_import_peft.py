@@ -300,7 +300,7 @@ def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) 
     (tmp_path / "peft" / EXPORT_RECORD).unlink()
     opened = open_adapter(str(tmp_path / "peft"), str(quantised))
     assert opened.adapter.base_identity.base_format == "nf4"
-    assert not check_base(opened.source, opened.adapter, base_format="nf4").notes
+    assert not check_base(opened.source, opened.adapter, base_format="nf4")[1]
     merge_adapter(opened.source, opened.adapter, tmp_path / "merged", onto_trained=True)
     name = "model.layers.0.mlp.up_proj.weight"
     merged, expected = (load_file(folder / "model.safetensors")[name] for folder in (tmp_path / "merged", values))

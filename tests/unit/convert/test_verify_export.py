@@ -22,12 +22,11 @@ from megatron_tiedlora.base.output_folder import new_output
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint import load_model as blocks
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.load_model import Weights, layerwise_logits, layerwise_loss, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.convert import layerwise, verify
+from megatron_tiedlora.convert import verify
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
-from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits, layerwise_loss
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.convert.verify import LogitComparison, Verification, format_comparisons, verify_export
@@ -278,7 +277,7 @@ def test_llama2_70b_shapes_take_the_memory_of_one_layer(large_folder: Path, targ
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of 100 rows at a time, which do not divide the vocabulary, and weights read by 64 rows."""
-    monkeypatch.setattr(layerwise, "_HEAD_ELEMENTS", 100 * 32)
+    monkeypatch.setattr(blocks, "_HEAD_ELEMENTS", 100 * 32)
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 32)
 
 
@@ -343,7 +342,7 @@ def batch(rows: int, length: int, seed: int) -> MicroBatch:
 def test_the_loss_is_that_of_the_whole_model(
     tied: bool, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise, "_SHARE", share)
+    monkeypatch.setattr(blocks, "_SHARE", share)
     monkeypatch.setattr(layer_specs, "HEAD_ROWS", 7)
     folder = write_tiny_model(tmp_path / "model", tokenizer=False, tied=tied)
     source, adapter, _ = with_adapter(folder, "tl6", (1, 3), targets=("qkv", "down_proj"))

@@ -17,7 +17,7 @@ import torch
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT, wait_for
 
-from megatron_tiedlora.commands import check_gpu
+from megatron_tiedlora.commands import jobs
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.tool_settings import CheckGpuSettings
 from megatron_tiedlora.runtime import launch_env
@@ -204,7 +204,7 @@ def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
 def test_without_pytest_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = "megatron_tiedlora.base.installation.find_spec"
     monkeypatch.setattr(missing, lambda name: None if name == "pytest" else name)
-    with pytest.raises(check_gpu.UserError, match=r"this needs pytest; install it with: pip install .*\[check\]"):
+    with pytest.raises(jobs.UserError, match=r"this needs pytest; install it with: pip install .*\[check\]"):
         call("check-gpu", [f"--output={tmp_path}", "--device=cpu"])
 
 
@@ -220,10 +220,10 @@ def test_a_gpu_that_ranks_would_not_use_is_none(monkeypatch: pytest.MonkeyPatch)
     ("flag", "said"), [("--parts=speed,fast", "fast"), ("--parts=", "at least 1"), ("--minutes=0", "greater than 0")]
 )
 def test_wrong_flags_are_rejected(flag: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(check_gpu.UserError, match=said):
+    with pytest.raises(jobs.UserError, match=said):
         call("check-gpu", [f"--output={tmp_path}", flag])
     (tmp_path / "file").touch()
-    with pytest.raises(check_gpu.UserError, match="give a writable folder"):
+    with pytest.raises(jobs.UserError, match="give a writable folder"):
         call("check-gpu", [f"--output={tmp_path / 'file'}"])
 
 
@@ -239,17 +239,17 @@ def test_a_failure_decides_the_exit_status(
         text = f"<testsuite name='{part}'><testcase><{tag}><property name='warning' value='x'/></{tag}></testcase>"
         return ElementTree.fromstring(f"{text}</testsuite>")
 
-    monkeypatch.setattr(check_gpu, "run_part", run_part)
+    monkeypatch.setattr(parts, "run_part", run_part)
     assert call("check-gpu", ["--device=cpu", "--parts=env,correct", f"--output={tmp_path}"]) == expected
-    assert limits[1] > check_gpu.SHARES["correct"] + 0.9 * check_gpu.SHARES["env"], "what env left is for the next"
+    assert limits[1] > jobs.PART_SECONDS["correct"] + 0.9 * jobs.PART_SECONDS["env"], "what env left is for the next"
 
 
 def test_all_parts_together_take_eight_minutes_and_each_is_there() -> None:
-    assert sum(check_gpu.part_limits(list(check_gpu.SHARES), None, num_gpus=1).values()) == 480
-    assert sum(check_gpu.part_limits(list(check_gpu.SHARES), None, num_gpus=8).values()) == 720
-    assert check_gpu.part_limits(["ranks"], None, num_gpus=1) == {"ranks": 480}
-    some = check_gpu.part_limits(["env", "ranks"], 3.0, num_gpus=0)
+    assert sum(jobs.part_limits(list(jobs.PART_SECONDS), None, num_gpus=1).values()) == 480
+    assert sum(jobs.part_limits(list(jobs.PART_SECONDS), None, num_gpus=8).values()) == 720
+    assert jobs.part_limits(["ranks"], None, num_gpus=1) == {"ranks": 480}
+    some = jobs.part_limits(["env", "ranks"], 3.0, num_gpus=0)
     assert sum(some.values()) == 180 and some["ranks"] == 2 * some["env"]
-    assert {file.stem for file in parts.FOLDER.glob("test_*.py")} == {f"test_{part}" for part in check_gpu.SHARES}
-    for part in check_gpu.SHARES:
+    assert {file.stem for file in parts.FOLDER.glob("test_*.py")} == {f"test_{part}" for part in jobs.PART_SECONDS}
+    for part in jobs.PART_SECONDS:
         assert f"\n    {part} " in CheckGpuSettings.about
