@@ -20,7 +20,7 @@ from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, spans_between
 ONLY = ""  # the name of an adapter that is trained or evaluated alone
 
 
-class Share(NamedTuple):
+class AdapterSegment(NamedTuple):
     """The tokens of one adapter in a micro-batch: `num_rows` rows of `length` tokens, flattened.
 
     Attributes:
@@ -37,14 +37,14 @@ class Share(NamedTuple):
         return self.num_rows * self.length
 
 
-Shares = Sequence[Share]
+AdapterSegments = Sequence[AdapterSegment]
 
 
-def spans_of(shares: Shares) -> RowSpans:
-    """Return the span of tokens of each `Share`, in order, or an empty tuple if there is only one `Share`."""
-    if len(shares) == 1:
+def spans_of(segments: AdapterSegments) -> RowSpans:
+    """Return the span of tokens of each segment, in order, or an empty tuple if there is only one segment."""
+    if len(segments) == 1:
         return ()
-    return tuple(RowSpan(number, share.num_tokens) for number, share in enumerate(shares))
+    return tuple(RowSpan(number, segment.num_tokens) for number, segment in enumerate(segments))
 
 
 class Dropout(NamedTuple):
@@ -95,23 +95,25 @@ class AdapterGroup:
             for tensor, parameter in adapter.named_parameters():
                 yield f"{name}.{tensor}", parameter
 
-    def updates(self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype) -> dict[int, LayerUpdate]:
+    def updates(
+        self, segments: AdapterSegments, tensor_parallel: TensorParallel, *, dtype: torch.dtype
+    ) -> dict[int, LayerUpdate]:
         """Return the updates of the stage's adapted layers, by layer, for the adapters of the micro-batch.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch. The gradients
         of these factors are summed in one message. Each rank's partial gradients of u are summed only once per step.
 
         Args:
-            shares: the tokens of each adapter in the micro-batch; may be empty if the group has only one adapter.
+            segments: the tokens of each adapter in the micro-batch; may be empty if the group has only one adapter.
             dtype: the base's dtype.
         """
-        adapters = [self.adapters[share.adapter] for share in shares] or list(self.adapters.values())
-        assert shares or len(adapters) == 1, "the rows of several adapters need shares"
+        adapters = [self.adapters[segment.adapter] for segment in segments] or list(self.adapters.values())
+        assert segments or len(adapters) == 1, "the rows of several adapters need segments"
         assert len(set(map(id, adapters))) == len(adapters), "an adapter occurs twice in one micro-batch"
         if len(adapters) == 1:  # all tokens use the same factors; ZeRO-3 gathers those that it shards in this call
             updates = adapters[0](tensor_parallel.group, dtype=dtype)
             return dict(zip(adapters[0].part.layers, updates, strict=True))
-        spans, group = spans_of(shares), tensor_parallel.group
+        spans, group = spans_of(segments), tensor_parallel.group
         by_adapter = []
         for adapter, whole in zip(adapters, whole_factors(adapters, group), strict=True):
             layers = adapter.part.layers
@@ -148,10 +150,14 @@ class AdapterGroup:
         return found
 
     def with_dropout(
-        self, updates: Mapping[int, LayerUpdate], token_index: Tensor, shares: Shares, tensor_parallel: TensorParallel
+        self,
+        updates: Mapping[int, LayerUpdate],
+        token_index: Tensor,
+        segments: AdapterSegments,
+        tensor_parallel: TensorParallel,
     ) -> dict[int, LayerUpdate]:
         """Return the updates with dropout for adapters that use it. For `token_index`, (b, s), see `MicroBatch`."""
-        names = [share.adapter for share in shares] or list(self.adapters)
+        names = [segment.adapter for segment in segments] or list(self.adapters)
         dropped = {
             number: self.dropout[name].of_linears(self.adapters[name].part, token_index, tensor_parallel)
             for number, name in enumerate(names)

@@ -308,7 +308,7 @@ def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[F
         if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
             direction = "ahead of" if host.clock.skew > 0 else "behind"
             value = f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's"
-            fix = "let chrony or systemd-timesyncd set it; until then, times in logs and of files mislead"
+            fix = "set the clock with chrony or systemd-timesyncd; until then, times in logs and of files are wrong"
             yield warning("clock", [host.name], value, fix)
 
 

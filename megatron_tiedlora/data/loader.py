@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_tiedlora.adapters.adapter_groups import Share
+from megatron_tiedlora.adapters.adapter_groups import AdapterSegment
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.config.batch import BatchPlan, filled
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
@@ -357,9 +357,9 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
 def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
     """Combine the micro-batches of several adapters into one of shape (1, tokens). A single one keeps its shape."""
     batches = [batch for _, batch in parts]
-    shares = tuple(Share(name, *batch.tokens.shape) for name, batch in parts)
+    segments = tuple(AdapterSegment(name, *batch.tokens.shape) for name, batch in parts)
     if len(batches) == 1:
-        return replace(batches[0], shares=shares)
+        return replace(batches[0], segments=segments)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
     # An adapter without dropout has no token index and does not use it.
@@ -371,7 +371,7 @@ def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
         labels=concatenated([batch.labels for batch in batches])[None],
         documents=concatenated(documents)[None] if documents else None,
         token_index=concatenated(indices)[None] if indexed else None,
-        shares=shares,
+        segments=segments,
         lengths=concatenated([batch.lengths for batch in batches]),
         num_samples=sum(batch.num_samples for batch in batches),
     )

@@ -11,7 +11,7 @@ from typing import Any, cast
 from deepspeed.pipe import PipelineModule
 from torch import Tensor
 
-from megatron_tiedlora.adapters.adapter_groups import Shares
+from megatron_tiedlora.adapters.adapter_groups import AdapterSegments
 from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
@@ -26,7 +26,7 @@ class PipelinedModel(PipelineModule):
 
     stage: Stage
     groups: ParallelGroups
-    shares: Shares = ()  # the shares of the next forward pass's micro-batch
+    segments: AdapterSegments = ()  # the segments of the next forward pass's micro-batch
 
     def __init__(
         self, specs: Sequence[LayerSpec], stages: Sequence[range], *, grid: Grid, build_stage: BuildStage
@@ -63,7 +63,7 @@ class PipelinedModel(PipelineModule):
             positions,
             documents=documents[0] if documents else None,
             token_index=token_index,
-            shares=self.shares,
+            segments=self.segments,
         )
         return output
 

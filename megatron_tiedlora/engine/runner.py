@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Shares
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, AdapterSegments
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import MOMENTS, AdapterLayout, gather_state, sum_gradients_
 from megatron_tiedlora.engine.engine import gradient_norms, parameter_access, reported_norm, trained_parameters
@@ -253,12 +253,12 @@ class Losses:
     divisors: Mapping[str, Divisors]  # for every adapter that has a loss
     found: list[tuple[str, Tensor]] = field(default_factory=list)
 
-    def weighted(self, losses: Tensor, shares: Shares) -> Tensor:
-        """Record the losses, (shares,) or () for one, and return the sum of the divided losses."""
+    def weighted(self, losses: Tensor, segments: AdapterSegments) -> Tensor:
+        """Record the losses, (segments,) or () for one, and return the sum of the divided losses."""
         total: Tensor | None = None
-        for share, loss in zip(shares, losses.unbind() if losses.ndim else (losses,), strict=True):
-            self.found.append((share.adapter, loss.detach()))
-            for divisor in self.divisors[share.adapter]:
+        for segment, loss in zip(segments, losses.unbind() if losses.ndim else (losses,), strict=True):
+            self.found.append((segment.adapter, loss.detach()))
+            for divisor in self.divisors[segment.adapter]:
                 loss = loss / divisor
             total = loss if total is None else total + loss
         assert total is not None, "a micro-batch has at least one adapter"
@@ -323,7 +323,7 @@ class Runner:
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """Return the summed loss of each adapter, per micro-batch, without gradients; 0 if another rank counts it."""
         self.engine.eval()
-        found = [Losses({share.adapter: () for share in batch.shares}) for batch in batches]  # not differentiated
+        found = [Losses({segment.adapter: () for segment in batch.segments}) for batch in batches]  # not differentiated
         self._score(batches, found)
         return [losses.sums(counted=self.counts_loss) for losses in found]
 
@@ -337,13 +337,13 @@ class Runner:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Return the summed loss of a micro-batch: a scalar, or one loss per adapter, (shares,), for several."""
+        """Return the summed loss of a micro-batch: a scalar, or one loss per adapter, (segments,), for several."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         token_index = None if batch.token_index is None else self._on_device(batch.token_index)
         # Document ids stay on the host, where their boundaries are computed.
         with self.each_forward():
-            more = {"documents": batch.documents, "token_index": token_index, "shares": batch.shares}
+            more = {"documents": batch.documents, "token_index": token_index, "segments": batch.segments}
             loss: Tensor = self.engine(tokens, positions, supervised, **more)
         return loss
 
@@ -354,7 +354,7 @@ class Runner:
             # packed steps, so DeepSpeed cannot count them itself.
             steps = self.optimizers.engine_steps and index == len(batches)
             self.engine.set_gradient_accumulation_boundary(steps)
-            self.engine.backward(losses.weighted(self.forward(batch), batch.shares))
+            self.engine.backward(losses.weighted(self.forward(batch), batch.segments))
             if not steps:
                 self.engine.step()  # changes no parameter
             if index < len(batches):
@@ -365,7 +365,7 @@ class Runner:
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
         """Run the forward pass of each micro-batch and record its losses in the matching element of `losses`."""
         for found, batch in zip(losses, batches, strict=True):
-            found.weighted(self.forward(batch), batch.shares)
+            found.weighted(self.forward(batch), batch.segments)
 
 
 class PipelineRunner(Runner):
@@ -408,7 +408,7 @@ class PipelineRunner(Runner):
         self.engine.total_loss = None
         self.engine._compute_loss = True
         self._to_load, self._to_receive, self._losses = iter(batches), iter(batches), losses
-        self._shares: dict[int, Shares] = {}
+        self._segments: dict[int, AdapterSegments] = {}
         self.engine._exec_schedule(
             schedule(micro_batches=len(batches), stages=self.groups.pipeline.size, stage_id=self.groups.pipeline.rank)
         )
@@ -416,12 +416,12 @@ class PipelineRunner(Runner):
     def _load(self, buffer_id: int) -> None:
         """Load the tensors of the next micro-batch that the first and the last stage need besides hidden states."""
         batch = next(self._to_load)
-        self._shares[buffer_id] = batch.shares
+        self._segments[buffer_id] = batch.segments
         if self.stage.embedding is not None:
             self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._positions(batch))
         if self.stage.head is not None:
             losses = next(self._losses)
-            labels = *self._supervised(batch), lambda found: losses.weighted(found, batch.shares)
+            labels = *self._supervised(batch), lambda found: losses.weighted(found, batch.segments)
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
     def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:
@@ -437,14 +437,14 @@ class PipelineRunner(Runner):
         return (positions,) if batch.documents is None else (positions, batch.documents)
 
     def _forward(self, buffer_id: int) -> None:
-        self.engine.module.shares = self._shares[buffer_id]
+        self.engine.module.segments = self._segments[buffer_id]
         with self.each_forward():
             self.engine._exec_forward_pass(buffer_id)
 
     def _receive(self, buffer_id: int) -> None:
         """Receive the hidden states of the next micro-batch. Their shape follows from the shape of its tokens."""
         batch = next(self._to_receive)
-        self._shares[buffer_id] = batch.shares
+        self._segments[buffer_id] = batch.segments
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
         self._messages.recv(hidden, self.engine.prev_stage)
         self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._positions(batch))

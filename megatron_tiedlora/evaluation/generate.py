@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY, Share, Shares, spans_of
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterSegment, AdapterSegments, spans_of
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
@@ -97,7 +97,7 @@ class Decoder:
             for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`,
                 the loss of each token, (tokens,).
         """
-        shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
+        segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
         picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
@@ -106,14 +106,14 @@ class Decoder:
             positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
             of_tokens = None if labels is None else concatenated(labels)[None]
-            picked = None if wanted is None else torch.cat(list(_among_all(shares, wanted)))
+            picked = None if wanted is None else torch.cat(list(_among_all(segments, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        updates = self._updates_of(shares)
+        updates = self._updates_of(segments)
         output = self.stage.predict(
-            inputs, positions, of_tokens, shares=shares, caches=all_caches, updates=updates, wanted=picked
+            inputs, positions, of_tokens, segments=segments, caches=all_caches, updates=updates, wanted=picked
         )
         if self.is_last:
             return output.flatten(0, 1)
@@ -121,11 +121,11 @@ class Decoder:
         self._keep(work, output)
         return None
 
-    def _updates_of(self, shares: Shares) -> Mapping[int, LayerUpdate]:
-        names = tuple(share.adapter for share in shares)
+    def _updates_of(self, segments: AdapterSegments) -> Mapping[int, LayerUpdate]:
+        names = tuple(segment.adapter for segment in segments)
         if names != self._read:
-            self._read, self._updates = names, self.stage.read_adapter(shares)
-        spans, none = spans_of(shares), torch.empty(0)
+            self._read, self._updates = names, self.stage.read_adapter(segments)
+        spans, none = spans_of(segments), torch.empty(0)
         some = SomeTokens(none, none, spans, spans)
         return {layer: update_at(update, some) for layer, update in self._updates.items()}
 
@@ -157,13 +157,13 @@ class Decoder:
             self._in_flight.popleft()[0].wait()
 
 
-def _among_all(shares: Shares, wanted: RowTensors) -> Iterator[torch.Tensor]:
+def _among_all(segments: AdapterSegments, wanted: RowTensors) -> Iterator[torch.Tensor]:
     """Yield the positions for each adapter's sequences, as indices into the tokens of all adapters."""
     start = 0
-    for share, positions in zip(shares, wanted, strict=True):
-        first = start + torch.arange(share.num_rows, device=positions.device) * share.length
+    for segment, positions in zip(segments, wanted, strict=True):
+        first = start + torch.arange(segment.num_rows, device=positions.device) * segment.length
         yield first + positions
-        start += share.num_tokens
+        start += segment.num_tokens
 
 
 # Prompts computed together have at most this many tokens including padding, which bounds the memory. Each has at least

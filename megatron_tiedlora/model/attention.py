@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY, Share, Shares
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterSegment, AdapterSegments
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.model.batch import find_documents, whole_rows
@@ -80,14 +80,14 @@ class AttentionContext:
             to earlier tokens of its document.
         mask: 0 or -inf to be added to the scores if keys come from a cache, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
-        of_shares: one context for the tokens of each adapter, if keys come from the caches of several adapters.
+        of_segments: one context for the tokens of each adapter, if keys come from the caches of several adapters.
     """
 
     positions: Tensor
     tables: Mapping[shapes.RopeShape, tuple[Tensor, Tensor]]
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     mask: Tensor | None = None
-    of_shares: "tuple[AttentionContext, ...]" = ()
+    of_segments: "tuple[AttentionContext, ...]" = ()
 
 
 class Attention(nn.Module):
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         *,
         documents: Tensor | None = None,
         cache: AnyCache | None = None,
-        shares: Shares = (),
+        segments: AdapterSegments = (),
         ropes: Iterable[shapes.RopeShape | None] | None = None,
     ) -> AttentionContext:
         """Return the data that `attend` needs about the tokens. It is computed once for all layers.
@@ -118,7 +118,7 @@ class Attention(nn.Module):
             positions: (b, s) int64.
             dtype: the dtype of the activations.
             documents: (b, s) int64, document ids; None if each row is one document. Reading is fastest on the host.
-            shares: the adapters of the tokens; if there are several adapters, b is 1. By default there is one adapter.
+            segments: the adapters of the tokens; if there are several, b is 1. By default there is one adapter.
             cache: the cache of any layer before the call. The first call fills it with complete prompts, padded on the
                 right. Later tokens attend to its keys up to their own position. Each of several adapters has a cache.
             ropes: the rotations of all layers, if some differ from this layer's rotation.
@@ -128,21 +128,21 @@ class Attention(nn.Module):
         tables = {rope: rotation_table(positions, replace(heads, rope=rope), dtype) for rope in rotations}
         context = AttentionContext(positions, tables)
         if isinstance(cache, tuple):
-            by_share = zip(_by_share(positions, shares), cache, strict=True)
-            of_shares = tuple(self.context(ids, dtype, cache=own, ropes=()) for ids, own in by_share)
-            return replace(context, of_shares=of_shares)
+            by_segment = zip(_by_segment(positions, segments), cache, strict=True)
+            of_segments = tuple(self.context(ids, dtype, cache=own, ropes=()) for ids, own in by_segment)
+            return replace(context, of_segments=of_segments)
         if cache is not None and cache.filled:
             return replace(context, mask=self._cache_mask(positions, cache))
         device, (num_rows, length) = positions.device, positions.shape
-        shares = shares or (Share(ONLY, num_rows, length),)
+        segments = segments or (AdapterSegment(ONLY, num_rows, length),)
         if device.type == "cpu":
-            parts = _tiled_shares(shares, documents, tile_size(heads.num, heads.num_kv))
+            parts = _tiled_segments(segments, documents, tile_size(heads.num, heads.num_kv))
             return replace(context, attend=partial(attend_by_tiles, parts=parts, kernels=self.kernels))
-        if len(shares) == 1 and documents is None:
+        if len(segments) == 1 and documents is None:
             found = whole_rows(num_rows, length, device)
         else:
             ids = torch.zeros(positions.shape) if documents is None else documents
-            found = find_documents(_by_share(ids, shares), device)
+            found = find_documents(_by_segment(ids, segments), device)
         route = self.route(device, dtype)
         assert route.attend is not None, "every device except a CPU has a function"
         return replace(context, attend=partial(attend_within, documents=found, attend=route.attend))
@@ -183,9 +183,9 @@ class Attention(nn.Module):
         num_rows = len(context.positions)
         query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=table)
         if isinstance(cache, tuple):
-            heads = split_rows((query, key, value), [own.positions.shape for own in context.of_shares])
-            by_share = zip(heads, context.of_shares, cache, strict=True)
-            outputs = [self._attend(q, k, v, own, of_share) for (q, k, v), own, of_share in by_share]
+            heads = split_rows((query, key, value), [own.positions.shape for own in context.of_segments])
+            by_segment = zip(heads, context.of_segments, cache, strict=True)
+            outputs = [self._attend(q, k, v, own, of_segment) for (q, k, v), own, of_segment in by_segment]
             return torch.cat([output.flatten(0, 1) for output in outputs])[None]
         return self._attend(query, key, value, context, cache)
 
@@ -202,24 +202,24 @@ class Attention(nn.Module):
         return context.attend(query, key, value)
 
 
-def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
+def _by_segment(ids: Tensor, segments: AdapterSegments) -> list[Tensor]:
     """Split ids (1, s), or (rows, length) of a single adapter, into one tensor (rows, length) per adapter."""
-    parts = ids.flatten().split([share.num_tokens for share in shares])
-    return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
+    parts = ids.flatten().split([segment.num_tokens for segment in segments])
+    return [part.view(segment.num_rows, segment.length) for part, segment in zip(parts, segments, strict=True)]
 
 
-def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
+def _tiled_segments(segments: AdapterSegments, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
     """Return the rows of a micro-batch for attention on a CPU. The result of a row does not depend on other rows.
 
     Consecutive rows of one length are computed together, except packed rows of different adapters. A tile of these
     would contain all keys that any of the rows attends to, so the rounding of a row would depend on other rows.
     """
     if documents is not None:
-        pairs = zip(shares, _by_share(documents, shares), strict=True)
+        pairs = zip(segments, _by_segment(documents, segments), strict=True)
         return tuple(TiledRows(s.num_rows, s.length, find_query_tiles(ids, s.length, size=size)) for s, ids in pairs)
     found = []
-    for length, some in groupby(shares, key=lambda share: share.length):
-        num_rows = sum(share.num_rows for share in some)
+    for length, some in groupby(segments, key=lambda segment: segment.length):
+        num_rows = sum(segment.num_rows for segment in some)
         found.append(TiledRows(num_rows, length, find_query_tiles(None, length, size=size)))
     return tuple(found)
 

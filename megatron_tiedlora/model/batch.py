@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tiedlora.adapters.adapter_groups import Shares, spans_of
+from megatron_tiedlora.adapters.adapter_groups import AdapterSegments, spans_of
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL, RowSpan, RowSpans, span_starts, spans_between
 
@@ -33,8 +33,8 @@ class MicroBatch:
             index of the token's sample in the row, and padding is one more document. None if each row is one sample.
         token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
             None if there is no dropout.
-        shares: the rows of each adapter. If there are several adapters, all rows are concatenated, so b is 1.
-        lengths: (rows,) int64, the number of tokens in each row without padding. With `shares`, these are the rows of
+        segments: the rows of each adapter. If there are several adapters, all rows are concatenated, so b is 1.
+        lengths: (rows,) int64, the number of tokens in each row without padding. With `segments`, these are the rows of
             the adapters.
         num_samples: the number of samples; 0 for a batch of padding only.
     """
@@ -44,7 +44,7 @@ class MicroBatch:
     labels: Tensor
     documents: Tensor | None = None
     token_index: Tensor | None = None
-    shares: Shares = ()
+    segments: AdapterSegments = ()
     lengths: Tensor
     num_samples: int
 
@@ -60,7 +60,7 @@ class MicroBatch:
 
     def supervised(self, num_parts: int = 1) -> "Supervised":
         """Return the supervised positions of the micro-batch; see `find_supervised`."""
-        return find_supervised(self.labels, num_parts, self.shares)
+        return find_supervised(self.labels, num_parts, self.segments)
 
 
 class Supervised(NamedTuple):
@@ -97,7 +97,7 @@ def padded_positions(num_supervised: int) -> int:
     return padded(max(1, num_supervised))
 
 
-def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
+def find_supervised(labels: Tensor, num_parts: int = 1, segments: AdapterSegments = ()) -> Supervised:
     """Return the supervised positions of labels (b, s) int64. Positions with the label -100 are not supervised.
 
     In each shard, the positions of an adapter are padded to a multiple of `SIZE_MULTIPLE` with the position of its
@@ -106,9 +106,9 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
 
     Args:
         num_parts: the number of shards of activations along the sequence; it must divide b s.
-        shares: the adapters of the micro-batch; if there are several adapters, b is 1.
+        segments: the adapters of the micro-batch; if there are several adapters, b is 1.
     """
-    spans, by_part = spans_of(shares), labels.reshape(num_parts, -1)
+    spans, by_part = spans_of(segments), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
     owned = spans or (RowSpan(0, labels.numel()),)
     found = list[list[tuple[int, Tensor, int]]]()  # for each shard and span: adapter, positions and first position

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Shares
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, AdapterSegments
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter, update_at
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES
@@ -54,7 +54,7 @@ class SupervisedTail:
     head: Head
     tensor_parallel: TensorParallel
 
-    def logits(self, attended: Attended, *, wanted: Tensor | None = None, shares: Shares = ()) -> Tensor:
+    def logits(self, attended: Attended, *, wanted: Tensor | None = None, segments: AdapterSegments = ()) -> Tensor:
         """Return logits, equal on every rank: (b, s, V), or (b, 1, V) for one position per row, `wanted` (b,) int64.
 
         With several adapters, there is one position for each of their rows, as an index into all tokens (1, s).
@@ -63,7 +63,9 @@ class SupervisedTail:
         if wanted is not None:
             assert not self.tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
             rows = torch.arange(size, device=wanted.device) * length + wanted
-            spans = tuple(RowSpan(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
+            spans = tuple(
+                RowSpan(number, segment.num_rows) for number, segment in enumerate(segments) if len(segments) > 1
+            )
             some = SomeTokens(rows, rows, spans, spans)
         joined, update = self._join(attended, some)
         logits: Tensor = self.head(self.block.add_mlp(joined, self.tensor_parallel, update), self.tensor_parallel)
@@ -98,20 +100,20 @@ class SupervisedTail:
         loss = run_with_early_backward(summed, *inputs, spans=spans) if needs else summed(joined, *slots)
         return _with_zero_gradients(loss, attended.zero_gradients)
 
-    def position_losses(self, attended: Attended, labels: Tensor, shares: Shares = ()) -> Tensor:
+    def position_losses(self, attended: Attended, labels: Tensor, segments: AdapterSegments = ()) -> Tensor:
         """Return the loss of each position, (b, s), without a gradient. It is 0 for positions without a label."""
-        supervised, some = self._supervised(labels, shares)
+        supervised, some = self._supervised(labels, segments)
         joined, update = self._join(attended, some)
         hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
         losses = self.head(hidden, self.tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
-    def _supervised(self, labels: Tensor | Supervised, shares: Shares = ()) -> tuple[Supervised, SomeTokens]:
+    def _supervised(self, labels: Tensor | Supervised, segments: AdapterSegments = ()) -> tuple[Supervised, SomeTokens]:
         """Return the supervised positions, and this rank's tokens at these positions."""
         num_parts, supervised = self.tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
-            supervised = find_supervised(supervised, num_parts, shares)
+            supervised = find_supervised(supervised, num_parts, segments)
         size, part = len(supervised.rows) // num_parts, self.tensor_parallel.group.rank if num_parts > 1 else 0
         start, stop = part * size, (part + 1) * size
         local_spans = spans_between(supervised.spans, start, stop)
@@ -240,7 +242,7 @@ class Stage(nn.Module):
         *,
         documents: Tensor | None = None,
         token_index: Tensor | None = None,
-        shares: Shares = (),
+        segments: AdapterSegments = (),
         prediction: Callable[[], Tensor] | None = None,
     ) -> Tensor | Attended:
         """Run the forward pass for training; for predictions call `predict`.
@@ -251,7 +253,7 @@ class Stage(nn.Module):
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, computed on the host.
             documents: (b, s) int64, document ids; None if each row is one document.
             token_index: (b, s) int64, see `MicroBatch`; None if there is no dropout.
-            shares: the adapters of the micro-batch; by default the only adapter. If there are several, b is 1, and
+            segments: the adapters of the micro-batch; by default the only adapter. If there are several, b is 1, and
                 `labels` is the result of `find_supervised`.
             prediction: a function that `predict` passes; it is called instead of the forward pass.
 
@@ -265,10 +267,10 @@ class Stage(nn.Module):
             hidden = self.embed(inputs, self.tensor_parallel)
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
-        updates = self.read_adapter(shares)
+        updates = self.read_adapter(segments)
         if token_index is not None and self.adapter_group is not None:
-            updates = self.adapter_group.with_dropout(updates, token_index, shares, self.tensor_parallel)
-        context = self.context(positions, hidden.dtype, documents=documents, shares=shares)
+            updates = self.adapter_group.with_dropout(updates, token_index, segments, self.tensor_parallel)
+        context = self.context(positions, hidden.dtype, documents=documents, segments=segments)
         output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
         unused: tuple[Tensor, ...] = () if self.anchor is None else (self.anchor,)
         if self.embedding is None and not self.needs_input_gradient:
@@ -288,7 +290,7 @@ class Stage(nn.Module):
         labels: Tensor | None = None,
         *,
         documents: Tensor | None = None,
-        shares: Shares = (),
+        segments: AdapterSegments = (),
         caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
         wanted: Tensor | None = None,
@@ -297,7 +299,7 @@ class Stage(nn.Module):
 
         Args:
             inputs, positions, labels, documents: as in `forward`.
-            shares: as in `forward`.
+            segments: as in `forward`.
             caches: one cache per block, for generation; with several adapters, one per block and adapter.
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
@@ -310,15 +312,15 @@ class Stage(nn.Module):
         def logits_or_losses() -> Tensor:
             tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
             hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
-            context = self.context(positions, hidden.dtype, documents=documents, caches=caches, shares=shares)
-            found = self.read_adapter(shares) if updates is None else updates
+            context = self.context(positions, hidden.dtype, documents=documents, caches=caches, segments=segments)
+            found = self.read_adapter(segments) if updates is None else updates
             output = self.run_blocks(hidden, context, tensor_parallel, found, caches=caches)
             if isinstance(output, Tensor):
                 return output
             tail = replace(self.tail, tensor_parallel=tensor_parallel)
             if labels is not None:
-                return tail.position_losses(output, labels, shares)
-            return tail.logits(output, wanted=wanted, shares=shares)
+                return tail.position_losses(output, labels, segments)
+            return tail.logits(output, wanted=wanted, segments=segments)
 
         # The module is called, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
         return cast(Tensor, self(inputs, positions, prediction=logits_or_losses))
@@ -329,15 +331,15 @@ class Stage(nn.Module):
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
         return qkv.frozen.tensor.new_empty(*shape, qkv.frozen.local_shape[1], dtype=qkv.dtype)
 
-    def read_adapter(self, shares: Shares = ()) -> dict[int, LayerUpdate]:
+    def read_adapter(self, segments: AdapterSegments = ()) -> dict[int, LayerUpdate]:
         """Return the updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
 
         Args:
-            shares: as in `forward`.
+            segments: as in `forward`.
         """
         if self.adapter_group is None:
             return {}
-        return self.adapter_group.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
+        return self.adapter_group.updates(segments, self.tensor_parallel, dtype=self.attention.qkv.dtype)
 
     def embed(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         """Return activations between layers from tokens (b, s) int64."""
@@ -350,13 +352,15 @@ class Stage(nn.Module):
         *,
         documents: Tensor | None = None,
         caches: Sequence[AnyCache] | None = None,
-        shares: Shares = (),
+        segments: AdapterSegments = (),
     ) -> AttentionContext:
         """Return the data that attention needs about the tokens in every block; see `Attention.context`."""
         cache = caches[0] if caches else None
         blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
         ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)
-        return self.attention.context(positions, dtype, documents=documents, cache=cache, shares=shares, ropes=ropes)
+        return self.attention.context(
+            positions, dtype, documents=documents, cache=cache, segments=segments, ropes=ropes
+        )
 
     def run_blocks(
         self,

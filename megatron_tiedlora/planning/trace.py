@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, Share
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, AdapterSegment
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model import attention, fused_attention
@@ -205,10 +205,12 @@ class Tracer:
         with torch.device(counting.META):
             adapter_group = AdapterGroup({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in adapter_group.named_parameters()}
-        shares = tuple(Share(name, 1, 8 * self.tensor_parallel.group.size) for name in adapter_group.adapters)
+        segments = tuple(
+            AdapterSegment(name, 1, 8 * self.tensor_parallel.group.size) for name in adapter_group.adapters
+        )
         counts = self._counts
         counts.restart()
-        updates = adapter_group.updates(shares, self.tensor_parallel, dtype=self.dtype)
+        updates = adapter_group.updates(segments, self.tensor_parallel, dtype=self.dtype)
         forward, slots = dict(counts.found), list[torch.Tensor]()
         counts.found.clear()
         factors = {}
@@ -289,8 +291,8 @@ class Tracer:
                 layers = () if config is None else (index,)
                 part = AdapterShard(replace(config or like, layers=(index,)), layers, group.rank, group.size)
                 adapter_group[str(number)] = TiedAdapter(part)
-            shares = [Share(name, 1, some) for name, some in zip(adapter_group, sizes.tokens, strict=True)]
-            updates = AdapterGroup(adapter_group).updates(shares, self.tensor_parallel, dtype=self.dtype)
+            segments = [AdapterSegment(name, 1, some) for name, some in zip(adapter_group, sizes.tokens, strict=True)]
+            updates = AdapterGroup(adapter_group).updates(segments, self.tensor_parallel, dtype=self.dtype)
         found, factors = dict[str, LinearUpdate](), {}
         for name, linear in updates[index].items():
             assert linear.a is not None and linear.f is not None, "an adapted linear has factors"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Share
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, AdapterSegment
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter, initial_values
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import ModelShape
@@ -137,9 +137,9 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
     def forward(batch: MicroBatch) -> torch.Tensor:
         supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
         tokens, positions = batch.tokens.to(device), batch.positions.to(device)
-        losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
-        divisors = {share.adapter: (first.num_supervised,) for share in batch.shares}  # the same in every step
-        return Losses(divisors).weighted(losses, batch.shares)
+        losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, segments=batch.segments)
+        divisors = {segment.adapter: (first.num_supervised,) for segment in batch.segments}  # the same in every step
+        return Losses(divisors).weighted(losses, batch.segments)
 
     optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
     in_turn: list[TimedStep] = [
@@ -164,8 +164,8 @@ def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
     """Return one micro-batch of the adapter `name` that has the rows of all `batches`. The rows are not packed."""
     arrays = ("tokens", "positions", "labels", "lengths")
     joined = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
-    shares = (Share(name, *joined["tokens"].shape),)
-    return MicroBatch(**joined, shares=shares, num_samples=sum(batch.num_samples for batch in batches))
+    segments = (AdapterSegment(name, *joined["tokens"].shape),)
+    return MicroBatch(**joined, segments=segments, num_samples=sum(batch.num_samples for batch in batches))
 
 
 def random_stage(

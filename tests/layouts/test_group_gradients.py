@@ -74,19 +74,19 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
     losses = dict.fromkeys(weights, 0.0)
     batches = case.batches[grid.dp_rank :: grid.dp_size]
     for batch in batches:
-        names = [share.adapter for share in batch.shares]
+        names = [segment.adapter for segment in batch.segments]
         found, _ = Walk(stage, grid).train(
             batch.tokens,
             batch.positions,
             batch.supervised(stage.tensor_parallel.sequence_parts),
             torch.tensor([weights[name] for name in names], dtype=DTYPE),
             documents=batch.documents,
-            shares=batch.shares,
+            segments=batch.segments,
         )
         for name, loss in zip(names, found.expand(len(names)).tolist(), strict=True):
             losses[name] += loss
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
-    present = {share.adapter for batch in batches for share in batch.shares}
+    present = {segment.adapter for batch in batches for segment in batch.segments}
     absent = {
         name: [tensor for tensor, p in adapter.named_parameters() if p.requires_grad]
         for name, adapter in adapter_group.adapters.items()

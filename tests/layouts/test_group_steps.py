@@ -120,7 +120,7 @@ def _train(
     accumulate = runner.accumulate
 
     def counted(batches: Sequence[MicroBatch], *arguments: Any) -> dict[str, float]:
-        micro_batches.append(max(len(batch.shares) for batch in batches))
+        micro_batches.append(max(len(batch.segments) for batch in batches))
         sums = accumulate(batches, *arguments)
         for name, adapter in runner.adapters.items() if not gradients else ():
             gradients[name] = {tensor: p.grad.clone() for tensor, p in adapter.named_parameters() if p.grad is not None}

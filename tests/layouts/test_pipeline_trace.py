@@ -20,7 +20,7 @@ from support.run_helpers import write_rows
 from support.tiny_models import write_tiny_model
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY, Share
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterSegment
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.weights import layer_costs
@@ -162,7 +162,7 @@ def _batches(case: Case, names: Sequence[str], vocab_size: int) -> Iterator[Micr
             labels=labels,
             lengths=torch.full((case.rows,), case.length),
             num_samples=case.rows,
-            shares=(Share(names[index % len(names)], case.rows, case.length),),
+            segments=(AdapterSegment(names[index % len(names)], case.rows, case.length),),
         )
 
 

@@ -57,7 +57,7 @@ def alone(base: Base, own: Own, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def _tell_shares() -> None:
     def look(_: Any, batches: Any) -> None:
-        print(_SHARES, max(len(batch.shares) for batch in batches), flush=True)
+        print(_SHARES, max(len(batch.segments) for batch in batches), flush=True)
 
     before_call("megatron_tiedlora.engine.runner", "Runner.evaluate", look)
 

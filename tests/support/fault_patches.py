@@ -204,7 +204,7 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     find, accumulate, weighted = module.Runner._supervised, module.Runner.accumulate, module.Losses.weighted
 
     def noted(runner: Any, batch: Any) -> Any:
-        supervised[id(batch.shares)] = max(int((batch.labels != -100).sum()), 1)
+        supervised[id(batch.segments)] = max(int((batch.labels != -100).sum()), 1)
         return find(runner, batch)
 
     def divided(losses: Any, found: torch.Tensor, shares: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.adapter_groups import Share
+from megatron_tiedlora.adapters.adapter_groups import AdapterSegment
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.encode import Encoding, encode_dataset
 from megatron_tiedlora.data.splits import load_split
@@ -165,20 +165,20 @@ class SharedBatch:
     positions: torch.Tensor
     labels: torch.Tensor
     documents: torch.Tensor | None
-    shares: tuple[Share, ...]
+    segments: tuple[AdapterSegment, ...]
 
     def supervised(self, num_parts: int = 1) -> Supervised:
         """Its supervised positions."""
-        return find_supervised(self.labels, num_parts, self.shares)
+        return find_supervised(self.labels, num_parts, self.segments)
 
 
 def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:
     """One shared micro-batch from those of (adapter, its micro-batch)."""
-    shares = tuple(Share(name, *batch.input_ids.shape) for name, batch in parts)
+    segments = tuple(AdapterSegment(name, *batch.input_ids.shape) for name, batch in parts)
     of_each = [(batch.input_ids, batch.positions, batch.labels, batch.documents) for _, batch in parts]
     if len(parts) == 1:
-        return SharedBatch(*of_each[0], shares)
-    return SharedBatch(*map(_end_to_end, zip(*of_each, strict=True)), shares)
+        return SharedBatch(*of_each[0], segments)
+    return SharedBatch(*map(_end_to_end, zip(*of_each, strict=True)), segments)
 
 
 def rounds(members: Sequence[Member], *, shared: bool) -> list[SharedBatch]:

@@ -162,7 +162,7 @@ def _count(case: Case, device: torch.device, patch: pytest.MonkeyPatch) -> Count
         shapes, accumulate, counted = list[tuple[int, int, int, int]](), runner.accumulate, list[Traffic]()
 
         def seen(batches: Any, *arguments: Any) -> dict[str, float]:
-            shapes[:] = [(*batch.tokens.shape, batch.num_supervised, len(batch.shares)) for batch in batches]
+            shapes[:] = [(*batch.tokens.shape, batch.num_supervised, len(batch.segments)) for batch in batches]
             return accumulate(batches, *arguments)
 
         runner.accumulate = seen  # type: ignore[method-assign]

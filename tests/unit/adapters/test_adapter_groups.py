@@ -114,10 +114,12 @@ def together(
     stage, losses = loaded_stage(folder, adapter_group, dtype, **settings), {member.name: [] for member in members}
     weights = {member.name: weight_of(member) for member in members}
     for batch in batches:
-        found = stage(batch.tokens, batch.positions, batch.supervised(), documents=batch.documents, shares=batch.shares)
-        (found / torch.tensor([weights[share.adapter] for share in batch.shares], dtype=wide)).sum().backward()
-        for share, loss in zip(batch.shares, found.view(-1).tolist(), strict=True):
-            losses[share.adapter].append(loss)
+        found = stage(
+            batch.tokens, batch.positions, batch.supervised(), documents=batch.documents, segments=batch.segments
+        )
+        (found / torch.tensor([weights[segment.adapter] for segment in batch.segments], dtype=wide)).sum().backward()
+        for segment, loss in zip(batch.segments, found.view(-1).tolist(), strict=True):
+            losses[segment.adapter].append(loss)
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
     return losses, {name: gradients_of(adapter) for name, adapter in adapter_group.adapters.items()}
 

@@ -16,7 +16,7 @@ from support.tiny_models import write_tiny_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, Share
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, AdapterSegment
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
     AdapterShard,
@@ -97,7 +97,12 @@ ADAPTERS = {
     "one of o_proj": (adapter("tl6", 5, (1,), (OUTPUT,)),),
     "one of down_proj": (adapter("tl1", 5, (4,), (DOWN,)),),
 }
-SHARES = (Share("0", 2, 96), Share("1", 1, 64), Share("2", 3, 40), Share("3", 1, 16))
+SHARES = (
+    AdapterSegment("0", 2, 96),
+    AdapterSegment("1", 1, 64),
+    AdapterSegment("2", 3, 40),
+    AdapterSegment("3", 1, 16),
+)
 
 
 def layout_of(*adapters: AdapterConfig, **changes: Any) -> Layout:
@@ -127,10 +132,10 @@ def test_saved_bytes_are_those_of_the_plan(name: str, recompute: str, dtype: tor
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(512, size, generator=generator)
     labels = tokens.roll(-1, dims=1).where(torch.rand(size, generator=generator) < 0.4, -100)
-    supervised = find_supervised(labels, shares=given)
+    supervised = find_supervised(labels, segments=given)
     positions = torch.cat([torch.arange(share.length).repeat(share.num_rows) for share in shares]).view(size)
     with saved_by_autograd(stage) as saved:
-        stage(tokens, positions, supervised, shares=given)
+        stage(tokens, positions, supervised, segments=given)
     own = {parameter.untyped_storage().data_ptr() for _, parameter in adapter_group.named_parameters()}
     others = {key: tensor for key, tensor in saved.items() if key not in own and tensor.is_floating_point()}
     rotations = (1, SHAPE.heads.dim // 2)  # the shape of cos and sin
@@ -283,7 +288,7 @@ def test_the_shares_of_a_micro_batch_are_those_that_are_computed() -> None:
                 padded[index, torch.from_numpy(np.flatnonzero(row)) - 1] = 7
             owned.append((number, rows))
             labels.append(padded.flatten())
-            shares.append(Share(str(number), len(rows), length))
+            shares.append(AdapterSegment(str(number), len(rows), length))
         found = find_supervised(torch.cat(labels)[None], parts, shares)
         shape = shared_shape(layout, owned)
         assert shape.num_supervised == len(found.labels)
