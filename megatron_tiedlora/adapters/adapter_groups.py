@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
-from megatron_tiedlora.adapters.tied_adapter import AdapterShard, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, LayerUpdate, LinearUpdate, TiedAdapter, full_factors
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, spans_between
 
@@ -115,7 +115,7 @@ class AdapterGroup:
             return dict(zip(adapters[0].part.layers, updates, strict=True))
         spans, group = spans_of(segments), tensor_parallel.group
         by_adapter = []
-        for adapter, whole in zip(adapters, whole_factors(adapters, group), strict=True):
+        for adapter, whole in zip(adapters, full_factors(adapters, group), strict=True):
             layers = adapter.part.layers
             by_adapter.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
         local_spans = spans

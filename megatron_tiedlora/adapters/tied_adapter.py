@@ -357,7 +357,7 @@ class TiedAdapter(nn.Module):
         """
         if not self.part.layers:
             return ()
-        (whole,) = whole_factors([self], tensor_group)
+        (whole,) = full_factors([self], tensor_group)
         if self.u_sum is not None and self.config.method_spec.u.trained and torch.is_grad_enabled():
             names = [f"{target.prefix}u" for target in self.config.targets]
             u = [whole[name] for name in names]
@@ -385,7 +385,7 @@ class TiedAdapter(nn.Module):
         return self.get_submodule(target.prefix.rstrip("."))
 
 
-def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> list[dict[str, Any]]:
+def full_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> list[dict[str, Any]]:
     """Gather and return the factors that this rank's matmuls need, by name. A factor frozen at one is None."""
     factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
     dims = [

@@ -386,13 +386,13 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sealed(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[str, Any]:
+def with_checksums(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[str, Any]:
     """Return a copy of the JSON object `content` with the checksums of `files` and its own checksum."""
     whole = {**content, FILES_FIELD: {file.name: file_sha256(file) for file in files}}
-    return {**whole, SEAL_FIELD: _seal(whole)}
+    return {**whole, SEAL_FIELD: _checksums(whole)}
 
 
-def check_seal(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
+def check_checksums(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
     """Check that a JSON object from `file` matches its own checksum. Return the checksums of the other files, by name.
 
     The result is empty if PEFT wrote the file.
@@ -405,7 +405,7 @@ def check_seal(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
     sums = content.get(FILES_FIELD)
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise UserError(f"{file}: {FILES_FIELD} = {shown(sums)} is not a table of files and checksums; copy it again")
-    if content.get(SEAL_FIELD) != _seal(content):
+    if content.get(SEAL_FIELD) != _checksums(content):
         raise UserError(f"{file}: does not match its own checksum: it was damaged or edited; copy it again")
     return sums
 
@@ -421,7 +421,7 @@ def check_file(file: Path, sums: Mapping[str, str], *, found: str | None = None)
         raise UserError(f"{file}: does not match its checksum: it is damaged or from a different folder; copy it again")
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def _checksums(content: Mapping[str, Any]) -> str:
     # Spaces and the order of keys have no effect, so that a reformatted file still matches.
     rest = {name: value for name, value in content.items() if name != SEAL_FIELD}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
 from megatron_tiedlora.base import files
-from megatron_tiedlora.base.files import Count, Guard, Real, Size, Text, new_folder, sealed, unguarded, write_json
+from megatron_tiedlora.base.files import (
+    Count,
+    Guard,
+    Real,
+    Size,
+    Text,
+    new_folder,
+    unguarded,
+    with_checksums,
+    write_json,
+)
 from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import METHODS
@@ -42,13 +52,13 @@ StateDict = Mapping[str, Tensor]  # tensors by name
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter with its config, its base identity and its full fp32 tensors. `sealed` is True if its files have
-    checksums."""
+    """A loaded adapter with its config, its base identity and its full fp32 tensors. `has_checksums` tells whether its
+    files have checksums."""
 
     config: AdapterConfig
     base_identity: BaseIdentity
     state: Mapping[str, SentTensor]
-    sealed: bool = True
+    has_checksums: bool = True
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Tensor, Tensor]]:
         """Yield each weight W that the adapter changes, with A' (r, in) and B' (out, r) for W' = W + B' A'."""
@@ -109,7 +119,7 @@ def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: Base
     """Write the two files of an adapter into an existing folder. `save_adapter` writes a new folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
-    write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
+    write_json(folder / CONFIG_FILE, with_checksums(content, files=[folder / WEIGHTS_FILE]))
 
 
 def save_adapter(
@@ -234,7 +244,7 @@ def load_native_adapter(folder: Path) -> NativeAdapter:
         config, base, sums = again  # a run has replaced the adapter in the meantime
         state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
     check_values(config, state, source=file)
-    return NativeAdapter(config, base, state, sealed=bool(sums))
+    return NativeAdapter(config, base, state, has_checksums=bool(sums))
 
 
 def check_values(config: AdapterConfig, state: StateDict, *, source: Path | str) -> None:
@@ -268,7 +278,7 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     if type(version) is not int or version != FORMAT_VERSION:
         said = f"{file}: format_version {shown(version)}, of version {shown(content.get('version'))} of this package"
         raise UserError(f"{said}, is not {FORMAT_VERSION}, which this version reads; train the adapter again")
-    sums = files.check_seal(file, content)
+    sums = files.check_checksums(file, content)
     stored = files.read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)
     return stored.config, stored.base_identity, sums

@@ -92,7 +92,7 @@ def save_checkpoint(
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / STATE_FILE)
         names = native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, STATE_FILE
         content = {**asdict(progress), "settings": dict(settings)}
-        write_json(temporary / PROGRESS_FILE, files.sealed(content, files=[temporary / name for name in names]))
+        write_json(temporary / PROGRESS_FILE, files.with_checksums(content, files=[temporary / name for name in names]))
     move_latest(checkpoints, progress.step, guard=guard)
     remove_superseded(checkpoints, progress, keep=keep, later=True, guard=guard)
     return folder
@@ -195,7 +195,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Return the checkpoint in a folder. Raise UserError if a file is missing, damaged or from another checkpoint."""
     file = folder / PROGRESS_FILE
     content = files.read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
-    sums = files.check_seal(file, content)
+    sums = files.check_checksums(file, content)
     progress = files.read_fields(file, content, Progress)
     if "settings" not in content or not isinstance(content["settings"], dict):
         what = "not an object" if "settings" in content else "missing"

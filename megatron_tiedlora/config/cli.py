@@ -376,7 +376,7 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
 HALVING_REASON = "halving: "  # prefix of the recorded reason if --halving ended an adapter's training
 
 
-def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
+def competitors_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
     """Return {adapter name: names of the adapters that differ from it only in learning rate and output folder}."""
     same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
     return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
@@ -384,9 +384,9 @@ def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
 
 def check_halving(settings: Mapping[str, Settings]) -> None:
     """Raise UserError if --halving has no adapters to compare, or if their best checkpoints are not chosen by loss."""
-    rivals = rivals_of(settings)
-    if not any(rivals.values()):
+    competitors = competitors_of(settings)
+    if not any(competitors.values()):
         raise UserError("--halving: no two adapters differ only in the learning rate; remove it")
     for name, own in settings.items():
-        if rivals[name] and own.eval_metric != "loss":
+        if competitors[name] and own.eval_metric != "loss":
             raise UserError(f"{name}: --halving compares validation losses; remove --eval_metric {own.eval_metric}")

@@ -137,7 +137,7 @@ def check_base(
     if is_merged(source) and found.base_weights_hash != trained.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is already merged into it; give the plain base with --model")
     notes = base_identity.check_same_base(trained, found, source=flag, differs=differs)
-    if not adapter.sealed:
+    if not adapter.has_checksums:
         notes += (f"{flag}: {UNSEALED_NOTE}",)
     record = {name: getattr(found, name) for name in base_identity.HASH_FIELDS}
     if differences := base_identity.base_differences(trained, found):

@@ -22,7 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base import output_folder
-from megatron_tiedlora.base.files import TEMPORARY_PREFIX, check_seal, file_sha256, read_json_object, sealed, write_json
+from megatron_tiedlora.base.files import (
+    TEMPORARY_PREFIX,
+    check_checksums,
+    file_sha256,
+    read_json_object,
+    with_checksums,
+    write_json,
+)
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.progress import progress_bar
@@ -313,7 +320,7 @@ def written_arrays(
         yield append
     sizes = {name: (folder / name).stat().st_size for name in dtypes}
     content = {"facts": facts or {}, "sizes": sizes}
-    write_json(folder / _META_FILE, sealed(content, files=[folder / name for name in dtypes]))
+    write_json(folder / _META_FILE, with_checksums(content, files=[folder / name for name in dtypes]))
 
 
 def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
@@ -324,7 +331,7 @@ def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
     meta_file, files = folder / _META_FILE, {name: folder / name for name in dtypes}
     try:
         meta = read_json_object(meta_file, kind="a folder of arrays")
-        sums = check_seal(meta_file, meta)
+        sums = check_checksums(meta_file, meta)
         # Opening a pipe would block. A sparse file may have any size, so sizes are checked before hashes.
         if any(not file.is_file() or file.stat().st_size != meta["sizes"][name] for name, file in files.items()):
             return None

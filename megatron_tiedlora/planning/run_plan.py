@@ -350,7 +350,7 @@ _NAMING = set(marked(Settings, decides="adapter", derived=False))  # the setting
 
 
 @dataclass(frozen=True)
-class StartAdapter:
+class InitialAdapter:
     """The adapter of --init_from, whose values are the initial values of a run.
 
     Attributes:
@@ -409,7 +409,7 @@ def load_start(
     if given is None:
         return None, ()
     differs, failure = settings.base_differs, None
-    start = agreement.decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
+    start = agreement.decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=InitialAdapter)
     if _decided(start.config) != _decided(adapter):
         failure = UserError(f"--init_from {given}: the adapter was replaced while the run started. Start it again")
     agreement.raise_on_every_rank(failure)
@@ -427,7 +427,7 @@ def start_lines(settings: Settings, source: ModelSource) -> list[str]:
     return [f"  starts with the values of {settings.init_from}, {start.kind}", *(f"  ({note})" for note in start.notes)]
 
 
-def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapter:
+def read_start(given: str, source: ModelSource, *, differs: bool) -> InitialAdapter:
     """Read the adapter of --init_from in the folder `given`, for a base with the shape of `source`.
 
     Raises:
@@ -443,7 +443,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
     elif opened.native is not None:
         kind = "a PEFT folder with the native adapter that was exported"
     notes = opened.notes if opened.apart is None else (*opened.notes, opened.apart)
-    return StartAdapter(opened.config, opened.state, opened.trained_on, kind, notes)
+    return InitialAdapter(opened.config, opened.state, opened.trained_on, kind, notes)
 
 
 def _decided(config: AdapterConfig) -> dict[str, Any]:

@@ -98,20 +98,20 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
     return None
 
 
-def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def find_halved(evaluated: Mapping[str, BatchLosses], competitors: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return the names of the adapters whose training --halving ends, each with a reason.
 
-    Training of an adapter ends if its loss is significantly higher than the lowest loss of its `rivals` (95 %
+    Training of an adapter ends if its loss is significantly higher than the lowest loss of its `competitors` (95 %
     confidence).
 
     Args:
         evaluated: the last evaluation of each adapter. Only evaluations with the same step and batches are compared.
             The batches may change on resume, since they depend on the micro-batch size and the parallel configuration.
-        rivals: the names of the adapters with which each adapter is compared.
+        competitors: the names of the adapters with which each adapter is compared.
     """
     found = {}
     for name, own in evaluated.items():
-        same = [(other, evaluated[other]) for other in rivals[name] if other in evaluated]
+        same = [(other, evaluated[other]) for other in competitors[name] if other in evaluated]
         beside = [other for other, its in same if (its.step, its.tokens) == (own.step, own.tokens)]
         if not beside:
             continue

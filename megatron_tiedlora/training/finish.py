@@ -239,7 +239,7 @@ def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[Headl
         notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *built.notes[name])
         rows += [("note", f"{name}: {note}") for note in notes]
         rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
-        if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
+        if trainer.competitors.get(name) and len(run.evaluation_sizes) < 2:
             rows.append(("warning", f"{name}: --halving cannot estimate noise from a single validation batch"))
     return rows
 

@@ -27,7 +27,7 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ran
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated, find_behind
+from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated, find_halved
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import StepProfiler
 
@@ -160,7 +160,7 @@ class Trainer:
         folder: the folder of the run.
         profile: the steps to record, as in --profile.
         everyone: all adapters of the run in order, including adapters that finished in an earlier launch.
-        rivals: the names of the adapters with which --halving compares each adapter.
+        competitors: the names of the adapters with which --halving compares each adapter.
         last_step: the number of the last step. On resume it starts at the largest step number of all adapters.
     """
 
@@ -170,7 +170,7 @@ class Trainer:
     stop: StopRequests
     everyone: Mapping[str, AdapterRun | Finished]
     profile: str | None = None
-    rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    competitors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
     _rates: list[str] = field(default_factory=list)  # texts about the last step: total speed, then each adapter
@@ -259,7 +259,7 @@ class Trainer:
         After a resume with --halving, an adapter waits until all adapters compared with it have reached its step."""
         samples: dict[str, TrainingStep] = {}
         for name, run in running.items():
-            others = [running[other] for other in self.rivals.get(name, ()) if other in running]
+            others = [running[other] for other in self.competitors.get(name, ()) if other in running]
             if any(other.progress.step < run.progress.step for other in others):
                 continue
             with run.failing_alone():
@@ -295,9 +295,9 @@ class Trainer:
             if run.state == "running":
                 with run.failing_alone():
                     run.after_step(bar, found.get(name))
-        self._stop_behind(bar)
+        self._end_halved(bar)
 
-    def _stop_behind(self, bar: Any) -> None:
+    def _end_halved(self, bar: Any) -> None:
         """End the training of each adapter that --halving rejects. Only evaluations after the learning-rate warm-up are
         compared."""
         evaluated = {
@@ -308,7 +308,7 @@ class Trainer:
             and run.evaluated.step >= run.plan.settings.warmup_steps
         }
         running = self._running()
-        for name, reason in find_behind(evaluated, self.rivals).items():
+        for name, reason in find_halved(evaluated, self.competitors).items():
             if name in running:
                 with running[name].failing_alone():
                     running[name].end_behind(reason)

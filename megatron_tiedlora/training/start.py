@@ -19,7 +19,7 @@ from megatron_tiedlora.base.messages import UserError, count_text, naming, user_
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
-from megatron_tiedlora.config.cli import HALVING_REASON, HUB_NAMES, OF_ALL, PER_ADAPTER, TEMPLATE_HASH, rivals_of
+from megatron_tiedlora.config.cli import HALVING_REASON, HUB_NAMES, OF_ALL, PER_ADAPTER, TEMPLATE_HASH, competitors_of
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
@@ -192,7 +192,9 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
     if start.own_folders:
         _write_settings(start)
         end.enter(folder_of_run)
-    rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
+    competitors = (
+        competitors_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
+    )
     shared = adapter_plans.shared_plan(left)
     sum_over_ranks([0.0])  # all ranks measure together, so the sum is right if several of them use the same processor
     own_peak = find_peak(device, shared.dtype)
@@ -216,12 +218,12 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             checks=step.checks[name],
             progress=progress[name],
             ends_apart=start.folders[name] is not start.folder,
-            keeps_losses=bool(rivals.get(name)),
+            keeps_losses=bool(competitors.get(name)),
         )
     if not start.own_folders:  # not `end.folder`: a rank that does not see the folder has none
         end.enter(folder_of_run)
     everyone = {name: start.finished.get(name) or adapters[name] for name in start.plans}
-    return Trainer(adapters, step, folder_of_run, stop, everyone, settings.profile, rivals)
+    return Trainer(adapters, step, folder_of_run, stop, everyone, settings.profile, competitors)
 
 
 def _write_settings(start: Start) -> None:

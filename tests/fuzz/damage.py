@@ -20,7 +20,7 @@ from fuzzing import Draw
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 
-from megatron_tiedlora.base.files import FILES_FIELD, SEAL_FIELD, sealed
+from megatron_tiedlora.base.files import FILES_FIELD, SEAL_FIELD, with_checksums
 
 # Bytes ------------------------------------------------------------------------------------------------------------
 
@@ -308,4 +308,4 @@ def reseal(draw: Draw, folder: Path) -> None:
             content.pop(SEAL_FIELD, None)
             files = [folder / name for name in _SUMMED if isinstance(sums, dict) and name in sums]
             files = [file for file in files if file.is_file() and file.stat().st_size < 2**20]
-            config.write_text(json.dumps(sealed(content, files=files) if way == "resealed" else content))
+            config.write_text(json.dumps(with_checksums(content, files=files) if way == "resealed" else content))

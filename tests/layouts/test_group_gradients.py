@@ -29,7 +29,7 @@ from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, StepSum, Tra
 
 
 @dataclass(frozen=True)
-class BankCase:
+class GroupCase:
     """What is run: the members' adapters on the model in `folder` at a layout (tp, pp, dp)."""
 
     folder: Path
@@ -52,7 +52,7 @@ class BankCase:
 
 
 @dataclass(frozen=True)
-class BankOutcome:
+class GroupOutcome:
     """What a rank found, by the name of the adapter.
 
     Attributes:
@@ -66,7 +66,7 @@ class BankOutcome:
     sum_traffic: Traffic
 
 
-def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOutcome:
+def run_group_case(case: GroupCase, grid: Grid, groups: ParallelGroups) -> GroupOutcome:
     """Forward and backward passes over this rank's micro-batches, then the sums over ranks."""
     adapter_group = AdapterGroup({member.name: build_adapter(case.of(member), grid) for member in case.members})
     stage = build_stage(case.of(case.members[0]), adapter_group, grid, groups, is_engines=False)
@@ -98,7 +98,7 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
         name: {tensor: p.grad for tensor, p in adapter.named_parameters() if p.grad is not None}
         for name, adapter in adapter_group.adapters.items()
     }
-    return BankOutcome(losses, gradients, counter.traffic)
+    return GroupOutcome(losses, gradients, counter.traffic)
 
 
 pytestmark = pytest.mark.distributed
@@ -119,18 +119,18 @@ PACKED = tuple(
 LAYOUTS = {2: ((2, 1, 1), (1, 2, 1), (1, 1, 2)), 4: ((2, 2, 1), (1, 2, 2), (2, 1, 2))}
 
 
-def _cases(folder: Path, ranks: int, family: str, whole: bool) -> list[BankCase]:
+def _cases(folder: Path, ranks: int, family: str, whole: bool) -> list[GroupCase]:
     """In part, every way of sharding has two of four cases in turn."""
-    cases = list[BankCase]()
+    cases = list[GroupCase]()
     if family == "olmo2":  # norms after the linears, and of all heads
-        return [BankCase(folder, (2, 2, 1), PACKED, cut, recompute="selective") for cut in (True, False)]
+        return [GroupCase(folder, (2, 2, 1), PACKED, cut, recompute="selective") for cut in (True, False)]
     for layout in LAYOUTS[ranks]:
         for sequence in (True, False) if layout[0] > 1 else (False,):
             some = [
-                BankCase(folder, layout, FOUR, sequence),
-                BankCase(folder, layout, FOUR, sequence, shared=False),
-                BankCase(folder, layout, TWO, sequence, recompute="full"),
-                BankCase(folder, layout, PACKED, sequence, recompute="selective"),
+                GroupCase(folder, layout, FOUR, sequence),
+                GroupCase(folder, layout, FOUR, sequence, shared=False),
+                GroupCase(folder, layout, TWO, sequence, recompute="full"),
+                GroupCase(folder, layout, PACKED, sequence, recompute="selective"),
             ]
             cases += some if whole else some[len(cases) // 2 % 2 :: 2]
     return cases
@@ -151,7 +151,7 @@ def test_each_adapter_has_the_oracles_gradients(
     cases = _cases(folder, ranks, family, whole)
     weights, config = cast_weights(load_weights(folder), DTYPE), OracleConfig.from_folder(folder)
     answers: dict[tuple[str, bool], tuple[float, dict[str, torch.Tensor]]] = {}
-    by_rank = run_on_ranks(run_cases, cases, run_bank_case, ranks=ranks, folder=tmp_path)
+    by_rank = run_on_ranks(run_cases, cases, run_group_case, ranks=ranks, folder=tmp_path)
     for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
         for member in case.members:
             key = member.name, member.packed
@@ -162,7 +162,7 @@ def test_each_adapter_has_the_oracles_gradients(
 
 
 def check(
-    case: BankCase, member: Member, outcomes: list[BankOutcome], loss: float, expected: dict[str, torch.Tensor]
+    case: GroupCase, member: Member, outcomes: list[GroupOutcome], loss: float, expected: dict[str, torch.Tensor]
 ) -> None:
     """The loss and all gradients of one adapter are the oracle's."""
     found_loss = sum(outcome.losses[member.name] for outcome in outcomes) / case.layout[0]
@@ -174,7 +174,7 @@ def check(
         assert relative_distance(gradients[name], reference) <= TOLERANCE, (name, member, case)
 
 
-def check_sums(case: BankCase, outcomes: list[BankOutcome]) -> None:
+def check_sums(case: GroupCase, outcomes: list[GroupOutcome]) -> None:
     """Each group of several ranks has one message with the gradients of all adapters."""
     tp, pp, dp = case.layout
     most = (tp * dp > 1) + (pp * dp > 1) + (dp > 1)  # of u, of tied tensors, and of the others

@@ -50,7 +50,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class BankRun:
+class GroupRun:
     """What a rank found.
 
     Attributes:
@@ -65,7 +65,7 @@ class BankRun:
     most: int
 
 
-def run_bank_steps(cases: list[dict[str, Any]], folder: str, way: str | None = None) -> list[BankRun]:
+def run_group_steps(cases: list[dict[str, Any]], folder: str, way: str | None = None) -> list[GroupRun]:
     """Each case on this rank, one after another; layers share the tensors of tl6 in this `way` of `shared_tensors`.
 
     A case: {"settings": {name: settings}, "shares": whether micro-batches are shared, "alone": whether each adapter is
@@ -75,7 +75,7 @@ def run_bank_steps(cases: list[dict[str, Any]], folder: str, way: str | None = N
     device = join_as_launched(folder)
     if way is not None:
         share_tensors(way)
-    found: list[BankRun] = []
+    found: list[GroupRun] = []
     by_dtype: dict[torch.dtype, Kernels] = {}
     place = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
     for before, case in zip([None, *cases], cases, strict=False):
@@ -105,7 +105,7 @@ def _train(
     kernels: Kernels,
     *,
     shares: bool,
-) -> BankRun:
+) -> GroupRun:
     """The steps of all adapters in one run."""
     runner = build_model(plans, device, kernels=kernels).runner
     step = TrainStep(plans, runner, StopRequests(), capacity=micro_batch_capacity(plans, shares=shares))
@@ -140,7 +140,7 @@ def _train(
         state = runner.full_state(name, shared.layout_of(plan.adapter))
         trained[name] = Trained(losses, norms, state, gradients[name])
     runner.engine.destroy()
-    return BankRun({}, trained, failures, max(micro_batches))
+    return GroupRun({}, trained, failures, max(micro_batches))
 
 
 pytestmark = pytest.mark.distributed
@@ -251,7 +251,7 @@ def check_bits(base: dict[str, Any], variants: list[Any], dtype: str, folder: Pa
         }
         for adapters, packing, shares in variants
     ]
-    (runs,) = run_on_ranks(run_bank_steps, cases, str(folder), ranks=1, folder=folder)
+    (runs,) = run_on_ranks(run_group_steps, cases, str(folder), ranks=1, folder=folder)
     for case, run in zip(cases, runs, strict=True):
         assert (run.most > 1) == case["shares"] and not run.failures
         for name, own in case["settings"].items():
@@ -280,11 +280,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
+def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: GroupRun) -> None:
     """All adapters are within the bounds of one process, and the same on every rank."""
     variants = [changes for size, changes in LAYOUTS if size == ranks]
     cases = [{"settings": settings(base, **changes), "shares": True, "alone": False} for changes in variants]
-    by_rank = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
+    by_rank = run_on_ranks(run_group_steps, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
     for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):
         assert runs[0].most > 1 and not runs[0].failures, changes
         for name in OWN:
@@ -307,7 +307,7 @@ def test_steps_at_larger_layouts(base: dict[str, Any], tmp_path: Path, ranks: in
     """Of a model with 5 layers, and 8 heads on 4 key-value heads, against single runs at the same layout."""
     model = write_tiny_model(tmp_path / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
     case = {"settings": settings({**base, "model": str(model)}, **changes), "shares": True, "alone": True}
-    by_rank = run_on_ranks(run_bank_steps, [case], str(tmp_path), ranks=ranks, folder=tmp_path)
+    by_rank = run_on_ranks(run_group_steps, [case], str(tmp_path), ranks=ranks, folder=tmp_path)
     for (run,) in by_rank:
         assert run.most > 1 and not run.failures
         for name in OWN:
@@ -324,21 +324,21 @@ def check_near(found: Trained, expected: Trained, which: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_process(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> BankRun:
+def one_process(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> GroupRun:
     folder = tmp_path_factory.mktemp("one")
     case = {"settings": settings(base), "shares": True, "alone": False}
-    ((run,),) = run_on_ranks(run_bank_steps, [case], str(folder), ranks=1, folder=folder)
-    found: BankRun = run
+    ((run,),) = run_on_ranks(run_group_steps, [case], str(folder), ranks=1, folder=folder)
+    found: GroupRun = run
     return found
 
 
-def test_a_sick_neighbour_fails_alone(base: dict[str, Any], tmp_path: Path, one_process: BankRun) -> None:
+def test_a_sick_neighbour_fails_alone(base: dict[str, Any], tmp_path: Path, one_process: GroupRun) -> None:
     """At a learning rate of 1e6 its loss is soon not finite: it stops there, and the others do not change by a bit."""
     more = {"gradient_clipping": 0.0, "warmup_steps": 0}
     sick = {"sick": {**base, "method": "tl5", "learning_rate": 1e9, **more}}
     first, *rest = settings(base).items()
     cases = [{"settings": dict([first, *sick.items(), *rest]), "shares": True, "alone": False}]
-    ((run,),) = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=1, folder=tmp_path)
+    ((run,),) = run_on_ranks(run_group_steps, cases, str(tmp_path), ranks=1, folder=tmp_path)
     assert run.failures.keys() == {"sick"} and "Lower --learning_rate" in run.failures["sick"], run.failures
     assert 1 < len(run.together["sick"].losses) <= 4
     for name in OWN:

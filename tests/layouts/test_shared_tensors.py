@@ -24,7 +24,7 @@ from support.run_helpers import Base, run, write_base
 from support.shared_tensors import DECLARED, GROUPS, share_tensors, tl6_shares
 from support.tiny_models import write_tiny_model
 from support.traffic_runs import run_cases, write_inputs
-from test_group_steps import check_near, run_bank_steps
+from test_group_steps import check_near, run_group_steps
 from test_layout_resume import SAVED, Grid, assert_went_on, resumed
 from test_parallel_gradients import Answers, check_messages, check_numbers, check_ties
 
@@ -124,7 +124,7 @@ def test_they_are_trained_beside_other_adapters(model: Path, tmp_path: Path, way
     own: dict[str, dict[str, Any]] = {"a": {"targets": "all"}, "b": {"method": "lora", "layers": (2, 3), "rank": 4}}
     own["c"] = {"method": "vera", "rank": 5}
     case = {"settings": {name: {**base, **some} for name, some in own.items()}, "shares": True, "alone": True}
-    for (found,) in run_on_ranks(run_bank_steps, [case], str(tmp_path), way, ranks=4, folder=tmp_path):
+    for (found,) in run_on_ranks(run_group_steps, [case], str(tmp_path), way, ranks=4, folder=tmp_path):
         assert found.most > 1 and not found.failures
         for name in own:
             check_near(found.together[name], found.alone[name], name)

@@ -235,7 +235,7 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
     assert [rate for rate in ends if latest[rate].is_file()] == ["1.5e-1"]
     go_on(study, folder, expect=-signal.SIGKILL, preludes={group: stop})
     last = functools.partial(kill_all_at_call, module="megatron_tiedlora.training.finish", name="export", call=3)
-    go_on(study, folder, expect=-signal.SIGKILL, preludes={group: last})  # its rivals have finished, and it has not
+    go_on(study, folder, expect=-signal.SIGKILL, preludes={group: last})  # the others have finished, and it has not
     go_on(study, folder)
     assert starts(work(folder)) == ["score base", *[group] * 4, "scores"]
     for name in TABLES:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
-from megatron_tiedlora.base.files import FILES_FIELD, SEAL_FIELD, sealed
+from megatron_tiedlora.base.files import FILES_FIELD, SEAL_FIELD, with_checksums
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
@@ -60,7 +60,9 @@ def reseal(folder: Path) -> None:
             content = json.loads(file.read_text())
             sums = content[FILES_FIELD]
             files = [folder / name for name in sums if (folder / name).is_file()]
-            file.write_text(json.dumps(sealed({k: v for k, v in content.items() if k != SEAL_FIELD}, files=files)))
+            file.write_text(
+                json.dumps(with_checksums({k: v for k, v in content.items() if k != SEAL_FIELD}, files=files))
+            )
 
 
 def write_native(folder: Path, model: Path, adapter: OracleAdapter) -> NativeAdapter:

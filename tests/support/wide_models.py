@@ -29,29 +29,29 @@ from megatron_tiedlora.model.weights import weight_rules
 from support.folders import ROOT, TESTS
 
 MERGE = ROOT / "tools" / "merge_adapter.py"
-_BANK = 2**20 + 7  # values that are repeated; odd, so that rows differ
+_GROUP = 2**20 + 7  # values that are repeated; odd, so that rows differ
 
 
 def write_wide_model(folder: Path, *, file_bytes: int, **values: Any) -> Path:
     """Write a bf16 model of LLaMA-2-70B's shape, changed by `values`, in files of `file_bytes`, without a tokenizer."""
     config = {**PRESETS["llama2-70b"], **values}
-    bank = torch.randn(_BANK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    group = torch.randn(_GROUP, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
     parts = [part for rule in weight_rules(shape_from_hf(config)) for part in rule.parts]
     tensors = [
-        StreamedTensor(part.name, torch.bfloat16, part.shape, partial(_drawn, bank, part.shape, index))
+        StreamedTensor(part.name, torch.bfloat16, part.shape, partial(_drawn, group, part.shape, index))
         for index, part in enumerate(parts)
     ]
     write_files(folder, sharded(tensors, file_bytes))
     return folder
 
 
-def _drawn(bank: torch.Tensor, shape: Sequence[int], index: int) -> Iterator[torch.Tensor]:
+def _drawn(group: torch.Tensor, shape: Sequence[int], index: int) -> Iterator[torch.Tensor]:
     left, start = torch.Size(shape).numel(), 1009 * index
     while left:
-        start %= len(bank)
-        block = bank[start : start + left]
+        start %= len(group)
+        block = group[start : start + left]
         yield block
         left, start = left - len(block), start + len(block)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_tiedlora.base.files import unguarded
-from megatron_tiedlora.config.cli import rivals_of
+from megatron_tiedlora.config.cli import competitors_of
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.training.adapter_run import BatchLosses, find_behind, read_record
+from megatron_tiedlora.training.adapter_run import BatchLosses, find_halved, read_record
 from megatron_tiedlora.training.loop import Trainer, of_start
 
 
@@ -58,18 +58,18 @@ def test_one_batch_tells_nothing() -> None:
     assert first.behind(second) == (pytest.approx(8 / 3), math.inf)
 
 
-def test_only_rivals_at_the_same_step_are_compared() -> None:
+def test_only_competitors_at_the_same_step_are_compared() -> None:
     worse, better = evaluations(gap=0.5)
     same = {"a": {"learning_rate": 1.0}, "b": {"learning_rate": 2.0}, "c": {"learning_rate": 1.0, "rank": 2}}
-    rivals = rivals_of({name: make_settings({"output_dir": name, **own}) for name, own in same.items()})
-    assert rivals == {"a": ("b",), "b": ("a",), "c": ()}
-    assert list(find_behind({"a": worse, "b": better, "c": worse}, rivals)) == ["a"]
+    competitors = competitors_of({name: make_settings({"output_dir": name, **own}) for name, own in same.items()})
+    assert competitors == {"a": ("b",), "b": ("a",), "c": ()}
+    assert list(find_halved({"a": worse, "b": better, "c": worse}, competitors)) == ["a"]
     later = BatchLosses(12, better.losses, better.tokens)
-    assert not find_behind({"a": worse, "b": later}, rivals) and not find_behind({"a": worse}, rivals)
+    assert not find_halved({"a": worse, "b": later}, competitors) and not find_halved({"a": worse}, competitors)
     # From a resume at another parallel configuration, whose batches are others.
     pairs = ((*numbers[:-2], sum(numbers[-2:])) for numbers in (better.losses, better.tokens))
     apart = BatchLosses(8, *pairs)
-    assert apart.loss == pytest.approx(better.loss) and not find_behind({"a": worse, "b": apart}, rivals)
+    assert apart.loss == pytest.approx(better.loss) and not find_halved({"a": worse, "b": apart}, competitors)
 
 
 def test_evaluations_during_the_warm_up_do_not_count() -> None:
@@ -90,8 +90,8 @@ def test_evaluations_during_the_warm_up_do_not_count() -> None:
             )
             for name, losses in found.items()
         }
-        trainer: Any = SimpleNamespace(rivals={"a": ("b",), "b": ("a",)}, adapters=runs, _running=lambda: runs)
-        Trainer._stop_behind(trainer, SimpleNamespace(write=lambda _: None))
+        trainer: Any = SimpleNamespace(competitors={"a": ("b",), "b": ("a",)}, adapters=runs, _running=lambda: runs)
+        Trainer._end_halved(trainer, SimpleNamespace(write=lambda _: None))
         return names
 
     assert len(stopped(step)) == 1 and not stopped(step + 1)
