@@ -30,7 +30,8 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, StoredFormat
-from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_blocks, dequantise_rows, fp8_numbers, has_nan
+from megatron_tiedlora.parallel import quantise
+from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_rows, fp8_numbers, has_nan
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -363,7 +364,8 @@ class StoredWeights:
             raise damaged_model(f"{name} has numbers that are not finite")
         if not self._block:
             return dequantise_rows(fp8_numbers(codes), scales[:, 0]), num_bytes
-        return dequantise_blocks(codes, scales, shape[1], self._block, self.kind.base_format), num_bytes
+        levels = quantise.levels_of(self.kind.base_format, codes.device)
+        return quantise.dequantise_blocks(codes, scales, levels, shape[1], self._block), num_bytes
 
     def _needed(self, name: str, part: str) -> Any:
         found = self._slice_of(name + part)

@@ -18,10 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_tiedlora.parallel.quantise import dequantise_blocks, quantise_rows, row_maxima
+
 # The number of elements of its widest argument that an uncompiled kernel processes at a time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
+# The same on a CPU, for kernels that would otherwise fall out of its cache.
+HOST_NUMBERS_AT_ONCE = dict.fromkeys(("round_rows", "round_scaled_rows", "dequantise_blocks_"), 2**19)
 # The memory that compiled kernels need on a CPU, in copies of their widest argument. Other kernels need none.
 COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in one more tensor
+
+
+# Arguments of kernels whose first dimension is not the rows.
+_WITHOUT_ROWS = ("weight", "bias", "factors", "levels", "matrix", "transposed")
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -241,6 +249,31 @@ def exp_logits_(logits: Tensor, total: Tensor) -> None:
     logits.copy_((upcast(logits) - total[:, None]).exp())
 
 
+def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows (n, width) as fp8 numbers, and the scale of each row, (n,) fp32, for an FP8 matmul."""
+    return quantise_rows(rows, row_maxima(rows), "fp8")
+
+
+def round_scaled_rows(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `round_rows` of rows * factors, computed in fp32 or wider; factors are (1, width) fp32."""
+    return round_rows(upcast(rows) * factors)
+
+
+def transpose_(matrix: Tensor, transposed: Tensor) -> None:
+    """Write `matrix`, (rows, width), to `transposed`, (width, rows)."""
+    transposed.copy_(matrix.t())
+
+
+def dequantise_rows_(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Write codes * scales to `out`, of 16 or 32 bits, from int8 or fp8 codes (n, width) and scales (n, 1) fp32."""
+    out.copy_(codes).mul_(scales)  # computed in fp32, as the codes are exact in 16 bits
+
+
+def dequantise_blocks_(packed: Tensor, scales: Tensor, levels: Tensor, block: int, out: Tensor) -> None:
+    """Write the values of packed codes to `out`, (n, width); see `dequantise_blocks`. `levels` are (16,) fp32."""
+    out.copy_(dequantise_blocks(packed, scales, levels, out.shape[1], block))
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The functions of this module that layers call, uncompiled or compiled."""
@@ -261,6 +294,11 @@ class Kernels:
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[Tensor], Tensor] = row_log_sums
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
+    round_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = round_rows
+    round_scaled_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = round_scaled_rows
+    transpose_: Callable[[Tensor, Tensor], None] = transpose_
+    dequantise_rows_: Callable[[Tensor, Tensor, Tensor], None] = dequantise_rows_
+    dequantise_blocks_: Callable[[Tensor, Tensor, Tensor, int, Tensor], None] = dequantise_blocks_
 
     def compiled(self, *, static_widths: bool = False) -> Kernels:
         """Return these kernels, wrapped in torch.compile. Each kernel is compiled at its first call.
@@ -288,28 +326,31 @@ class Kernels:
 def has_rows(function: Callable[..., Any]) -> list[bool]:
     """Return, for each argument of a kernel, whether it is a tensor whose first dimension is the rows."""
     parameters = inspect.signature(function).parameters.values()
-    return [p.annotation.startswith("Tensor") and p.name not in ("weight", "bias") for p in parameters]
+    return [p.annotation.startswith("Tensor") and p.name not in _WITHOUT_ROWS for p in parameters]
 
 
 def in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
-    """Return the uncompiled kernel with a limit on the size of its temporaries on a GPU."""
+    """Return the uncompiled kernel with a limit on the size of its temporaries, if it has rows."""
 
     @wraps(kernel)
     def limited(*arguments: Any) -> Any:
-        return run_in_parts(kernel, arguments, has_rows) if arguments[0].is_cuda else kernel(*arguments)
+        at_once = NUMBERS_AT_ONCE if arguments[0].is_cuda else HOST_NUMBERS_AT_ONCE.get(kernel.__name__)
+        return kernel(*arguments) if at_once is None else run_in_parts(kernel, arguments, has_rows, at_once)
 
-    return limited
+    return limited if any(has_rows) else kernel
 
 
-def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool]) -> Any:
+def run_in_parts(
+    kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool], at_once: int | None = None
+) -> Any:
     """Return `kernel(*arguments)`, computed on a limited number of rows at a time. The results are the same.
 
-    At most NUMBERS_AT_ONCE elements of the widest argument are processed at a time.
+    At most `at_once` elements of the widest argument are processed at a time, by default NUMBERS_AT_ONCE.
     """
     has_rows = [mine and argument is not None for argument, mine in zip(arguments, has_rows, strict=True)]
     wide = [argument for argument, mine in zip(arguments, has_rows, strict=True) if mine]
     num_rows, width = len(wide[0]), max(tensor[:1].numel() for tensor in wide)
-    size = max(NUMBERS_AT_ONCE // max(width, 1), 1)
+    size = max((at_once or NUMBERS_AT_ONCE) // max(width, 1), 1)
     if num_rows <= size:
         return kernel(*arguments)
     results: list[Tensor] | None = None
@@ -334,12 +375,17 @@ def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
 
 
 def marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
-    """Return a kernel for the first call, which tells torch.compile that the number of rows will vary."""
+    """Return a kernel for the first call, which tells torch.compile that only the number of rows will vary.
+
+    Without the second mark, the compiler would treat a size as variable as soon as it has seen two values of it.
+    """
 
     def marked(*arguments: Any) -> Any:
         for argument, mine in zip(arguments, has_rows, strict=True):
-            if mine and argument is not None:
-                torch._dynamo.mark_dynamic(argument, 0)
+            if isinstance(argument, Tensor):
+                torch._dynamo.mark_static(argument, [*range(1 if mine else 0, argument.ndim)])
+                if mine:
+                    torch._dynamo.mark_dynamic(argument, 0)
         return kernel(*arguments)
 
     return marked

@@ -76,9 +76,13 @@ def unpack_codes(packed: Tensor, width: int) -> Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)[:, :width]
 
 
-def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, name: str) -> Tensor:
-    """Return values (rows, width) fp32 from packed codes and scales (rows, number of blocks), one per `block` codes."""
-    values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]
+def dequantise_blocks(packed: Tensor, scales: Tensor, levels: Tensor, width: int, block: int) -> Tensor:
+    """Return values (rows, width) fp32 from packed codes and scales (rows, number of blocks), one per `block` codes.
+
+    Args:
+        levels: see `levels_of`.
+    """
+    values = levels[unpack_codes(packed, width).int()]
     whole = width - width % block
     values[:, :whole].unflatten(1, (-1, block)).mul_(scales[:, : whole // block, None])
     values[:, whole:].mul_(scales[:, whole // block :])
@@ -90,7 +94,8 @@ def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)
-    return dequantise_blocks(pack_codes(codes), scales, values.shape[1], storage.block, storage.name)
+    levels = levels_of(storage.name, values.device)
+    return dequantise_blocks(pack_codes(codes), scales, levels, values.shape[1], storage.block)
 
 
 def row_maxima(values: Tensor) -> Tensor:
@@ -204,7 +209,7 @@ def _is_right(kernel: Nf4Kernel, device_type: str, dtype: torch.dtype) -> bool:
         width = 5 * block
         codes = torch.arange(256, dtype=torch.uint8).repeat(5 * block // 16).view(-1, width // 2)
         scales = torch.linspace(1e-6, 3.0, len(codes) * 5).view(-1, 5)
-        expected = dequantise_blocks(codes, scales, width, block, "nf4").to(dtype)
+        expected = dequantise_blocks(codes, scales, levels_of("nf4", codes.device), width, block).to(dtype)
         found = torch.empty_like(expected, device=device_type)
         try:
             kernel(codes.to(device_type), scales.to(device_type), block, found)

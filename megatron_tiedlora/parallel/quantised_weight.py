@@ -21,7 +21,7 @@ from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, BaseFormat, LinearShape
 from megatron_tiedlora.parallel import quantise
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, WeightMaker, frozen_parameter
-from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.kernels import EAGER, NUMBERS_AT_ONCE, Kernels
 
 # The number of elements that are processed at a time on a CPU, so that their temporaries stay in its cache.
 _AT_ONCE = 2**19
@@ -38,6 +38,7 @@ class Workspace:
     def __init__(self) -> None:
         self._size = 0
         self._memory = torch.empty(0)
+        self._ones = torch.empty(0)
 
     def reserve(self, size: int) -> None:
         """Make room for a weight of `size` elements."""
@@ -50,6 +51,12 @@ class Workspace:
             self._memory = memory = torch.empty(0)  # free the old one first
             self._memory = memory = torch.empty(self._size, dtype=dtype, device=device)
         return memory[: prod(shape)].view(shape)
+
+    def ones(self, size: int, device: torch.device) -> Tensor:
+        """Return (1, size) fp32 ones, which no call may change."""
+        if len(self._ones) < size or self._ones.device != device:
+            self._ones = torch.ones(size, device=device)
+        return self._ones[None, :size]
 
 
 class QuantisedWeight(FrozenWeight):
@@ -66,6 +73,7 @@ class QuantisedWeight(FrozenWeight):
         shards_rows: bool = False,
         storage: BaseFormat,
         workspace: Workspace,
+        kernels: Kernels = EAGER,
     ) -> None:
         """Create the weight in uninitialised memory on the default device. See `FrozenWeight.empty`."""
         rows, width = self._local_shape = local_shape
@@ -73,7 +81,7 @@ class QuantisedWeight(FrozenWeight):
         num_scales = storage.row_scales(width, shards_rows=shards_rows)
         self.scale_bits = frozen_parameter(rows, num_scales, dtype=torch.int32)
         self.block = storage.stored_block(width, shards_rows=shards_rows)
-        self.storage, self.dtype, self.workspace = storage, dtype, workspace
+        self.storage, self.dtype, self.workspace, self.kernels = storage, dtype, workspace, kernels
         workspace.reserve(rows * width)
 
     @property
@@ -209,11 +217,9 @@ class BlockScaledWeight(QuantisedWeight):
         kernel = quantise.nf4_kernel(out, self.block) if self.storage.name == "nf4" else None
         if kernel is not None:
             kernel(codes, scales, self.block, out)
-            return
-        for rows in self._parts():
-            out[rows] = quantise.dequantise_blocks(
-                codes[rows], scales[rows], out.shape[1], self.block, self.storage.name
-            )
+        else:
+            levels = quantise.levels_of(self.storage.name, codes.device)
+            self.kernels.dequantise_blocks_(codes, scales, levels, self.block, out)
 
 
 class RowScaledWeight(QuantisedWeight):
@@ -241,14 +247,14 @@ class RowScaledWeight(QuantisedWeight):
 
     def _dequantise(self, out: Tensor) -> None:
         codes = self.tensor.detach().view(quantise.CODE_TYPE[self.storage.name])
-        if codes.dtype == torch.int8:
+        if codes.is_cuda and out.dtype != torch.float64:
+            self.kernels.dequantise_rows_(codes, self.scales, out)
+        elif codes.dtype == torch.int8:
             for rows in self._parts():
                 torch.mul(codes[rows], self.scales[rows], out=out[rows])
         elif out.dtype == torch.float64:
             for rows in self._parts():
                 out[rows] = quantise.dequantise_rows(codes[rows], self.scales[rows, 0])
-        elif codes.is_cuda:
-            out.copy_(codes).mul_(self.scales)  # computed in fp32
         else:
             _look_up_fp8(self.tensor.detach(), out, self._parts(), scales=self.scales)
 
@@ -352,33 +358,25 @@ class Fp8MatmulWeight(RowScaledWeight):
 
     def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
-        codes, scales = _rounded(x)
+        codes, scales = self.kernels.round_rows(x)
         if self._runs_in_fp8(x):
-            weight = quantise.fp8_numbers(self.tensor.detach())
-            y = torch._scaled_mm(
-                codes, weight.t(), scale_a=scales[:, None], scale_b=self.scales.view(1, -1), out_dtype=x.dtype
-            )
-        else:
-            y = codes.to(x.dtype) @ self._levels(x.dtype).t()
-            y.mul_(scales[:, None]).mul_(self.scales.view(1, -1))
+            weight = quantise.fp8_numbers(self.tensor.detach()).t()
+            # Sums in the tensor cores are exact enough for activations, and twice as fast in some kernels.
+            return _multiply(codes, weight, scales, self.scales.view(1, -1), x, bias=bias, out=out, use_fast_accum=True)
+        y = codes.to(x.dtype) @ self._levels(x.dtype).t()
+        y.mul_(scales[:, None]).mul_(self.scales.view(1, -1))
         if bias is not None:
             y += bias
         return y if out is None else out.copy_(y)
 
     def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`; dy s is rounded to fp8."""
-        codes, scales = _rounded(grad_y, self.scales.view(1, -1))
+        codes, scales = self.kernels.round_scaled_rows(grad_y, self.scales.view(1, -1))
         if self._runs_in_fp8(grad_y):
-            ones = torch.ones(1, self._local_shape[1], device=grad_y.device)
-            dx = torch._scaled_mm(
-                codes,
-                quantise.fp8_numbers(self._transposed_codes()).t(),
-                scale_a=scales[:, None],
-                scale_b=ones,
-                out_dtype=grad_y.dtype,
-            )
-        else:
-            dx = (codes.to(grad_y.dtype) @ self._levels(grad_y.dtype)).mul_(scales[:, None])
+            weight = quantise.fp8_numbers(self._transposed_codes()).t()
+            ones = self.workspace.ones(self._local_shape[1], grad_y.device)
+            return _multiply(codes, weight, scales, ones, grad_y, out=out)
+        dx = (codes.to(grad_y.dtype) @ self._levels(grad_y.dtype)).mul_(scales[:, None])
         return dx if out is None else out.copy_(dx)
 
     def _runs_in_fp8(self, x: Tensor) -> bool:
@@ -392,7 +390,8 @@ class Fp8MatmulWeight(RowScaledWeight):
             return self.transposed.detach()
         rows, width = self._local_shape
         out = self.workspace.take(width, rows, dtype=torch.uint8, device=self.tensor.device)
-        return out.copy_(self.tensor.detach().t())
+        self.kernels.transpose_(self.tensor.detach(), out)
+        return out
 
     def _levels(self, dtype: torch.dtype) -> Tensor:
         """Return the values of the codes in `dtype`, which represents them exactly, stored in the workspace."""
@@ -403,22 +402,14 @@ class Fp8MatmulWeight(RowScaledWeight):
         return out
 
 
-def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return rows rounded to fp8 (n, width), and a scale per row (n,) fp32. Rows are processed in chunks, in fp32.
-
-    Args:
-        factors: (1, width) fp32, by which the columns are multiplied before rounding.
-    """
-    codes = torch.empty(rows.shape, dtype=quantise.CODE_TYPE["fp8"], device=rows.device)
-    scales = torch.empty(len(rows), device=rows.device)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    for part in _row_parts(len(rows), rows.shape[1], _AT_ONCE, on_gpu=rows.is_cuda):
-        values = rows[part] if factors is None else rows[part].to(wide) * factors
-        codes[part], scales[part] = quantise.quantise_rows(values, quantise.row_maxima(values), "fp8")
-    return codes, scales
+def _multiply(codes: Tensor, weight: Tensor, scales: Tensor, columns: Tensor, like: Tensor, **others: Any) -> Tensor:
+    """Return the FP8 matmul of codes (n, k) and weight (k, m) with a scale for each row (n,) and column (1, m)."""
+    return torch._scaled_mm(codes, weight, scale_a=scales[:, None], scale_b=columns, out_dtype=like.dtype, **others)
 
 
-def weight_maker(name: str | None, *, products: str | None = None, keep_transposed: bool = False) -> WeightMaker:
+def weight_maker(
+    name: str | None, *, products: str | None = None, keep_transposed: bool = False, kernels: Kernels = EAGER
+) -> WeightMaker:
     """Return a function that creates uninitialised weights in the format `name`, or plain weights if it is None.
 
     These weights share a workspace, so a rank should use the same function for all its layers.
@@ -426,12 +417,13 @@ def weight_maker(name: str | None, *, products: str | None = None, keep_transpos
     Args:
         products: "fp8" if activations and gradients are rounded to fp8 too; only for the format fp8.
         keep_transposed: whether weights for FP8 matmuls store a transposed copy of their codes.
+        kernels: the kernels that dequantise weights and round activations and gradients.
     """
     if name is None:
         return FrozenWeight.empty
-    storage, workspace = BASE_FORMATS[name], Workspace()
+    storage = BASE_FORMATS[name]
+    given: dict[str, Any] = {"storage": storage, "workspace": Workspace(), "kernels": kernels}
     if products is not None:
         assert (name, products) == ("fp8", "fp8")
-        return partial(Fp8MatmulWeight, storage=storage, workspace=workspace, keep_transposed=keep_transposed)
-    kind = RowScaledWeight if storage.block is None else BlockScaledWeight
-    return partial(kind, storage=storage, workspace=workspace)
+        return partial(Fp8MatmulWeight, keep_transposed=keep_transposed, **given)
+    return partial(RowScaledWeight if storage.block is None else BlockScaledWeight, **given)

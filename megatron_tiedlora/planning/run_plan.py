@@ -27,6 +27,7 @@ from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_confi
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
+from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
@@ -163,8 +164,8 @@ class RunPlan:
         """The dtype of the frozen base."""
         return self.layout.dtype
 
-    def weight_maker(self, device: torch.device) -> frozen_weight.WeightMaker:
-        """Return a function that creates the frozen weights of the blocks. These weights share a workspace.
+    def weight_maker(self, device: torch.device, kernels: Kernels) -> frozen_weight.WeightMaker:
+        """Return a function that creates the frozen weights of the blocks. They share a workspace and `kernels`.
 
         Raises:
             UserError: `device` does not support the matmuls of --products.
@@ -172,7 +173,7 @@ class RunPlan:
         base, products, keep_transposed = self.layout.storage
         if products is not None:
             quantised_weight.check_fp8_device(device)
-        return quantised_weight.weight_maker(base, products=products, keep_transposed=keep_transposed)
+        return quantised_weight.weight_maker(base, products=products, keep_transposed=keep_transposed, kernels=kernels)
 
     @property
     def dtype_name(self) -> str:

@@ -121,8 +121,8 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
     """Return this package's implementations by name. Their adapters have different seeds and use the same model."""
     device, source = timing.default_device(), plan.source
     chosen = chosen or choose_kernels(plan, device)
-    given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
-    given["kernels"] = chosen.kernels
+    given: dict[str, Any] = {"dtype": plan.dtype, "device": device, "kernels": chosen.kernels}
+    given["make_weight"] = plan.weight_maker(device, chosen.kernels)
     is_random = source.folder is None
     stage = random_stage(source.shape, plan.adapter, **given) if is_random else load_model(source, None, **given)
     names = [ONLY] if settings.adapters is None else [f"adapter {number}" for number in range(settings.adapters)]

@@ -165,7 +165,7 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
         tp_size=grid.tp_size,
         kernels=kernels,
         deterministic=plan.settings.deterministic,
-        make_weight=plan.weight_maker(device),
+        make_weight=plan.weight_maker(device, kernels),
     )
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, marking
 from megatron_tiedlora.parallel.quantise import slow_nf4
 from megatron_tiedlora.planning.machines import listed_peak
@@ -286,7 +288,11 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         if turn is None or (rank_number(local=True) == 0) == turn:
             try:
                 kernels = compiled_kernels(
-                    plan.source.shape, dtype=plan.dtype, device=device, tp_size=plan.grid.tp_size
+                    plan.source.shape,
+                    dtype=plan.dtype,
+                    device=device,
+                    tp_size=plan.grid.tp_size,
+                    weight_maker=partial(plan.weight_maker, device),
                 )
             except UserError as error:
                 failure = str(error)
@@ -299,8 +305,18 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     return ChosenKernels(EAGER, f"not compiled: {failure}{slow}")
 
 
-def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1) -> Kernels:
+def compiled_kernels(
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_size: int = 1,
+    weight_maker: Callable[[Kernels], WeightMaker] | None = None,
+) -> Kernels:
     """Compile and return the kernels for the layers of a model that is sharded over `tp_size` ranks.
+
+    Args:
+        weight_maker: returns the function that makes the linears' weights; None for plain weights.
 
     Raises:
         UserError: compilation failed, or another user owns the cache folder. The message has the reason in one line.
@@ -316,7 +332,7 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
             os.environ[_CACHE_VARIABLE] = str(folder)
         kernels = Kernels().compiled(static_widths=device.type != "cpu")
         if device.type != "cpu":
-            warm_up_widths(kernels, shape, dtype=dtype, device=device, tp_size=tp_size)
+            warm_up_widths(kernels, shape, dtype=dtype, device=device, tp_size=tp_size, weight_maker=weight_maker)
             return kernels
         # Every kernel is called, forwards and backwards, with each kind of shapes in training. The hidden size and a
         # rank's shard of the vocabulary are those of the run, since compilers treat long and short rows differently.
@@ -328,7 +344,7 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
             heads=shape.heads.resized(num=6, num_kv=2, dim=28),
         )
         documents = (None, torch.arange(152) // 40)
-        _call_all(kernels, small, 3, 152, dtype=dtype, device=device, documents=documents)
+        _call_all(kernels, small, 3, 152, weight_maker, dtype=dtype, device=device, documents=documents)
     except UserError:
         raise
     except Exception as error:  # compilers, or a missing one, can raise anything
@@ -337,7 +353,13 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
 
 
 def warm_up_widths(
-    kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
+    kernels: Kernels,
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_size: int,
+    weight_maker: Callable[[Kernels], WeightMaker] | None = None,
 ) -> None:
     """Call every kernel with the tensor widths of a rank, so that all kernels are compiled for these widths.
 
@@ -348,9 +370,15 @@ def warm_up_widths(
         num_layers=2,
         heads=shape.heads.local(tp_size),
     )
-    _call_all(kernels.by_rows(marking), widths, 3, 696, dtype=dtype, device=device)
+
+    def sharded(kernels: Kernels) -> WeightMaker:
+        # The widths are those of shards, so the layers do not know that rows of weights are sharded.
+        make = FrozenWeight.empty if weight_maker is None else weight_maker(kernels)
+        return lambda *shape, dtype, shards_rows=False: make(*shape, dtype=dtype, shards_rows=tp_size > 1)
+
+    _call_all(kernels.by_rows(marking), widths, 3, 696, sharded, dtype=dtype, device=device)
     with torch.no_grad():
-        _call_all(kernels, widths, 1, 1, dtype=dtype, device=device)
+        _call_all(kernels, widths, 1, 1, sharded, dtype=dtype, device=device)
 
 
 def _call_all(
@@ -358,6 +386,7 @@ def _call_all(
     shape: ModelShape,
     num_rows: int,
     length: int,
+    weight_maker: Callable[[Kernels], WeightMaker] | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -373,7 +402,8 @@ def _call_all(
     config = tied_adapter.make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets, seed=0)
     with device:
         adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(config))
-        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), adapter)
+        make = FrozenWeight.empty if weight_maker is None else weight_maker(kernels)
+        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make), adapter)
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
     ids = torch.arange(length).expand(num_rows, length)

@@ -24,7 +24,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel import quantised_weight
+from megatron_tiedlora.parallel import kernels, quantised_weight
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_linear, frozen_weights
 from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight, check_fp8_device, weight_maker
 from megatron_tiedlora.planning.report import dry_run_report
@@ -54,7 +54,7 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [64, 100, 7])
 def test_both_passes_are_the_oracles(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantised_weight, "_AT_ONCE", 2 * width)  # so that five rows are three parts
+    monkeypatch.setattr(kernels, "HOST_NUMBERS_AT_ONCE", {"round_rows": 2 * width, "round_scaled_rows": 2 * width})  # so that five rows are three parts
     values, x = drawn(12, width, dtype=torch.float32), drawn(5, width, seed=1).requires_grad_()
     weight, bias, grad_y = made(values, torch.float64), drawn(12, seed=3), drawn(5, 12, seed=2)
     levels, scales = (torch.from_numpy(part).double() for part in oracle.row_values(values.numpy(), "fp8"))

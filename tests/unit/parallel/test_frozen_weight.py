@@ -36,6 +36,7 @@ from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training import throughput
 
 BLOCK = 64
+LEVELS = quantise.levels_of("nf4", torch.device("cpu"))
 WIDTHS = (64, 128, 96, 1376, 100, 7)
 
 
@@ -59,7 +60,7 @@ def test_nf4_is_the_oracles(width: int, dtype: torch.dtype) -> None:
     packed = quantise.pack_codes(codes)
     assert packed.shape == (6, BASE_FORMATS["nf4"].row_bytes(width))
     assert torch.equal(quantise.unpack_codes(packed, width), codes)
-    values_again = quantise.dequantise_blocks(packed, scales, width, BLOCK, "nf4")
+    values_again = quantise.dequantise_blocks(packed, scales, LEVELS, width, BLOCK)
     assert np.array_equal(values_again.numpy(), oracle.nf4_values(values.float().numpy()))
 
 
@@ -111,7 +112,7 @@ class TestBitsandbytes:
         state.absmax = scales.flatten()
         for kind in (torch.float32, torch.bfloat16):
             state.dtype = kind
-            ours = quantise.dequantise_blocks(quantise.pack_codes(codes), scales, width, BLOCK, "nf4")
+            ours = quantise.dequantise_blocks(quantise.pack_codes(codes), scales, LEVELS, width, BLOCK)
             assert torch.equal(functional.dequantize_4bit(packed, state), ours.to(kind))
 
     def test_has_the_codes_of_padded_rows_elsewhere(self, functional: Any) -> None:
@@ -243,7 +244,7 @@ def test_a_run_says_that_nf4_is_slow_without_a_kernel(
 
 def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
-        out.copy_(quantise.dequantise_blocks(codes, scales, out.shape[1], block, "nf4"))
+        out.copy_(quantise.dequantise_blocks(codes, scales, LEVELS, out.shape[1], block))
         out[-1, -1] += 1e-3
 
     quantise._checked_kernel.cache_clear()

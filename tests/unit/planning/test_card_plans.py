@@ -16,7 +16,7 @@ from support.planned import H100, changed, searched, short
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.fused_attention import CANDIDATES
-from megatron_tiedlora.parallel import quantised_weight
+from megatron_tiedlora.parallel import kernels
 from megatron_tiedlora.planning import search
 from megatron_tiedlora.planning.cluster_report import chosen_settings, hint_lines
 from megatron_tiedlora.planning.machines import ATTENTION, GPUS, Machine, attention_of, default_attention
@@ -41,7 +41,7 @@ def test_bytes_of_rounding_are_those_of_its_operations() -> None:
     rows, factors = torch.empty(1024, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4096, device="meta")
     for given, name in ((None, "round.forward"), (factors, "round.backward")):
         with BytesTouched() as counter:
-            quantised_weight._rounded(rows, given)
+            kernels.round_rows(rows) if given is None else kernels.round_scaled_rows(rows, given)
         assert counter.total / rows.numel() == pytest.approx(H100[name], rel=0.01)
 
 
