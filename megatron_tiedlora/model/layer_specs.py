@@ -120,7 +120,7 @@ class _SwiGlu(torch.autograd.Function):
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:
-            # It was gathered only for this function, but autograd would hold all of its d elements per token.
+            # `grad_z` was gathered only for this function, but autograd would keep its d elements per token in memory.
             grad_z.untyped_storage().resize_(0)
         found: tuple[Tensor | None, ...] = (None, None, None)
         if grad_gated is not None:
@@ -131,13 +131,14 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _needs(ctx: Any) -> tuple[linears.Needs, linears.Needs]:
-    """Return which gradients gate_up and down_proj need. The input of down_proj needs one if earlier tensors do."""
+    """Return which gradients gate_up and down_proj need. The input of down_proj needs one if gate_up needs any."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = linears.Needs(hidden, a, f)
     return needs, linears.Needs(any(needs), down_a, down_f)
 
 
-# The number of supervised rows with logits in memory (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
+# The number of supervised rows whose logits are in memory at once (1,024 rows of a 49,152-word vocabulary are 0.2 GB in
+# fp32).
 HEAD_ROWS = 1024
 
 
@@ -239,8 +240,8 @@ class Head(nn.Module):
         If the positions belong to several adapters, the result is one summed loss per adapter, (adapters,).
 
         Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
-                d) or (1, m / p, d).
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only the positions
+                `supervised.rows`, (1, m, d) or (1, m / p, d).
             summed: False to return the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group

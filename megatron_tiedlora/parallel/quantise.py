@@ -86,7 +86,7 @@ def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, na
 
 
 def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
-    """Quantise and dequantise complete rows W. Return D(W), (rows, width) fp32."""
+    """Quantise and dequantise complete rows of a weight. Return the dequantised values, (rows, width) fp32."""
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)
