@@ -215,7 +215,7 @@ class AllRows:
         return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
     def slot_spans(self, size: int) -> RowSpans | None:
-        """Return the span of each adapter in a flattened gradient of A or F, which has `size` elements in total."""
+        """Return the adapters' spans in a flat gradient of A or F, `size` elements in total; None for one adapter."""
         return None
 
 

@@ -95,8 +95,8 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Return a copy in which fields without effect on a layer's operations are fixed. alpha is r if it was r, else
-        2 r."""
+        """Return a copy in which fields without effect on a layer's operations are fixed. alpha stays r or becomes 2
+        r."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
@@ -253,9 +253,8 @@ def make_adapter_config(
 ) -> AdapterConfig:
     """Return an AdapterConfig. alpha is the rank by default. Raise UserError if the method is unknown."""
     # With stds of 1 / sqrt(d) for A and 1 / sqrt(r) for B, the elements of x, A x and B A x have the same magnitude. If
-    # the initial update is not zero (tl1), the std of B is multiplied by 0.3. The first loss of a real model was 3.5
-    # with the full std, 1.47 with 0.3, and 1.43 without an adapter (docs/start_widths.md). The final losses were
-    # equally good.
+    # the initial update is not zero (tl1), the std of B is multiplied by 0.3. A real model's first loss is 3.5 with the
+    # full std, 1.47 with 0.3, and 1.43 without an adapter (docs/start_widths.md). The final loss with 0.3 is as good.
     share_b = 1.0 if find_method(method).starts_at_base else 0.3
     std_a = 1.0 / math.sqrt(targets[0].in_size) if init_std_a is None else init_std_a
     std_b = share_b / math.sqrt(rank) if init_std_b is None else init_std_b

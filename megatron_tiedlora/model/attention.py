@@ -119,9 +119,8 @@ class Attention(nn.Module):
             dtype: the dtype of the activations.
             documents: (b, s) int64, document ids; None if each row is one document. They are read fastest on the host.
             segments: the adapters of the tokens; if there are several, b is 1. By default there is one adapter.
-            cache: the cache of any layer, before new keys are added. The first call fills it with complete prompts,
-                padded on the right. Later tokens attend to its keys up to their own position. With several adapters,
-                each has a cache.
+            cache: any layer's cache (one per adapter if several), before new keys are added. The first call fills it
+                with complete prompts, padded on the right. Later tokens attend to its keys up to their own position.
             ropes: the rotations of all layers, if some differ from this layer's rotation.
         """
         heads = self.qkv.heads

@@ -1,9 +1,9 @@
 """Define the supported model families by the `model_type` of their `config.json`, and the decoder that they share.
 
 A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
-implemented. The decorator `family` receives the values of absent fields if these values are not LLaMA's. The shared
-decoder has grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only what
-differs from this decoder.
+implemented. The decorator `family` receives the defaults of absent fields, if these defaults are not LLaMA's. The
+shared decoder has grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only
+what differs from this decoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence

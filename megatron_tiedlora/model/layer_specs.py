@@ -137,8 +137,7 @@ def _needs(ctx: Any) -> tuple[linears.Needs, linears.Needs]:
     return needs, linears.Needs(any(needs), down_a, down_f)
 
 
-# The number of supervised rows whose logits are in memory at once (1,024 rows of a 49,152-word vocabulary are 0.2 GB in
-# fp32).
+# The number of supervised rows whose logits are in memory at once (1,024 rows of 49,152 logits are 0.2 GB in fp32).
 HEAD_ROWS = 1024
 
 
@@ -240,8 +239,8 @@ class Head(nn.Module):
         If the positions belong to several adapters, the result is one summed loss per adapter, (adapters,).
 
         Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only the positions
-                `supervised.rows`, (1, m, d) or (1, m / p, d).
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
+                d) or (1, m / p, d).
             summed: False to return the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group

@@ -37,8 +37,7 @@ class Attended(NamedTuple):
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
         update: the update of the block, if it is adapted.
-        zero_gradients: tensors that must get a gradient of zeros in the backward pass, although the loss does not
-            depend on them.
+        zero_gradients: tensors on which the loss does not depend, but which must get a gradient (zeros).
     """
 
     hidden: Tensor

@@ -359,7 +359,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """With --halving, load the last evaluation after a resume. End training if --halving ended it after that
+        """With --halving, load a resumed run's last evaluation. End training if --halving ended it after that
         evaluation."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
@@ -376,7 +376,7 @@ class AdapterRun:
         if self.keeps_losses and self.progress.step:
             losses, tokens = zip(*batches, strict=True)
             summed = sum_over_ranks([*losses, *map(float, tokens)])
-            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # they count the same tokens
+            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # replicas count the same tokens
             counts = (round(count) // replicas for count in summed[len(losses) :])
             self._keep(BatchLosses(self.progress.step, tuple(summed[: len(losses)]), tuple(counts)))
 

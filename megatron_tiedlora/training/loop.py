@@ -38,8 +38,8 @@ Runs = Sequence[AdapterRun]
 Found = TypeVar("Found")
 
 # The capacity of a shared evaluation batch, in micro-batches of a training step. Evaluation needs the activations of
-# one layer. A training step needs those of all layers. With recompute, it needs the inputs of all layers and one layer
-# with its gradients.
+# one layer, and a training step those of all layers. With recompute, a training step needs the inputs of all layers,
+# and the activations and gradients of one layer.
 STEPS_AT_ONCE = 4
 
 

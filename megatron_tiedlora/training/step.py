@@ -219,11 +219,9 @@ class TrainStep:
 
         Args:
             steps: this rank's samples of the global batch, for each running adapter.
-            save_due: a function that returns whether rank 0 requests a checkpoint. It is called after the backward
-                passes.
+            save_due: a function that returns whether rank 0 requests a checkpoint; called after the backward passes.
             failure: an error on rank 0 since the previous step. It is raised before any weight changes.
-            failures: errors on rank 0 since the previous step, by adapter name. An adapter with an error is not
-                updated.
+            failures: errors on rank 0 since the previous step, by adapter name. These adapters are not updated.
             saved_steps: the step of each adapter's last checkpoint, for error messages.
 
         Raises on every rank:
