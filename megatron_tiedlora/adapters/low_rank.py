@@ -221,7 +221,7 @@ class AllRows:
 
 @dataclass(frozen=True)
 class SharedRows(AllRows):
-    """The tokens of a micro-batch that has several adapters. Adapters without this target have no update.
+    """The tokens of a micro-batch that has several adapters. Adapters that do not adapt the linear have no update.
 
     Attributes:
         ranks: the LoRA rank of each adapter of the linear, by number in the micro-batch, in the order of factors.

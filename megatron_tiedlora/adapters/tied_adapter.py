@@ -95,8 +95,7 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Return a copy in which fields without effect on a layer's operations are fixed. alpha stays r or becomes 2
-        r."""
+        """Return a copy with constants for fields without effect on a layer's operations. alpha becomes r or 2 r."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 

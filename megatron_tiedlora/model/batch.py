@@ -34,8 +34,8 @@ class MicroBatch:
         token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
             None if there is no dropout.
         segments: the rows of each adapter. If there are several adapters, all rows are concatenated, so b is 1.
-        lengths: (rows,) int64, the number of tokens in each row without padding. With several adapters, rows are those
-            before concatenation.
+        lengths: (rows,) int64, the number of tokens in each row without padding. With several adapters, these are their
+            rows before concatenation.
         num_samples: the number of samples; 0 for a batch of padding only.
     """
 

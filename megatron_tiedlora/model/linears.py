@@ -9,9 +9,9 @@ the adapter provides A and F. The MLP, whose linears are one autograd function, 
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its shard of the sequence. A x is
 sent in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every
-rank has its own features x_i. Its partial sum includes the update, which needs no message. A is sharded like the
-columns of W, so each rank computes the complete gradient of its shard. F is not sharded, and each rank computes a
-partial sum of its gradient.
+rank has its own features x_i. Each rank's partial sum includes the update, so that the update needs no message of its
+own. A is sharded like the columns of W, so each rank computes the complete gradient of its shard. F is not sharded, and
+each rank computes a partial sum of its gradient.
 """
 
 from collections.abc import Sequence
@@ -433,7 +433,7 @@ class SplitHeads:
     def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
         """Return the gradient of [Q | K | V] from the gradients of the results."""
         batch, _, length, _ = gradients[0].shape
-        # (b, heads, s, head_dim) -> (b s, heads, head_dim). GPU kernels return gradients in this order without a copy.
+        # (b, heads, s, head_dim) -> (b s, heads, head_dim). GPU kernels use this order, so nothing is copied.
         by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
         if self.norms:
             (query, key, _), (rotated, root, cos, sin, *norms) = by_token, saved

@@ -171,7 +171,7 @@ class WeightRule:
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor to which they belong.
 
-        If a stored tensor also has rows of other weights, the result has zeros in these rows.
+        Each result has the row order of its stored tensor, with zeros in the rows of other weights.
         """
         found: dict[str, Tensor] = {}
         for part, values in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):

@@ -359,8 +359,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """With --halving, load a resumed run's last evaluation. End training if --halving ended it after that
-        evaluation."""
+        """With --halving, load a resumed run's last evaluation. End training if --halving rejected the adapter then."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)

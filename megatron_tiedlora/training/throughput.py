@@ -320,7 +320,7 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
             return kernels
         # Every kernel is called, forwards and backwards, with each kind of shapes in training. The hidden size and a
         # rank's shard of the vocabulary are those of the run, since compilers treat long and short rows differently.
-        # All other sizes are small and different from each other. This includes 14, the rotated pairs in a head of 28.
+        # All other sizes are small and different from each other. This includes 14: a head of 28 has 14 rotated pairs.
         small = shape.resized(
             vocab_size=-(-shape.vocab_size // tp_size),
             intermediate_size=88,
