@@ -221,7 +221,7 @@ def plan_run(
             f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"
             f" {' or '.join(task.metrics)}"
         )
-    if rank == 0 and weights:  # only rank 0 of a run reports; a plan may be made on another machine
+    if rank == 0 and weights:  # only rank 0 of a run uses trackers; a plan without weights may be for other hosts
         check_trackers(settings.report_to)
     try:
         grid = groups.Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
@@ -267,7 +267,7 @@ def plan_run(
     )
     plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
     method = adapter.method_spec
-    if plan.rank_excess and (method.A.trained or method.B.trained):  # vera only selects from r frozen terms
+    if plan.rank_excess and (method.A.trained or method.B.trained):  # vera freezes both, so its rank may be larger
         raise UserError(f"{plan.rank_excess[0]}. Give at most this rank")
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
@@ -470,6 +470,6 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
         folder = RunFolder(user_path(settings.output_dir))
     elif settings.init_from is None or settings.model_fields_set >= _NAMING:
         folder = last_run_folder(settings)
-    else:  # the adapter decides the name of the folder, so it is read first
+    else:  # the run folder is named by the settings of the adapter, which is read first
         return None
     return resume.recorded_settings(folder.checkpoints.glob("step_*"))
