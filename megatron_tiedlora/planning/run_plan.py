@@ -431,8 +431,8 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> InitialAdap
     """Read the adapter of --init_from in the folder `given`, for a base with the shape of `source`.
 
     Raises:
-        UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape.
-            Without `differs` (--base_differs), a PEFT adapter must record any adapter that is merged into `source`.
+        UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape; or
+            `source` has a merged adapter, a PEFT adapter names another base, and `differs` (--base_differs) is False.
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"

@@ -120,7 +120,7 @@ class ClusterPlan:
     def rows(self) -> list[Candidate]:
         """The candidates in `ranked` storage formats that fit in memory, the fastest first.
 
-        Layouts within `_TIE` of the fastest time are equally fast. Of these, the one that changes the base least is first.
+        Layouts within `_TIE` of the fastest time count as equally fast. Of these, the first one changes the base least.
         """
         rows = [one for one in self._fitting if one.storage in self.ranked]
         ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)

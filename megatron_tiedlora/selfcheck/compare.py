@@ -303,7 +303,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
     """Return the bytes that the first round adds to `peak` memory (None if unknown), and those that autograd `saved`.
 
-    With --adapters, `saved` is missing. Call this in a new process: most allocators may reuse memory of earlier rounds.
+    `saved` is missing with --adapters. Call this in a new process, as allocators other than glibc's may reuse memory.
     """
     side = make_sides(plan, settings)[name]()
     held = timing.restart_peak(side.device)

@@ -9,7 +9,7 @@ source of a preset. On a GPU this is the preset of the same GPU or else of the H
 
 Some constants are measured with steps of the training engine:
 
-    block        (seconds of a step of many tiny layers - seconds of a step of one) / (passes through the others)
+    block        (seconds of a step of many tiny layers - seconds of a step of one) / (passes through the other layers)
     step         seconds of a step of one tiny layer without its passes
     instruction  unexplained (measured minus planned) seconds of a step of two tiny stages
     context      anonymous memory of an idle process on a CPU after these steps

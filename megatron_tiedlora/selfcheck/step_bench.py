@@ -239,7 +239,7 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     """Join the process group, and build the model, engine and loader of the plan. All ranks call this together.
 
     Raises:
-        UserError: data or ranks are missing, or the kernels cannot be compiled.
+        UserError: the data cannot be read, ranks are missing, or the kernels cannot be compiled.
     """
     dataset, pad_id = read_samples(plan, settings)
     device = process_group.join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)

@@ -106,7 +106,7 @@ def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
 
 def loaded_nccl() -> tuple[int, ...]:
     """Return the version of NCCL in this process, even if it is preloaded; () if it cannot be found."""
-    torch.cuda.is_available()  # torch has loaded its libraries
+    torch.cuda.is_available()  # makes sure that torch has loaded its libraries
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl" in line}
     for name in (None, *sorted(paths)):
         number = ctypes.c_int()
