@@ -178,7 +178,7 @@ def find_shape(
     """
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
-    found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # one is null
+    found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # a field is null
     preference = ""
     if any(not is_empty(row.get(name)) for name in ("rejected", "rejected_response", "rejected_messages")):
         preference = ". Training on preference data is not supported"
