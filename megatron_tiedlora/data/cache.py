@@ -79,7 +79,7 @@ def tokenised_once(
 ) -> TrainingData:
     """Return the training and validation data. Tokenise the data first if it is not in the cache.
 
-    The process that tokenises shows a progress bar. The other processes wait for it, and one per host logs this.
+    The process that tokenises shows a progress bar. The other processes wait, and one of them per host logs this.
 
     cache_dir: the folder that contains the folder `tokens`; default `user_cache()`. Damaged data is written again.
     timeout_minutes: how long a live process may write nothing. A dead or suspended process is replaced.
@@ -119,7 +119,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """Return the content of the cache folder `key`. Call `write` unless a process writes it or has written it."""
+    """Return the content of the cache folder `key`. Call `write` if it is missing and no process writes it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 

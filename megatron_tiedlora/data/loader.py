@@ -323,7 +323,7 @@ def _tokens(lengths: Lengths, row: Sequence[int]) -> int:
 
 # Micro-batches of several adapters ------------------------------------------------------------------------------------
 #
-# A micro-batch is never split, because its gradient is one sum. A shared micro-batch has at most one of each adapter.
+# An adapter's micro-batch is never split: its gradient is one sum. A shared micro-batch has at most one per adapter.
 
 
 Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batches

@@ -29,7 +29,7 @@ Files = Mapping[str, str | Path | None]
 """The value of each split's data flag, by split name. A missing key or None means that the flag was not given."""
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
-_MIX_STREAM = 2**32 + 2  # the random streams of epochs, held-out rows and drawn samples have other numbers
+_MIX_STREAM = 2**32 + 2  # a random stream other than those of epochs, held-out rows and drawn samples
 _MOST_REPEATS = 1000  # maximum uses of a row in a mix; more would fill the memory, and a weight is probably wrong
 
 

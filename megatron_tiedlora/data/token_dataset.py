@@ -206,7 +206,7 @@ def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.unsignedinteger[
 def sample_indices(num_samples: int, *, seed: int, consumed: int, count: int) -> NDArray[np.int64]:
     """Return the indices of the `count` samples that follow the first `consumed` samples, (count,) int64.
 
-    Each epoch has its own permutation of all samples. A batch may span epochs, and may be larger than the data set.
+    Each epoch has its own permutation of all samples. The result may span epochs and be longer than the data set.
 
     Raises ValueError if there are no samples.
     """

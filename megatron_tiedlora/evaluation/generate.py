@@ -405,7 +405,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapt
 
 
 def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
-    """Yield slices of samples whose caches, with a prompt per ending, have a limited size. With `whole`, yield all."""
+    """Yield slices of samples with caches of limited size (a prompt copy per ending). With `whole`, yield one slice."""
     start, rows, longest = 0, 0, 0
     for index, (prompt, endings) in enumerate(samples):
         grown = max(longest, len(prompt) + max(map(len, endings)))

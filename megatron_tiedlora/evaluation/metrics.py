@@ -66,7 +66,7 @@ class Metric:
             values are comparable only if their signatures are equal.
         needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model scores each choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
-        corpus: a function that returns a fixed number of counts of an answer, and one that computes the value from sums.
+        corpus: a function that returns equally many counts per answer, and one that returns the value for sums of counts.
     """
 
     name: str
@@ -173,8 +173,8 @@ def accuracy(answer: Answer) -> float:
 def accuracy_loglikelihood(answer: Answer) -> float:
     """Return 100 if the correct ending has the highest log-likelihood per character. Otherwise return 0.
 
-    Of equally likely endings, the first is chosen. Characters are the Unicode code points of the cleaned ending without
-    the space that joins it to the prompt, as in `acc_norm` of lm-evaluation-harness. If a score is NaN, return 0.
+    If two endings have equal values, the first is chosen. Characters are the Unicode code points of the cleaned ending
+    without the space that joins it to the prompt, as in `acc_norm` of lm-evaluation-harness. A NaN score gives 0.
     """
     choices = checked_choices(answer)
     assert len(answer.choice_scores) == len(choices), f"{answer.example.source}: {len(answer.choice_scores)} scores"

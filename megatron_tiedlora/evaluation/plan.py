@@ -255,7 +255,7 @@ def _find_model(
         opened.adapter,
         tokenizer=settings.tokenizer,
         differs=settings.base_differs,
-        base_format=trained if opened.trained_on is None else used,  # if no base is recorded, no format differs
+        base_format=trained if opened.trained_on is None else used,  # no base recorded: formats not compared
         identify=identify,
     )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *notes)

@@ -155,7 +155,7 @@ SHAPES = (
 )
 REFERENCES = "references"  # more accepted answers, in a row of any shape
 OUR_FIELDS = frozenset((*(name for shape in SHAPES for name in shape.fields), REFERENCES))
-# Names of fields with data in the formats of other tools. A row with such a field is rejected if it is not read.
+# Names of fields with data in the formats of other tools. A row is rejected if such a field is not read.
 _LOOKS_LIKE_DATA = OUR_FIELDS | {
     *("question", "answer", "answers", "context", "target", "targets", "label", "labels", "choices", "options"),
     *("chosen", "rejected", "rejected_response", "rejected_messages", "solution", "reasoning", "rationale", "thinking"),
