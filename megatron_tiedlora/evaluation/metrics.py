@@ -66,7 +66,7 @@ class Metric:
             values are comparable only if their signatures are equal.
         needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model scores each choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
-        corpus: a function that returns equally many counts per answer, and one that returns the value for sums of counts.
+        corpus: a function answer -> a fixed number of counts, and a function sums of these counts -> the value.
     """
 
     name: str
