@@ -397,8 +397,8 @@ class StoredWeights:
             raise UserError(f"{name}{_LEVELS} does not have the levels of nf4; give a model in nf4 or in bf16")
 
     def _state(self, name: str, shape: TensorShape) -> tuple[int, tuple[int, float] | None]:
-        """Return the number of weights in a block of a bitsandbytes tensor. Also return None, or for quantised scales
-        (size of a block of scales, offset of the scales)."""
+        """Return the number of weights in a block of a bitsandbytes tensor, and, if its scales are quantised too, the
+        tuple (number of scales in a block of scales, offset of the scales), else None."""
         raw = self._needed(name, _STATE)
         try:
             if raw.get_dtype() != "U8" or torch.Size(raw.get_shape()).numel() > _LARGEST_STATE:

@@ -33,7 +33,7 @@ from megatron_tiedlora.runtime.stopping import StopSignals
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor_rank")
 _START_SECONDS = 60.0  # for launchers, in addition to the ranks' time
 TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # for a launcher's output
-_SLOW = 0.5  # share of the median bandwidth of groups of the same kind
+_SLOW = 0.5  # a group below this share of the median bandwidth of its kind is slow
 _NOT_IN_THE_WAY = "output_not_writable"  # ranks do not fail because of this error, so their results still count
 _PACKAGE = "megatron_tiedlora"
 # Different versions of these packages are an error, as every rank computes with them. For others they are a warning.

@@ -264,7 +264,7 @@ class TrialRank:
             if self._rank in self._order.first_ranks:
                 if self._rank == 0:
                     self.say(output=wrong)
-                elif self._report.output is None:  # this rank's host may write there
+                elif self._report.output is None:  # this rank's host can write there
                     self.say(output="" if wrong or _is_seen(path) else NOT_SEEN)
             max_over_ranks([0.0])
         finally:

@@ -156,7 +156,7 @@ def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
     lines += [f"{name}={value}" for name, value in job.variables.items()]
     file = job.private / "deepspeed_env"
     files = {**_hostfile(job), file: "".join(f"{line}\n" for line in lines)}
-    # A single host of a hostfile is reached by its launcher too.
+    # With --force_multi, DeepSpeed uses its launcher for remote hosts even if the hostfile has only one host.
     return StartPlan((*words, "--force_multi", *ranks), {**environment, "DS_ENV_FILE": str(file)}, files)
 
 

@@ -312,7 +312,7 @@ def wait_for_end(
         tell: a function that prints a line.
     """
     said: set[str] = set()
-    run_ended = launcher_ended = float("inf")  # when, by the monotonic clock
+    run_ended = launcher_ended = float("inf")  # times of the monotonic clock
     looked = 0.0
 
     def say_once(line: str) -> None:
@@ -327,7 +327,7 @@ def wait_for_end(
             if now > run_ended + LINGER_SECONDS:
                 say_once("the run has ended, but its launcher has not: killed")
                 running.kill()
-            if now > looked + _LOOK_SECONDS:  # so that its processes are known after its end
+            if now > looked + _LOOK_SECONDS:  # find the launcher's processes, to know them after it has ended
                 looked = now
                 running.here()
         else:
@@ -373,7 +373,7 @@ class StatusFile:
     def __init__(self, folder: RunFolder, start: str = "") -> None:
         self.folder, self._start = folder, start
         self._before, self.is_of_another = stamp(folder.status), False
-        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # the owner's token, and when a change was last seen
+        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # stamp of the owner file, and when it last changed
         self._token()
 
     def _token(self) -> Token | None:

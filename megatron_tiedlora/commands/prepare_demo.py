@@ -192,7 +192,7 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
     written = target / "tokenizer_config.json"
     settings = json.loads(written.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only", "name_or_path"):  # how this machine loaded it
+    for name in ("is_local", "local_files_only", "name_or_path"):  # they describe how this machine loaded it
         settings.pop(name, None)
     written.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     check_numbers(AutoTokenizer.from_pretrained(target, trust_remote_code=False))

@@ -59,7 +59,7 @@ class BatchPlan:
 def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int) -> int:
     """Return the maximum number of rows in a micro-batch if --micro_batch_size is not given.
 
-    With packing on a GPU, this is one row, or all full rows that fit in `GPU_MICRO_BATCH_TOKENS`; else `otherwise`.
+    With packing on a GPU, this is the number of full rows in `GPU_MICRO_BATCH_TOKENS`, at least 1; else `otherwise`.
     """
     return max(1, GPU_MICRO_BATCH_TOKENS // max_length) if on_gpu and packing else otherwise
 

@@ -93,7 +93,7 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
             keywords.update(nargs="?")
         elif keywords["metavar"] == _TRUE_OR_FALSE and groups:  # a bare --dry_run means true
             keywords.update(nargs="?", const="true")
-        elif keywords["metavar"] == _TRUE_OR_FALSE:  # a positional word may follow it
+        elif keywords["metavar"] == _TRUE_OR_FALSE:  # takes no value, because a positional word may follow
             keywords, default = {"action": "store_const", "const": "true"}, ""
         help_text = (field.description or "") + (f" [{default}]" if default else "")
         keywords.update(help=help_text.replace("%", "%%"))

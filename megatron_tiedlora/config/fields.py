@@ -293,7 +293,7 @@ def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
-    """Return settings of `kind` with these values by flat name. None means that the value was not given.
+    """Return settings of `kind` with these values by setting name. None means that the value was not given.
 
     Raises:
         UserError: names are unknown (the message suggests known ones), or a value is out of range.

@@ -406,9 +406,9 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         elif "task" not in filled and "adapters" in filled:
             filled["task"] = "custom"  # has no effect, because each adapter's entry is filled in separately
         elif "task" not in filled and (is_preset(as_given(filled["model"])) or filled.get("dry_run") in (True, "true")):
-            filled["task"] = "custom"  # a dry run without data has full rows; a preset has no tokenizer
+            filled["task"] = "custom"  # a dry run assumes full rows, so it needs no task and no tokenizer
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
-        steps = as_given(filled["max_steps"])  # not checked yet
+        steps = as_given(filled["max_steps"])  # not validated yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
             filled["warmup_steps"] = min(filled["warmup_steps"], int(steps))
         if "init_from" not in filled:
@@ -464,7 +464,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Return the training settings with these values by flat name.
+    """Return the training settings with these values by setting name.
 
     Raises:
         UserError: a name is unknown (the message suggests a known one), or a value is out of range.

@@ -1,7 +1,7 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
 Every tensor is read, computed and written some rows at a time (`MergedWeights`), so a merge needs little memory. If the
-folder is quantised, W is replaced by the dequantised values D(W) that training used, and all tensors are computed.
+base's folder is quantised, W is replaced by the dequantised values D(W) of training, and no tensor file is kept.
 
 Only files inside the folder are copied, because an untrusted folder may contain links to private files. Links in the
 hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as files inside the folder.
@@ -81,7 +81,7 @@ def merge_adapter(
     output_folder.reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
-    # The base's tokenizer is saved again over its copy, because transformers would rebuild some by their class names.
+    # The loaded tokenizer is saved over its copied files, from which transformers would build others by class names.
     saved = None
     if tokenizer is not None or own_files:
         if (named := user_path(tokenizer or folder)).is_dir():
@@ -124,7 +124,7 @@ def merge_adapter(
         with new(output) as temporary:
             output_folder.require_room(temporary, needed, output=output)
             tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge")
-            for file in copied:  # includes the index of a base that is not quantised, which may have more metadata
+            for file in copied:  # also an unquantised base's index, which may have more metadata than a new one
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:
                 _restate_config(temporary / "config.json", dtype, dequantised=quantised)

@@ -161,8 +161,8 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
     The base is `model`, or else the model that the files name. Other programs record only the base's name.
 
     Raises:
-        UserError: no base is given or named; or an adapter is already merged into the base, although the files do not
-            name this base and `differs` (--base_differs) is False.
+        UserError: no base is given or named; or the base already has a merged adapter. The second error is not raised
+            if the files name this base, or if `differs` (--base_differs) is True.
     """
     record, in_config = read_json_or_none(folder / inputs.EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
     path, named = record.get(inputs.BASE_PATH), in_config if isinstance(in_config, str) else ""

@@ -294,7 +294,7 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # Hide transformers' progress bar for each model, since ours counts models, and its warning about PEFT's calls.
+    # Hide transformers' progress bars, because our own bar counts models, and the FutureWarnings about PEFT's calls.
     with ExitStack() as quiet:
         if logging.is_progress_bar_enabled():
             logging.disable_progress_bar()

@@ -249,7 +249,7 @@ def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
     left_out = (*_DERIVED, "init_from", "epochs")
     given = {name: value for name, value in chosen.items() if name not in left_out}
     if "max_steps" in facts.settings:
-        given["max_steps"] = facts.settings["max_steps"]  # also those that --epochs gave
+        given["max_steps"] = facts.settings["max_steps"]  # the recorded number, which may be computed from --epochs
     try:
         settings = make_settings({**given, "report_to": "none"})
         plan = plan_run(settings, rank=0, world_size=1, weights=False, source=facts.source)

@@ -190,7 +190,7 @@ class Heartbeat:
                 now = self._beats()
                 silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError:
-            # The rank in the symptom was lost before rank 0, so it is the reason: launchers then end all ranks.
+            # A rank in the symptom other than rank 0 was lost first, so it is the reason: launchers then ended rank 0.
             is_other = before is not None and re.search(r"\[(rank|one of ranks) [1-9]", symptom)
             return self._store_gone(here if is_other else "")
         self._main_gone = 0 in silent

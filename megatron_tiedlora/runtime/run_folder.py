@@ -373,8 +373,8 @@ _PROJECT_VARIABLES = {
     "swanlab": "SWANLAB_PROJECT",
     "clearml": "CLEARML_PROJECT",
 }
-# The keyword for the name of a run within its project, for trackers that have one.
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# The keyword for the name of a run within its project, for trackers that have such a keyword.
 _RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
 
 
@@ -406,7 +406,7 @@ def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
         keywords["dir"] = str(folder)
     project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), "") or PROJECT
     tracker = kind(project, *folders, **keywords)
-    getattr(tracker, "start", lambda: None)()  # earlier versions start in their constructor
+    getattr(tracker, "start", lambda: None)()  # in earlier versions of accelerate, the constructor starts it
     plain = {key: value if isinstance(value, str | int | float) else str(value) for key, value in settings.items()}
     tracker.store_init_configuration(plain)
     return tracker
