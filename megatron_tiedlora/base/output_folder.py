@@ -209,7 +209,7 @@ def partial_folder(path: Path) -> Path:
 
 @contextmanager
 def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` at the end of the block, and release it (see `take_output`)."""
+    """Yield a temporary folder that becomes `path` at the end of the block. See `take_output` for the errors."""
     output = take_output(path, take_over=take_over)
     try:
         with output.written() as temporary:

@@ -50,8 +50,8 @@ class BaseIdentity:
     Attributes:
         base_model: the value that the user gave to --model.
         base_hash: hash of the config, `ModelSource.base_hash`.
-        base_weights_hash: hash of the final norm's weight in bf16 and of the merge record, because a merge changes few
-            of the hashed values.
+        base_weights_hash: hash of the final norm's weight in bf16 and of the merge record. (A merge does not change
+            this norm.)
         base_sample: hash of `BaseWeights.sample` of every tensor; None if weights were quantised or offloaded.
         tokenizer: the value that the user gave to --tokenizer; None for the base's own tokenizer.
         tokenizer_hash: hash of the tokenizer's files; None if unknown.

@@ -36,9 +36,9 @@ from megatron_tiedlora.runtime.stopping import StopSignals, alive
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
 POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
-_NOTICE_SECONDS = 0.5  # until processes that a launcher has started here end by themselves
-LINGER_SECONDS = 30.0  # until a launcher and its processes on this machine end after the run
-LATE_SECONDS = 3.0  # until a status from another host is visible here
+_NOTICE_SECONDS = 0.5  # time for a launcher's processes on this machine to end by themselves
+LINGER_SECONDS = 30.0  # time for a launcher and its processes here to end after the run
+LATE_SECONDS = 3.0  # time until a status file that another host wrote is visible here
 _SILENT_SECONDS = 25.0  # an owner renews its token every 10 seconds; after this time without renewal it is dead
 _END_SECONDS = 10.0  # from SIGTERM to SIGKILL for remaining processes on this machine
 _FORWARDS = ("srun", "mpirun", "prterun")  # these forward SIGUSR1 to their ranks; on SIGTERM ranks get no time to save

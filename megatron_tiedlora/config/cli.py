@@ -31,7 +31,7 @@ TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: hash of the content of --
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
-# Commands whose settings have other names in other tools. No command treats these names as misspelled flags.
+# The settings of these commands have other names in other tools. Every command gives hints for these other names.
 _NAMED = (Settings, EvaluateSettings, MergeSettings, PushSettings)
 
 

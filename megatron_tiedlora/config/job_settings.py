@@ -257,9 +257,9 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     own, known, words = split_words(argv, PlanSettings)
     others = [name for name in known if name not in ("model", "config")]
     others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
-    if "measure" in own and others:  # --measure uses only the model of a run
+    if "measure" in own and others:  # --model is the only training flag that --measure uses
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
-    # Parse them as a dry run, which needs no data. The file of --config may also set --dry_run.
+    # Parse the training flags as for a dry run, which needs no data. The file of --config may also set --dry_run.
     train = parse_settings([*words, "--dry_run"], Settings)
     for name, instead in fields.decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:

@@ -391,7 +391,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         return made
 
     def completed(self, **values: Any) -> "Settings":
-        """Return a copy with different defaults. `model_fields_set` still contains only the given fields."""
+        """Return a copy with these values as defaults: `model_fields_set` still contains only the given fields."""
         made = self.model_copy(update=values)
         object.__setattr__(made, "__pydantic_fields_set__", set(self.model_fields_set))
         return made

@@ -53,7 +53,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
     model: str = _flag(
         "preset whose widths are used, with as many layers as fit",
         "llama2-7b",
-        choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the checks' reference has only Llama 2's
+        choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference has only Llama 2's layers
     )
     output: fields.FilePath = _output("folder of the report", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")

@@ -37,8 +37,8 @@ class OpenedAdapter:
         source: the model.
         kind: the kind of the adapter's folder.
         state: the full tensors in fp32.
-        native: the native adapter in the folder, or inside an export that is equal to it; None for any other PEFT
-            adapter.
+        native: the native adapter that the folder is, or that a PEFT folder contains and whose export is equal to the
+            PEFT tensors; None for any other PEFT adapter.
         exported_for: the base for which a PEFT folder was exported; None if its files do not record one.
         apart: the reason why further training differs from PEFT's; None if it does not differ. PEFT's separate A
             matrices of fused modules are one reason.

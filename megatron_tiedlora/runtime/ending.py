@@ -161,10 +161,10 @@ class End:
             run folder is not changed as long as this is None.
         finished_step: a function that returns the number of the last finished step.
         first_step: the last step of earlier launches.
-        unsaved: the end of the last line if a signal stops the run and nothing was saved.
+        unsaved: the end of the last printed line if a signal stops the run and nothing was saved.
         reason: why the run ended, if it did not fail.
         state, status: the state and the exit status of a run that did not raise.
-        saved: the end of the last line if a signal stops the run after a step; by default, that the step was saved.
+        saved: as `unsaved`, if a signal stops the run after a step; by default, it says that the step was saved.
         owners: the owners of the folders that rank 0 writes to, in the order in which the folders were taken.
         held: the exit stack that releases these folders at the end of the run, in reverse order.
         gpu: the name of this rank's GPU in messages.

@@ -221,7 +221,7 @@ class MetricsLog:
         write_metrics(folder.metrics, [r for r in rows if r["step"] <= last[r["split"]]], guard=folder.guard)
         with os_errors(f"{folder.metrics}: cannot be written", fix="; check the disk space and the permissions"):
             self._stream = folder.metrics.open("ab", buffering=0)
-        folder.guard()  # checked first: TensorBoard's file has a unique name, which no later check can undo
+        folder.guard()  # before TensorBoard creates its file, which no later check removes
         self._board: Any = None
         if TENSORBOARD in report_to:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
