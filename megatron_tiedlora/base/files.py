@@ -227,7 +227,7 @@ def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TE
 
 
 def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
-    """Call `read` until the result is not None, for at most `seconds`, and return the result. NFS may show files late."""
+    """Call `read` until its result is not None, for at most `seconds`. Return the result. NFS may show files late."""
     limit = time.monotonic() + seconds
     while (found := read()) is None and time.monotonic() < limit and folder.is_dir():
         time.sleep(seconds / 10)

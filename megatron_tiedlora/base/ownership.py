@@ -32,7 +32,7 @@ OWNER_FILE = ".owner"
 START_ID = "MEGATRON_TIEDLORA_START"  # `tiedlora run` recognises the tokens of its ranks by this variable's value
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # prefixes of file names, before a launch id
 STALE_SECONDS = 60.0  # after this time without a renewal of its token, an owner has lost its claim to the folder
-_RENEW_SECONDS = 10.0  # between renewals of the token
+_RENEW_SECONDS = 10.0  # time between two renewals of the token
 _LOCK_SECONDS = 5.0  # longest wait for the lock on the folder itself, which processes hold only briefly
 _MISSED_SECONDS = 20.0  # an owner whose lock is free is dead after this time without a renewal
 _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
@@ -285,7 +285,7 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
     token = read_token(file)
     try:
         age = now - file.stat().st_mtime
-    except OSError:  # released meanwhile
+    except OSError:  # the owner has just released the folder
         return
     silent = age > STALE_SECONDS or (token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists())
     if _is_dead(file, age) or (silent and (resumes or _is_unlocked(file) is not False)):

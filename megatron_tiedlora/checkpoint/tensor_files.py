@@ -306,7 +306,7 @@ _STATE = ".quant_state.bitsandbytes__nf4"
 _ABSMAX, _LEVELS, _NESTED_ABSMAX, _NESTED_LEVELS = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
 _ROW_SCALE = "_scale"
 _LARGEST_STATE = 2**16  # bytes of JSON
-_LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # largest values in that JSON
+_LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # largest block size and offset in this JSON
 
 SliceOf = Callable[[str], Any]  # returns the stored tensor with this name, or None if it does not exist
 QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, number of bytes that were read

@@ -27,7 +27,7 @@ SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
     " -o ControlMaster=no -o ControlPath=none"
 )
-_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # for mpirun 5 and 4
+_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # variables with the ssh command, for mpirun 5 and 4
 EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # variables with these prefixes go to remote hosts, as in DeepSpeed
 
 

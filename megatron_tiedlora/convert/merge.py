@@ -85,7 +85,7 @@ def merge_adapter(
     saved = None
     if tokenizer is not None or own_files:
         if (named := user_path(tokenizer or folder)).is_dir():
-            side_files(named, _TOKENIZER_SOURCES)  # rejects links out of the folder here too
+            side_files(named, _TOKENIZER_SOURCES)  # also rejects links out of this folder
         saved = load_tokenizer(tokenizer or folder)
     onto = adapter.base_identity.base_format if onto_trained else None
     if onto_trained and onto is None:
@@ -117,7 +117,7 @@ def merge_adapter(
         if quantised:
             files = tensor_files.sharded(merged.of_quantised())
         else:
-            side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # rejects links here too
+            side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # rejects outside links
             files = [merged.of_file(file) for file in sorted(set(weights.file_of.values()))]
             copied += side_files(folder, [tensor_files.INDEX_FILE])
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)

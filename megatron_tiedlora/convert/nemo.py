@@ -88,7 +88,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
     found = {role: getattr(processor, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
-    roles = {role: token for role, token in found.items() if token >= 0}  # -1: there is no such token
+    roles = {role: token for role, token in found.items() if token >= 0}  # -1: the model has no such token
     # The class that reads SentencePiece files unchanged; as in SentencePiece, "</s>" in a text is plain text.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
     settings |= {f"{role}_token": processor.id_to_piece(token) for role, token in roles.items()}
@@ -246,7 +246,7 @@ def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
 def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
     """Return a tensor called `name` that concatenates `parts` along the columns."""
     shape = (len(parts[0]), sum(part.shape[1] for part in parts))
-    rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # views
+    rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # `split` copies no values
     return StreamedTensor(name, parts[0].dtype, shape, lambda: (torch.cat(row, dim=1) for row in rows))
 
 

@@ -237,7 +237,7 @@ def verify_export(
             compare_both("merged, in transformers", transformers_logits(merged, tokens))
     if peft is not None:
         read = found["peft"]
-        exact = exported is None or stored_dtype(peft).itemsize >= 4  # otherwise the comparison of bits decides
+        exact = exported is None or stored_dtype(peft).itemsize >= 4  # for 16 bits, the bit comparison decides
         rows.append(compare_logits("PEFT adapter", native, read, "equal" if exact else "rounded"))
         if "peft" in runtimes:
             from peft import PeftModel

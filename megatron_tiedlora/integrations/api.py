@@ -183,7 +183,7 @@ def _add_update(
 
 def _merge(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
-    for name, place in places.items():  # check all before any weight is changed
+    for name, place in places.items():  # check all weights before one is changed
         load_model.check_whole(model.get_submodule(name).weight.data, place)
     for name, place in places.items():
         load_model.merge_(model.get_submodule(name).weight.data, update, place)

@@ -257,7 +257,7 @@ class TiedLoraModel(BaseTuner):
                 warnings.warn(note, stacklevel=4)
         described = config.resolve(self._source.shape, self._found)
         adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(described))
-        if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage
+        if not any(weight.is_meta for weight in adapter.parameters()):  # meta with low_cpu_mem_usage
             adapter.load_full(tied_adapter.initial_values(described))
         return adapter, load_model.find_places(self._source.shape, described)
 

@@ -220,7 +220,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     for name, value in facts.settings.items():
         # The command names the base separately, and test rows are not used in training.
         if name in _MARKS and _MARKS[name].decides not in ("layout", "nothing") and name not in ("model", "test_file"):
-            default = Settings.model_fields[name].default  # None if it depends on others
+            default = Settings.model_fields[name].default  # None if it depends on other settings
             if value not in (None, list(default) if isinstance(default, tuple) else default):
                 chosen[name] = value
     if not chosen:

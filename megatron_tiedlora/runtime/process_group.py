@@ -124,7 +124,7 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     else:
         # DeepSpeed would compile its shared-memory operator here, which takes a minute. If a rank dies during this
-        # time, its lock remains and every later run hangs. gloo suffices for the few small messages of a CPU run.
+        # time, a lock file remains and every later run hangs. gloo suffices for the few small messages of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _discover_ranks()
     try:

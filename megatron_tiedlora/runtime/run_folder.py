@@ -24,7 +24,7 @@ from megatron_tiedlora.config.fields import TENSORBOARD
 from megatron_tiedlora.config.settings import Settings
 
 State = Literal["finished", "stopped", "failed"]
-_LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
+_LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # of a log file: bytes of a row, and number of rows
 LOGS_FOLDER = "logs"
 _BOUND = 1e300  # limit for numbers in a log, which excludes NaN, infinity and values that cannot be plotted
 
