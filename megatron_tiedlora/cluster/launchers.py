@@ -101,7 +101,7 @@ class StartPlan:
 
 
 def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    """Return the command that starts `job` from a shell with `environment`. Variables such as RANK are removed.
+    """Return the command that starts `job` from a shell with `environment`. RANK and similar variables are removed.
 
     Raises:
         UserError: the launcher cannot pass an argument to the ranks, or `.deepspeed_env` cannot be read.

@@ -41,7 +41,7 @@ class BatchPlan:
 
     Attributes:
         packed_length: tokens of a packed row; None for one sample per row.
-        min_micro_batches: minimum number of micro-batches per rank with packing, at most the number without packing.
+        min_micro_batches: minimum number of micro-batches per rank with packing, never more than without packing.
     """
 
     global_batch_size: int

@@ -2,7 +2,7 @@
 
 This module also validates values and creates frozen settings objects from them. Each command declares its own settings,
 and `cli.py` turns the fields of any command into flags and YAML names. `marked` returns the settings with given marks.
-docs/extending.md names the lists that are still written by hand.
+docs/extending.md names the lists of settings that are still written by hand.
 """
 
 from __future__ import annotations

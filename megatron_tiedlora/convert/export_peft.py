@@ -126,7 +126,7 @@ def export_peft(
             them, because PEFT's files cannot express the tie.
         base_differs: export even if the adapter was trained on a different base. The record states what differs.
         say: called with each note about the base.
-        new: makes the output folder.
+        new: returns a context that creates the output folder.
         identify: computes the base's identity. To export many adapters of one base, pass a cached function.
 
     Raises:

@@ -67,7 +67,7 @@ def merge_adapter(
         base_differs: merge even if the adapter was trained on a different base. The record then states what differs.
         onto_trained: merge onto the dequantised base that training used, instead of the stored base.
         say: called with each note about the base.
-        new: makes the output folder.
+        new: returns a context that creates the output folder.
         between: called many times per second; it may raise an exception to end the merge.
 
     Raises:

@@ -77,7 +77,7 @@ def convert_nemo(
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
     """Return a SentencePiece model's vocabulary size, its special ids, and the content of its `tokenizer_config.json`.
 
-    The special ids are fields of a model's config. With `tokenizer_config.json`, transformers encodes as SentencePiece.
+    The special ids are fields of `config.json`. With `tokenizer_config.json`, transformers encodes like SentencePiece.
 
     Raises:
         ValueError: transformers returns different token ids from SentencePiece.

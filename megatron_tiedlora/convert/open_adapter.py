@@ -81,7 +81,7 @@ def open_adapter(
     longest: int = 0,
     differs: bool = False,
 ) -> OpenedAdapter:
-    """Return the adapter in the folder `given` with its base, which is `model` or else the model that it names.
+    """Return the adapter in the folder `given` with its base, which is `model` or else the model named in its files.
 
     Args:
         given: value of `flag`.
@@ -126,7 +126,7 @@ def import_peft(
         model: as for `open_adapter`.
         base_differs: import even if the adapter was trained on a different base. A copied adapter keeps its own base.
         say: called with each note.
-        new: makes the output folder.
+        new: returns a context that creates the output folder.
 
     Raises:
         UserError: the adapter cannot be read or has a different base, or the output exists.
@@ -158,7 +158,7 @@ def import_peft(
 def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) -> tuple[ModelSource, tuple[str, ...]]:
     """Return the base of a PEFT adapter, and a note if its files name a different model.
 
-    The base is `model`, or else the model that the files name. Other programs record only the base's name.
+    The base is `model`, or else the model that the files name. Adapters of other programs record only the base's name.
 
     Raises:
         UserError: no base is given or named; or the base already has a merged adapter. The second error is not raised
