@@ -135,7 +135,7 @@ def sample_hash(weights: "BaseWeights | WeightsInMemory") -> str:
 def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -> str:
     """Return the first of bf16, fp16 and fp32 that represents a sample of the values of the blocks' linears exactly.
 
-    A copy in a wider dtype has the same values, so its result is the original dtype. Both are quantised to the same
+    A copy in a wider dtype has the same values, so its result is the original dtype. Quantising either gives the same
     codes. For a folder with several dtypes, the result represents the values of all linears.
     """
     fitting = list(_NARROW)

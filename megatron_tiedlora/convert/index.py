@@ -1,8 +1,8 @@
 """Writes and reads the index of the native adapters in a folder: one SQLite file, which other programs can read too.
 
-The file may come from an untrusted source. So it is read only if it has exactly the schema that this module writes. Its
-size limits the time and memory of reading, and every row is checked. SQLite's own check overflows the stack on deep
-trees, so it is not used.
+The file may come from an untrusted source. So it is read only if it has exactly the schema that this module writes. A
+limit on its size also limits the time and memory of reading. Every row is checked. SQLite's own check of a file is not
+used, because it overflows the stack on deep trees.
 """
 
 import os

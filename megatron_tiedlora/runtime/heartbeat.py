@@ -245,7 +245,7 @@ class Heartbeat:
         return f"{named}{more} stopped responding after step {self.step()} ({why})"
 
     def _store_gone(self, line: str = "") -> PeerFailure:
-        """Return the failure if the store is lost. Its reason is the shared one, else `line`, else that rank 0 is lost."""
+        """Return the failure if the store is lost. The reason is the shared one, or `line`, or that rank 0 is lost."""
         self._main_gone = True
         if self._reason:
             return PeerFailure(self._reason, False)
