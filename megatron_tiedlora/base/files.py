@@ -358,7 +358,7 @@ def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
         raise UserError(f"{source}{where}: not valid YAML ({problem}); correct it") from None
     except RecursionError:
         raise UserError(f"{source}: not valid YAML (it is nested too deeply); correct it") from None
-    # PyYAML converts text that looks like a date or number, and raises one of these errors if the text is not valid.
+    # PyYAML converts text that has a tag or looks like a date, and raises one of these errors if this is impossible.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: contains a value that cannot be read ({error}); put text in quotes") from None
     if content is None:

@@ -164,7 +164,7 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
 
 # tiedlora plan --------------------------------------------------------------------------------------------------------
 
-# Flags of tiedlora train with a different default here. --max_length is still at most the model's limit.
+# Flags of tiedlora train with a different default in a plan. --max_length is still at most the model's limit.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 

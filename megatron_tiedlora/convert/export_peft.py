@@ -285,7 +285,7 @@ def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: st
         return lines
     adapted = {target for export in served.values() for target in export.targets}
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(max(ranks.values()))]
-    # Without it, vLLM reserves memory for all linears, embedding and head. vLLM and this package fuse the same linears.
+    # By default vLLM reserves memory for all linears, embedding and head. vLLM and this package fuse the same linears.
     modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in adapted)
     words += ["--lora-target-modules", *modules]
     lines.append("# serve with vLLM 0.26 or later")

@@ -81,7 +81,7 @@ def merge_adapter(
     output_folder.reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
-    # The loaded tokenizer is saved over its copied files, from which transformers would build others by class names.
+    # The loaded tokenizer is saved over its copied files, for which transformers may choose a different class.
     saved = None
     if tokenizer is not None or own_files:
         if (named := user_path(tokenizer or folder)).is_dir():

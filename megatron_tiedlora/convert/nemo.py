@@ -301,13 +301,13 @@ class NemoModel(BaseModel):
     num_query_groups: Any = None
     kv_channels: Any = None
     tokenizer: NemoTokenizer
-    # These must be present, because NeMo's defaults differ.
+    # These settings must be present, because NeMo's defaults differ.
     normalization: Literal["layernorm1p"]
     activation: Literal["fast-swiglu"]
     position_embedding_type: Literal["rope"]
     bias: Literal[False]
     share_embeddings_and_output_weights: Literal[False]
-    # These may also be absent.
+    # These settings may also be absent.
     transformer_block_type: Literal["pre_ln"] = "pre_ln"
     attention_type: Literal["multihead"] = "multihead"
     normalize_attention_scores: Literal[True] = True

@@ -177,7 +177,7 @@ def _attach(model: Any, adapter: NativeAdapter) -> None:
 def _add_update(
     update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
-    """Return the module output z plus the adapter's update. This function, a forward hook, can be copied and pickled."""
+    """Return the module output z plus the adapter's update. This forward hook can be copied and pickled."""
     return load_model.with_update(z, inputs[0], update, place)
 
 

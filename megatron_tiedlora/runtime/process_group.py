@@ -188,7 +188,7 @@ def leave_process_group() -> None:
 # The values of each variable with which sums are deterministic. The first value is the default.
 VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-    # In this mode PyTorch sets NCCL_ALGO=^NVLS, which does not disable NVLSTree. This disables both (since NCCL 2.17).
+    # PyTorch then sets NCCL_ALGO=^NVLS, which does not disable NVLSTree. This variable disables both (from NCCL 2.17).
     "NCCL_NVLS_ENABLE": ("0",),
     "NCCL_COLLNET_ENABLE": ("0",),
 }
