@@ -406,7 +406,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         elif "task" not in filled and "adapters" in filled:
             filled["task"] = "custom"  # has no effect, because each adapter's entry is filled in separately
         elif "task" not in filled and (is_preset(as_given(filled["model"])) or filled.get("dry_run") in (True, "true")):
-            filled["task"] = "custom"  # a dry run assumes full rows, so it needs no task and no tokenizer
+            filled["task"] = "custom"  # without data a dry run has full rows; a preset has no tokenizer to read data
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
         steps = as_given(filled["max_steps"])  # not validated yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:

@@ -1,7 +1,7 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
 Every tensor is read, computed and written some rows at a time (`MergedWeights`), so a merge needs little memory. If the
-base's folder is quantised, W is replaced by the dequantised values D(W) of training, and no tensor file is kept.
+base's folder is quantised, W is replaced by the dequantised values D(W) of training, and the weights files are new.
 
 Only files inside the folder are copied, because an untrusted folder may contain links to private files. Links in the
 hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as files inside the folder.
