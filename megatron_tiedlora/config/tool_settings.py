@@ -319,7 +319,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
         return self.micro_batches or (1 if self.pipeline_parallel == 1 else 2 * self.pipeline_parallel)
 
     def measured_on(self, world_size: int) -> str:
-        """Return `what`, or `layout` for a step on several ranks. Raise UserError if `what` needs one process."""
+        """Return `what`, or `layout` if there are several ranks. Raise UserError if `what` needs a single process."""
         if world_size == 1 or self.what == "layout":
             return self.what
         beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]
