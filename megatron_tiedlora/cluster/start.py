@@ -417,7 +417,7 @@ def stamp(file: Path) -> Stamp | None:
 def judge(
     file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
 ) -> Verdict:
-    """Return a verdict. Its status is 0 if the run finished or a forwarded signal stopped it, else not 0.
+    """Return the verdict on the launch. Its status is 0 only if the run finished or a forwarded signal stopped it.
 
     Args:
         launcher_status: the launcher's exit status; -N if signal N killed the launcher.

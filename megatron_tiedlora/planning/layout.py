@@ -258,7 +258,7 @@ class StagePlan:
     def trained(self) -> tuple[int, ...]:
         """The number of elements of each trained tensor on a rank.
 
-        A stage also has a dummy parameter of one element, unless DeepSpeed trains adapted layers in the stage.
+        The first size is 1, of a dummy parameter, if DeepSpeed trains no adapted layer of the stage.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
         return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))

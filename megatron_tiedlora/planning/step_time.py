@@ -6,7 +6,7 @@ The time of a pass is the sum of its terms. Only two terms overlap with other te
 GPU, and gathers of ZeRO-3 with `overlap_comm`.
 
 A pass starts once its rank has finished the previous pass and its input is ready. With 1F1B and p equal stages, each
-stage is idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation also handles unequal stages.
+stage is idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation here also handles unequal stages.
 
 In a ring of n ranks, an all-gather or reduce-scatter of B bytes takes B (n - 1) / n divided by the bandwidth. An
 all-reduce takes twice as long. A process group that spans nodes uses the network cards of all its ranks in a node, up
@@ -255,7 +255,7 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
 def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:
     """Return the terms for the time to prepare quantised weights for matmuls.
 
-    Weights are dequantised. For FP8 matmuls, weights are transposed instead, and activations are rounded.
+    Usually, weights are dequantised. For FP8 matmuls, they are transposed instead, and activations are rounded.
     """
     moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
     if layout.storage.products is not None:  # a weight is read and written, 1 byte each; on a CPU in the matmul
