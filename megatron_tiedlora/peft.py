@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_tiedlora.checkpoint.native_adapter import PEFT_TYPE
 
-_NEEDED = "_remap_adapter_state_dict_for_load"  # the tuner's method that maps its own tensors
-_FIRST_RELEASE = "0.21"  # the first PEFT version that has it
+_NEEDED = "_remap_adapter_state_dict_for_load"  # a method of PEFT's tuners that renames the tensors it loads
+_FIRST_RELEASE = "0.21"  # the first PEFT version with this method
 
 
 def register() -> None:

@@ -2,7 +2,7 @@
 
 The micro-batches of several adapters are concatenated into one row of tokens. The micro-batch of an adapter is the same
 as when it is trained alone. So its tensors have the same shapes and memory, and no tokens are added as padding.
-`AdapterGroup` is not an nn.Module, so an engine uses an adapter's tensors only if `Stage` registers the adapter.
+`AdapterGroup` is not an nn.Module, so an engine sees an adapter's tensors only if `Stage` registers the adapter.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -101,7 +101,7 @@ class AdapterGroup:
         """Return the updates of the stage's adapted layers, by layer, for the adapters of the micro-batch.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch. The gradients
-        of these factors are summed in one message. Each rank's partial gradients of u are summed only once per step.
+        of these factors are summed in one message. Partial gradients of u are summed later, once per step.
 
         Args:
             segments: the tokens of each adapter in the micro-batch; may be empty if the group has only one adapter.

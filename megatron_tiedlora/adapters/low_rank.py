@@ -54,7 +54,7 @@ Slots = tuple[int, ...] | None  # the index of the slot that each layer of a sta
 def factors_of_layers(
     tensors: Sequence[Tensor | None], slots: Sequence[Slots], scale: float, *, num_layers: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
-    """Return F of each layer, (o, r), in `dtype`, detached, and the gradient slot of each layer's F.
+    """Return F (or A) of each layer, (o, r), in `dtype`, detached, and the gradient slot of each of them.
 
     Layers with the same slots share one tensor. A gradient slot is None if F needs no gradient.
 
@@ -215,19 +215,19 @@ class AllRows:
         return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
     def slot_spans(self, size: int) -> RowSpans | None:
-        """Return the adapters' spans in a flattened gradient with `size` elements; None for a single adapter."""
+        """Return the adapters' spans in a flat gradient of A or F, `size` elements in total; None for one adapter."""
         return None
 
 
 @dataclass(frozen=True)
 class SharedRows(AllRows):
-    """The tokens of a micro-batch that has several adapters. Tokens of adapters without this target have no update.
+    """The tokens of a micro-batch that has several adapters. Adapters that do not adapt the linear have no update.
 
     Attributes:
-        ranks: the LoRA rank of each adapter that adapts the linear, by adapter number, in the order of the factors.
+        ranks: the LoRA rank of each adapter of the linear, by number in the micro-batch, in the order of factors.
         spans: the span of each adapter in all tokens of the micro-batch.
         local_spans: the span of each adapter in this rank's shard of the sequence.
-        dropouts: the dropout of each adapter, by adapter number, with keys for all tokens; it replaces `dropout`.
+        dropouts: the dropout of each adapter, by number, instead of `dropout`. Each has the keys of all tokens.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
@@ -320,7 +320,7 @@ class SharedRows(AllRows):
         return {adapter: block.view(shape) for adapter, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
     def _by_adapter(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
-        """Sum each adapter's gradients and concatenate the sums. Add zeros for an adapter without gradients."""
+        """Sum each adapter's gradients and concatenate the sums. An adapter without gradients gets zeros."""
         totals: dict[int, Tensor] = {}
         for adapter, gradient in found:
             totals[adapter] = totals[adapter] + gradient if adapter in totals else gradient

@@ -76,7 +76,7 @@ class AdapterConfig:
     Attributes:
         layers: adapted layers, 1-based, ascending.
         targets: the linears that are adapted in each of these layers. Each target has its own tensors A, B, u, v.
-        init_std_a: init std of A for the first target; other targets multiply it by sqrt(first / own input size).
+        init_std_a: initial std of A for the first target; for others, times sqrt(first input size / own input size).
     """
 
     method: str
@@ -95,7 +95,7 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Return a copy with fixed values of fields that do not affect a layer's operations. alpha becomes r or 2 r."""
+        """Return a copy with constants for fields without effect on a layer's operations. alpha becomes r or 2 r."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
@@ -173,7 +173,7 @@ class AdapterConfig:
         return None if self._follows_weight(name) else self.spec(name).dim
 
     def _follows_weight(self, name: str) -> bool:
-        """Return whether a tensor has the sharded dimension of W: A has its columns, and B and v have its rows."""
+        """Return whether a tensor has the dimension along which W is sharded: rows for B and v, columns for A."""
         target, factor = self.tensors[name]
         return factor != "u" and (factor == "A") == (target.sharded_dim == "row")
 
@@ -201,7 +201,7 @@ class AdapterShard:
         return AdapterShard(config, config.layers)
 
     def slots(self, name: str) -> range:
-        """Return the slots of a tensor that this rank holds: all slots if it is tied, otherwise its layers' slots."""
+        """Return the slots that this rank holds: all slots of a tied tensor, or the slots of the stage's layers."""
         if self.config.is_tied(name):
             return range(self.config.num_slots(name))
         first = self.config.slot(name, self.layers[0]) if self.layers else 0
@@ -251,9 +251,9 @@ def make_adapter_config(
     init_std_b: float | None = None,
 ) -> AdapterConfig:
     """Return an AdapterConfig. alpha is the rank by default. Raise UserError if the method is unknown."""
-    # With stds of 1 / sqrt(d) and 1 / sqrt(r), the elements of A x and of B A x have the same magnitude as those of x.
-    # If the initial update is not zero (tl1), the std of B is 0.3 times as large. With the full std, the first loss of
-    # a real model was 3.5 instead of 1.43. With 0.3 it was 1.47, and the final loss was as good (docs/start_widths.md).
+    # With stds of 1 / sqrt(d) for A and 1 / sqrt(r) for B, the elements of x, A x and B A x have the same magnitude. If
+    # the initial update is not zero (tl1), the std of B is multiplied by 0.3. A real model's first loss is 3.5 with the
+    # full std, 1.47 with 0.3, and 1.43 without an adapter (docs/start_widths.md). The final loss with 0.3 is as good.
     share_b = 1.0 if find_method(method).starts_at_base else 0.3
     std_a = 1.0 / math.sqrt(targets[0].in_size) if init_std_a is None else init_std_a
     std_b = share_b / math.sqrt(rank) if init_std_b is None else init_std_b
@@ -271,7 +271,7 @@ def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
         wider = target.in_size / config.targets[0].in_size
         std = config.init_std_a / math.sqrt(wider) if letter == "A" else config.init_std_b
         draw = partial(draw_normal, std=std, seed=config.seed)
-        if config.is_stacked(name):  # the first layer that uses a slot gives the slot its name
+        if config.is_stacked(name):  # the first layer of a slot is part of its name
             values[name] = torch.stack([draw(shape[1:], name=f"{name}.{first}") for first, *_ in config.groups(name)])
         else:
             values[name] = draw(shape, name=name)
@@ -279,7 +279,7 @@ def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
 
 
 class LinearUpdate(NamedTuple):
-    """The factors of the update F A x of one linear on one rank, which may be None if there is no update.
+    """The factors of the update F A x of one linear on one rank. All tensors are None if there is no update.
 
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
@@ -346,7 +346,7 @@ class TiedAdapter(nn.Module):
                 parameter.copy_(self.part.shard(name, values[name]))
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        """Return the updates of each adapted layer of the stage. A and F match this rank's shard of W.
+        """Return the updates of each adapted layer of the stage. A and F have the sizes of this rank's shard of W.
 
         With tensor parallelism, sharded factors that ranks need in full are gathered here, in one message per call for
         all targets. The adjoint of the gather, a reduce-scatter, sums the ranks' partial gradients. The partial

@@ -25,8 +25,8 @@ def sum_gradients_(
     rank. u is on the tensor- and data-parallel ranks of its stage. Every other tensor is on the data-parallel ranks.
     The gradient of a tied u is summed over the tensor-parallel ranks first.
 
-    A stage without layers of an adapter adds zeros. A gradient that is missing on another stage also counts as zeros,
-    so that no rank waits. After the sum, the caller ends the training of each adapter that has a missing gradient.
+    A stage without layers of an adapter adds zeros. A gradient that is missing on a stage with layers also counts as
+    zeros, so that no rank waits. The caller then ends the training of each adapter with a missing gradient.
 
     Args:
         adapters: the adapters that take a step, by name. Each of them has micro-batches on every rank.
@@ -38,7 +38,7 @@ def sum_gradients_(
     Returns:
         the names of the tensors whose gradient is missing on this rank, by adapter.
     """
-    # The order is the same on every rank. Process groups of the same ranks are equal keys.
+    # The order of groups is the same on every rank. Groups with the same ranks are one key.
     by_group = {group: list[nn.Parameter]() for group in (groups.tensor, groups.stage, groups.tied, groups.data)}
     missing: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
@@ -89,7 +89,7 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
     ranks must call this function, which sends one message per process group. The bit patterns on all ranks of a group
     are equal if and only if the largest and the smallest are equal.
     """
-    # The order is the same on every rank, even on a rank that has no such tensors.
+    # The order of the groups is the same on every rank, even on a rank without tensors for a group.
     copies: dict[str, tuple[RankGroup, list[tuple[int, str, Tensor]]]] = {
         "stages and data-parallel ranks": (groups.tied, []),
         "data-parallel ranks": (groups.data, []),
@@ -171,9 +171,9 @@ class GradientGuard:
         return max(gradients, default=0.0), max(values, default=0.0)
 
     def largest(self) -> dict[str, float]:
-        """Return the largest absolute gradient so far by tensor and, if the tensor is stacked, the layers of each slot.
+        """Return the largest absolute gradient so far of each tensor, or of each slot of a stacked tensor.
 
-        It is 0 if this rank has no such slot."""
+        A slot's key contains its layers. The value is 0 if this rank does not hold the slot."""
         config, found = self._part.config, dict[str, float]()
         for name in config.num_trained():
             full, held = [0.0] * config.num_slots(name), self._part.slots(name)
@@ -191,7 +191,7 @@ class GradientGuard:
 
 
 def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequence[str]:
-    """Return the trained tensors that this rank adds to the gradient norm, so that each element is added only once."""
+    """Return the names of the tensors that this rank adds to the gradient norm. Each element is added only once."""
     part = adapter.part
     return [
         name

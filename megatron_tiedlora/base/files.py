@@ -227,7 +227,7 @@ def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TE
 
 
 def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
-    """Call `read` until the result is not None, for at most `seconds`, and return it. NFS may show a new file late."""
+    """Call `read` until its result is not None, for at most `seconds`. Return the result. NFS may show files late."""
     limit = time.monotonic() + seconds
     while (found := read()) is None and time.monotonic() < limit and folder.is_dir():
         time.sleep(seconds / 10)
@@ -358,7 +358,7 @@ def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
         raise UserError(f"{source}{where}: not valid YAML ({problem}); correct it") from None
     except RecursionError:
         raise UserError(f"{source}: not valid YAML (it is nested too deeply); correct it") from None
-    # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
+    # PyYAML converts text that has a tag or looks like a date, and raises one of these errors if this is impossible.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: contains a value that cannot be read ({error}); put text in quotes") from None
     if content is None:

@@ -27,7 +27,7 @@ _WHERE_USED = ("accelerate", "tensorboard", "matplotlib")
 
 
 def installed_versions(*libraries: str) -> dict[str, str]:
-    """Return the versions of this package, Python, and those of `libraries` that are installed."""
+    """Return the versions of this package, of Python, and of the installed packages in `libraries`, by name."""
     found = {"megatron_tiedlora": __version__, "python": platform.python_version()}
     for library in libraries:
         if number := _installed(library):  # the library of a metric that was not requested may be missing
@@ -51,7 +51,7 @@ def missing_modules(*names: str) -> list[str]:
 
 
 def require_extra(*names: str, only: Collection[str] | None = None) -> None:
-    """Raise UserError if a module of these extras that every run needs, or a module of `only`, is not installed."""
+    """Raise UserError if a module of these extras is missing: one of `only`, or by default one that every run needs."""
     absent = missing_modules(*names)
     missing = [name for name in absent if (name not in _WHERE_USED if only is None else name in only)]
     if missing:

@@ -38,7 +38,7 @@ class UserError(ValueError):
 
 
 def named(name: str, line: str) -> str:
-    """Return a message with the name of its adapter or file before it. An empty name adds nothing."""
+    """Return the message `line` after the name of its adapter or file. An empty name adds nothing."""
     return f"{name}: {line}" if name else line
 
 

@@ -209,7 +209,7 @@ def partial_folder(path: Path) -> Path:
 
 @contextmanager
 def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` at the end of the block, and release it (see `take_output`)."""
+    """Yield a temporary folder that becomes `path` at the end of the block. See `take_output` for the errors."""
     output = take_output(path, take_over=take_over)
     try:
         with output.written() as temporary:
@@ -241,7 +241,7 @@ def take_output_folder(given: str | None, *, parent: str, name: str, take_over: 
     if given is not None:
         path = user_path(given)
         check_writable(path, given=given)
-        path = path.resolve() if path.is_dir() else path  # the target of a link
+        path = path.resolve() if path.is_dir() else path  # a link is followed to its target
         if path.is_dir() and any(path.iterdir()):
             raise UserError(f"--output_dir {given} holds other files; give a new folder")
         reject_existing(path, flag=f"--output_dir {given}")

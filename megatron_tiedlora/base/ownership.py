@@ -30,11 +30,11 @@ from megatron_tiedlora.base.messages import UserError
 
 OWNER_FILE = ".owner"
 START_ID = "MEGATRON_TIEDLORA_START"  # `tiedlora run` recognises the tokens of its ranks by this variable's value
-_GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a launch id
+_GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # prefixes of file names, before a launch id
 STALE_SECONDS = 60.0  # after this time without a renewal of its token, an owner has lost its claim to the folder
-_RENEW_SECONDS = 10.0  # between renewals of the token
+_RENEW_SECONDS = 10.0  # time between two renewals of the token
 _LOCK_SECONDS = 5.0  # longest wait for the lock on the folder itself, which processes hold only briefly
-_MISSED_SECONDS = 20.0  # the limit for an owner whose lock is free: it has missed two renewals
+_MISSED_SECONDS = 20.0  # an owner whose lock is free is dead after this time without a renewal
 _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
@@ -124,7 +124,7 @@ class Owner:
     def give_up(self) -> None:
         """Let the next launch with --resume take the folder, even if its owner is suspended. Errors are ignored."""
         with suppress(OSError):
-            # checked first, so that a host that does not see the folder does not wait
+            # `_has_written` would wait on a host that does not see the folder
             if self.folder.is_dir() and self._has_written(OWNER_FILE):
                 self._mark.touch()
 
@@ -134,7 +134,7 @@ class Owner:
         if not self._has_written(file.name) or _is_unlocked(file) is False:
             return
         os.rename(file, away)
-        if not self._has_written(away.name):  # suspended after the check, while another launch took the folder
+        if not self._has_written(away.name):  # this process was suspended, and another launch took the folder
             os.rename(away, file)
         away.unlink(missing_ok=True)
         self._mark.unlink(missing_ok=True)
@@ -224,7 +224,7 @@ def take_folder(
                 descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
         with suppress(OSError):  # on a file system without locks, only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock belongs to a dead launch
+        os.write(descriptor, json.dumps(asdict(token)).encode())  # after locking: an unlocked token means a dead launch
         with _one_at_a_time(folder):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
         emptied = (folder, *made[1:]) if removed_after else made
@@ -285,7 +285,7 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
     token = read_token(file)
     try:
         age = now - file.stat().st_mtime
-    except OSError:  # released meanwhile
+    except OSError:  # the owner has just released the folder
         return
     silent = age > STALE_SECONDS or (token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists())
     if _is_dead(file, age) or (silent and (resumes or _is_unlocked(file) is not False)):
@@ -363,7 +363,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let only one process of this machine at a time run the block, if the file system can lock folders."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_SECONDS  # a suspended process may hold the lock, and tokens alone are safe
+        deadline = time.monotonic() + _LOCK_SECONDS  # after it, go on without the lock: tokens alone are safe too
         with suppress(OSError):
             while time.monotonic() < deadline:
                 try:

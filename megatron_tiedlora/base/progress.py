@@ -19,10 +19,10 @@ class _Lines(tqdm):
     With `leave=False` the last line is written only if an earlier line was written.
     """
 
-    monitor_interval = 0  # no thread, because nothing is redrawn
+    monitor_interval = 0  # no monitor thread of tqdm, because nothing is redrawn
 
     def __init__(self, **options: Any) -> None:
-        self._line_at, self._line_n = 0.0, -1.0  # seconds since the start, and the count
+        self._line_at, self._line_n = 0.0, -1.0  # of the last line: seconds since the start, and count
         line = _LINE if options["total"] else None  # tqdm has its own format without a total
         # With `gui`, tqdm calls `display` for all output. Without smoothing, the rate is the mean since the start.
         super().__init__(**{"bar_format": line, "gui": True, "miniters": 1, "smoothing": 0, **options})

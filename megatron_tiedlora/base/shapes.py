@@ -194,7 +194,7 @@ class LinearShape:
     """A linear y = W x + b with W of shape (out_size, in_size), or an embedding that looks up the rows of W.
 
     Attributes:
-        name: module name within its entry of the flat layer list ("attention.qkv").
+        name: name of the module within its layer ("attention.qkv"). The embedding and the head also are layers.
         blocks: output sizes of the fused matrices, in order (query, key, value).
         sharded_dim: how W is sharded over tensor-parallel ranks. "column": the rows of each block; "row": its columns;
             "vocabulary": the rows, padded with zeros so that all ranks have equally many.
@@ -398,11 +398,11 @@ BASE_FORMATS: dict[str, BaseFormat] = {
     )
 }
 BASE_NAMES = tuple(BASE_FORMATS)
-UNQUANTISED = "none"  # the value of a flag for no quantisation, where the default is the format that training used
+UNQUANTISED = "none"  # the value of a flag that turns quantisation off; the default is the format of training
 
 
 def precision_in_words(dtype: str, base_format: str | None, products: str | None = None) -> str:
-    """Return text with a model's dtype, the storage format of its linears if they are quantised, and --products."""
+    """Return text with a model's dtype and, if its linears are quantised, their storage format and --products."""
     if base_format is None:
         return dtype
     return f"{dtype} with the linears in {base_format}" + ("" if products is None else f", multiplied in {products}")

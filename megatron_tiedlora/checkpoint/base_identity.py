@@ -37,8 +37,8 @@ SHAPE_FIELDS = (
 )
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
 FORMAT_FIELDS = ("base_format", "base_stored")
-# These fields are None if weights in memory are quantised or offloaded, if the tokenizer is the base's own or its files
-# are unknown, or if the base is not quantised.
+# None is allowed for `base_sample` if weights in memory are quantised or offloaded, for `tokenizer` if it is the base's
+# own, for `tokenizer_hash` if its files are unknown, and for `FORMAT_FIELDS` if the base is not quantised.
 OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the possible dtypes of stored linears besides fp32
 
@@ -50,15 +50,15 @@ class BaseIdentity:
     Attributes:
         base_model: the value that the user gave to --model.
         base_hash: hash of the config, `ModelSource.base_hash`.
-        base_weights_hash: hash of the final norm's weight in bf16 and of the merge record, because a merge changes few
-            of the hashed values.
+        base_weights_hash: hash of the final norm's weight in bf16 and of the merge record. (A merge does not change
+            this norm.)
         base_sample: hash of `BaseWeights.sample` of every tensor; None if weights were quantised or offloaded.
         tokenizer: the value that the user gave to --tokenizer; None for the base's own tokenizer.
         tokenizer_hash: hash of the tokenizer's files; None if unknown.
         dtype: dtype of the base in training.
         base_format: storage format of the blocks' linears, a key of `BASE_FORMATS`; None if they are in `dtype`.
         base_stored: `linears_dtype` of the original weights if the linears were quantised while they were loaded; None
-            if they were not quantised then, or if the dtype is unknown.
+            in all other cases, or if the dtype is unknown.
     """
 
     num_layers: Size
@@ -135,8 +135,8 @@ def sample_hash(weights: "BaseWeights | WeightsInMemory") -> str:
 def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -> str:
     """Return the first of bf16, fp16 and fp32 that represents a sample of the values of the blocks' linears exactly.
 
-    For a copy in a wider dtype, the result is the original dtype, because the values and codes are the same. For a
-    folder with several dtypes, the result represents the values of all linears.
+    A copy in a wider dtype has the same values, so its result is the original dtype. Quantising either gives the same
+    codes. For a folder with several dtypes, the result represents the values of all linears.
     """
     fitting = list(_NARROW)
     for name in stored_shapes(quantised_rules(shape)):
@@ -312,7 +312,7 @@ def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
         raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load the full model")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
     held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
-    # No weight was changed, so all values are equal to those of the files.
+    # If no weight is quantised, offloaded or sharded, all values in memory are equal to those of the files.
     if all(tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held):
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))

@@ -161,7 +161,7 @@ class BaseWeights(WeightFiles):
 
         The values are used for comparisons and are not counted in `bytes_read`.
         """
-        if self._stored is not None and name in self._quantised:  # its codes and its scales are sampled
+        if self._stored is not None and name in self._quantised:  # sample its codes and its scales
             return torch.cat([self._sample(part).float() for part in self._stored.names(name)])
         return self._sample(name)
 

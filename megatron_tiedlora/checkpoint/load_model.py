@@ -246,8 +246,8 @@ def adapter_shard(adapter: NativeAdapter, layers: range, grid: Grid, device: tor
 _HEAD_ELEMENTS = 2**24  # elements of the head that are loaded at a time for logits; 64 MiB in fp32
 _SHARE = 0.25  # the fraction of the host's free memory that stored activations may use
 Inputs = tuple[Tensor, Tensor]  # tokens (b, s) and position ids (b, s)
-# A function that reads rows of a model's stored tensors in any float dtype, and an adapter for each named result. A
-# result with None is computed without an adapter.
+# A function that reads rows of a model's stored tensors (in any float dtype), and for each named result the adapter
+# with which the result is computed, or None for a result of the base alone.
 Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 
 

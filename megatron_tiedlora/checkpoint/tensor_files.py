@@ -307,7 +307,7 @@ _STATE = ".quant_state.bitsandbytes__nf4"
 _ABSMAX, _LEVELS, _NESTED_ABSMAX, _NESTED_LEVELS = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
 _ROW_SCALE = "_scale"
 _LARGEST_STATE = 2**16  # bytes of JSON
-_LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # largest values in that JSON
+_LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # largest block size and offset in this JSON
 
 SliceOf = Callable[[str], Any]  # returns the stored tensor with this name, or None if it does not exist
 QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, number of bytes that were read
@@ -399,8 +399,8 @@ class StoredWeights:
             raise UserError(f"{name}{_LEVELS} does not have the levels of nf4; give a model in nf4 or in bf16")
 
     def _state(self, name: str, shape: TensorShape) -> tuple[int, tuple[int, float] | None]:
-        """Return the number of weights in a block of a bitsandbytes tensor. Also return None, or for quantised scales
-        (size of a block of scales, offset of the scales)."""
+        """Return the number of weights in a block of a bitsandbytes tensor, and, if its scales are quantised too, the
+        tuple (number of scales in a block of scales, offset of the scales), else None."""
         raw = self._needed(name, _STATE)
         try:
             if raw.get_dtype() != "U8" or torch.Size(raw.get_shape()).numel() > _LARGEST_STATE:

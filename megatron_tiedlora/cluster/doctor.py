@@ -33,7 +33,7 @@ from megatron_tiedlora.runtime.stopping import StopSignals
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor_rank")
 _START_SECONDS = 60.0  # for launchers, in addition to the ranks' time
 TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # for a launcher's output
-_SLOW = 0.5  # share of the median bandwidth of groups of the same kind
+_SLOW = 0.5  # a group below this share of the median bandwidth of its kind is slow
 _NOT_IN_THE_WAY = "output_not_writable"  # ranks do not fail because of this error, so their results still count
 _PACKAGE = "megatron_tiedlora"
 # Different versions of these packages are an error, as every rank computes with them. For others they are a warning.
@@ -156,7 +156,7 @@ class Trial:
         if not text.endswith(doctor_rank.RANK_END):
             self._begun[rank] = text
             return
-        with suppress(ValueError, zlib.error):  # from another version, or mixed lines
+        with suppress(ValueError, zlib.error):  # a report of another version, or mixed lines of several ranks
             report = doctor_rank.unpacked(RankReport, text.removesuffix(doctor_rank.RANK_END))
             self.ranks[report.rank] = report
 
@@ -184,7 +184,7 @@ def start_ranks(
         with output.open("wb") as stdout, errors.open("wb") as stderr, output.open(**TEXT) as reader:
             running, text, is_over = RunningJob(job, plan, stdout=stdout, stderr=stderr), "", False
             try:
-                while not is_over:  # also after the launcher's end: its children may still print
+                while not is_over:  # also after the launcher's end, as its children may print
                     time.sleep(POLL_SECONDS)
                     is_late = time.monotonic() > end or bool(signals.received)
                     trial.status = None if is_late else running.process.poll()

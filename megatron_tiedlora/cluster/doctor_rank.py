@@ -246,7 +246,7 @@ class TrialRank:
         """Compare the clocks of all hosts. Each rank reads its clock directly after a collective operation."""
         from megatron_tiedlora.parallel.agreement import max_over_ranks, sum_over_ranks
 
-        max_over_ranks([0.0])  # so that all start the next exchange together
+        max_over_ranks([0.0])  # so that all ranks start the next exchange together
         begin = time.perf_counter()
         max_over_ranks([0.0])
         now, margin = time.time(), time.perf_counter() - begin
@@ -264,7 +264,7 @@ class TrialRank:
             if self._rank in self._order.first_ranks:
                 if self._rank == 0:
                     self.say(output=wrong)
-                elif self._report.output is None:  # this rank's host may write there
+                elif self._report.output is None:  # this rank's host can write there
                     self.say(output="" if wrong or _is_seen(path) else NOT_SEEN)
             max_over_ranks([0.0])
         finally:
@@ -281,12 +281,12 @@ class TrialRank:
 
         part, whole = self._pattern(ranks, device)
         sums, seconds, slowest = torch.empty_like(part), list[float](), 0.0
-        while len(seconds) <= _TURNS and slowest < _LONG_SECONDS:  # the first one connects the ranks
+        while len(seconds) <= _TURNS and slowest < _LONG_SECONDS:  # the first turn connects the ranks
             timed(lambda: sums.copy_(part), device)
             seconds.append(timed(lambda: distributed.all_reduce(sums, group=handle), device))
             mean = sum(seconds[1:]) / max(len(seconds) - 1, 1)
             worst = torch.tensor([mean, float(not torch.equal(sums, whole))], device=device)
-            distributed.all_reduce(worst, op=distributed.ReduceOp.MAX, group=handle)  # all continue, or none
+            distributed.all_reduce(worst, op=distributed.ReduceOp.MAX, group=handle)  # all ranks continue, or none
             slowest, any_wrong = worst.tolist()
         if self._rank == ranks[0]:
             num_bytes = self._order.large_bytes

@@ -27,7 +27,7 @@ SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
     " -o ControlMaster=no -o ControlPath=none"
 )
-_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # for mpirun 5 and 4
+_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # variables with the ssh command, for mpirun 5 and 4
 EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # variables with these prefixes go to remote hosts, as in DeepSpeed
 
 
@@ -101,7 +101,7 @@ class StartPlan:
 
 
 def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    """Return the command that starts `job` from a shell with `environment`. Variables such as RANK are removed.
+    """Return the command that starts `job` from a shell with `environment`. RANK and similar variables are removed.
 
     Raises:
         UserError: the launcher cannot pass an argument to the ranks, or `.deepspeed_env` cannot be read.
@@ -156,7 +156,7 @@ def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
     lines += [f"{name}={value}" for name, value in job.variables.items()]
     file = job.private / "deepspeed_env"
     files = {**_hostfile(job), file: "".join(f"{line}\n" for line in lines)}
-    # A single host of a hostfile is reached by its launcher too.
+    # With --force_multi, DeepSpeed uses its launcher for remote hosts even if the hostfile has only one host.
     return StartPlan((*words, "--force_multi", *ranks), {**environment, "DS_ENV_FILE": str(file)}, files)
 
 

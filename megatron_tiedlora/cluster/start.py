@@ -36,9 +36,9 @@ from megatron_tiedlora.runtime.stopping import StopSignals, alive
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
 POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
-_NOTICE_SECONDS = 0.5  # until processes that a launcher has started here end by themselves
-LINGER_SECONDS = 30.0  # until a launcher and its processes on this machine end after the run
-LATE_SECONDS = 3.0  # until a status from another host is visible here
+_NOTICE_SECONDS = 0.5  # time for a launcher's processes on this machine to end by themselves
+LINGER_SECONDS = 30.0  # time for a launcher and its processes here to end after the run
+LATE_SECONDS = 3.0  # longest time until another host's status file is visible here
 _SILENT_SECONDS = 25.0  # an owner renews its token every 10 seconds; after this time without renewal it is dead
 _END_SECONDS = 10.0  # from SIGTERM to SIGKILL for remaining processes on this machine
 _FORWARDS = ("srun", "mpirun", "prterun")  # these forward SIGUSR1 to their ranks; on SIGTERM ranks get no time to save
@@ -312,7 +312,7 @@ def wait_for_end(
         tell: a function that prints a line.
     """
     said: set[str] = set()
-    run_ended = launcher_ended = float("inf")  # when, by the monotonic clock
+    run_ended = launcher_ended = float("inf")  # times of the monotonic clock
     looked = 0.0
 
     def say_once(line: str) -> None:
@@ -327,7 +327,7 @@ def wait_for_end(
             if now > run_ended + LINGER_SECONDS:
                 say_once("the run has ended, but its launcher has not: killed")
                 running.kill()
-            if now > looked + _LOOK_SECONDS:  # so that its processes are known after its end
+            if now > looked + _LOOK_SECONDS:  # find the launcher's processes, to know them after it has ended
                 looked = now
                 running.here()
         else:
@@ -373,7 +373,7 @@ class StatusFile:
     def __init__(self, folder: RunFolder, start: str = "") -> None:
         self.folder, self._start = folder, start
         self._before, self.is_of_another = stamp(folder.status), False
-        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # the owner's token, and when a change was last seen
+        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # stamp of the owner file, and when it last changed
         self._token()
 
     def _token(self) -> Token | None:
@@ -417,7 +417,7 @@ def stamp(file: Path) -> Stamp | None:
 def judge(
     file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
 ) -> Verdict:
-    """Return a verdict. Its status is 0 if the run finished or a forwarded signal stopped it, else not 0.
+    """Return the verdict on the launch. Its status is 0 only if the run finished or a forwarded signal stopped it.
 
     Args:
         launcher_status: the launcher's exit status; -N if signal N killed the launcher.

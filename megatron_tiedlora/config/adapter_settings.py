@@ -13,8 +13,8 @@ from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, setting
 from megatron_tiedlora.config.other_names import ADAPTER_NAMES, OTHER_DTYPES, OUTPUT_NAMES
 from megatron_tiedlora.config.settings import DEFAULT_MODEL, DEFAULT_TASK, Settings
 
-_same = partial(shared_field, Settings, shared=False)  # a setting with the same name but a separate value
-_train = partial(shared_field, Settings)  # the value from the evaluated run
+_same = partial(shared_field, Settings, shared=False)  # a setting of its own with the name of a training setting
+_train = partial(shared_field, Settings)  # a setting with the same meaning as in tiedlora train
 _flag = partial(setting_field, "")
 _plain = partial(_same, group="")  # like `_same`, for a command without groups
 _model = partial(

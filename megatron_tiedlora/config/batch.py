@@ -41,7 +41,7 @@ class BatchPlan:
 
     Attributes:
         packed_length: tokens of a packed row; None for one sample per row.
-        min_micro_batches: minimum number of micro-batches per rank with packing, at most the number without packing.
+        min_micro_batches: minimum number of micro-batches per rank with packing, never more than without packing.
     """
 
     global_batch_size: int
@@ -59,7 +59,7 @@ class BatchPlan:
 def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int) -> int:
     """Return the maximum number of rows in a micro-batch if --micro_batch_size is not given.
 
-    With packing on a GPU, this is one row, or all full rows that fit in `GPU_MICRO_BATCH_TOKENS`; else `otherwise`.
+    With packing on a GPU, this is the number of full rows in `GPU_MICRO_BATCH_TOKENS`, at least 1; else `otherwise`.
     """
     return max(1, GPU_MICRO_BATCH_TOKENS // max_length) if on_gpu and packing else otherwise
 

@@ -31,7 +31,7 @@ TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: hash of the content of --
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
-# Commands whose settings have other names in other tools. No command treats these names as misspelled flags.
+# The settings of these commands have other names in other tools. Every command gives hints for these other names.
 _NAMED = (Settings, EvaluateSettings, MergeSettings, PushSettings)
 
 
@@ -48,7 +48,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
     """Raise UserError if `words`, the unknown arguments, is not empty. Suggest similar flags from `known`."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # other words may be values
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # words without a dash may be values
     if words:
         meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))
         raise UserError(f"{meant}; see --help")
@@ -59,7 +59,7 @@ def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
         return _metavar(arguments[0], choices)
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # typing.Union if it has a Literal
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # with a Literal: typing.Union
         kinds = [kind for kind in arguments if kind is not type(None)]
         return "|".join(_metavar(kind, choices).strip("{}" if len(kinds) > 1 else "") for kind in kinds)
     if typing.get_origin(annotation) is tuple:
@@ -93,7 +93,7 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
             keywords.update(nargs="?")
         elif keywords["metavar"] == _TRUE_OR_FALSE and groups:  # a bare --dry_run means true
             keywords.update(nargs="?", const="true")
-        elif keywords["metavar"] == _TRUE_OR_FALSE:  # a positional word may follow it
+        elif keywords["metavar"] == _TRUE_OR_FALSE:  # takes no value, because a positional word may follow
             keywords, default = {"action": "store_const", "const": "true"}, ""
         help_text = (field.description or "") + (f" [{default}]" if default else "")
         keywords.update(help=help_text.replace("%", "%%"))
@@ -111,7 +111,7 @@ def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict
     known = [option for action in parser._actions for option in action.option_strings]
     # Check this before argparse reports a missing flag, because the unknown flag may be its name in another tool.
     words = itertools.takewhile(lambda word: word != "--", argv)
-    flags = [word for word in words if word.startswith("--") and " " not in word]  # argparse treats others as values
+    flags = [word for word in words if word.startswith("--") and " " not in word]  # for argparse, others are values
     reject_unknown([word for word in flags if word.partition("=")[0] not in known], kind, known=known)
     values, others = parser.parse_known_args(list(argv))
     reject_unknown(others, kind, known=known)
@@ -233,7 +233,7 @@ def run_command(
 def _reader_is_gone() -> bool:
     """Return whether the program that reads standard output has ended. If it has, discard the buffered output."""
     output, poll = sys.__stdout__, select.poll()
-    if output is None or sys.stdout is not output:  # closed by the caller, or replaced
+    if output is None or sys.stdout is not output:  # the stream was closed or replaced
         return False
     try:
         output.flush()

@@ -2,7 +2,7 @@
 
 This module also validates values and creates frozen settings objects from them. Each command declares its own settings,
 and `cli.py` turns the fields of any command into flags and YAML names. `marked` returns the settings with given marks.
-docs/extending.md names the lists that are still written by hand.
+docs/extending.md names the lists of settings that are still written by hand.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
-    """Return settings of `kind` with these values by flat name. None means that the value was not given.
+    """Return settings of `kind` with these values by setting name. None means that the value was not given.
 
     Raises:
         UserError: names are unknown (the message suggests known ones), or a value is out of range.

@@ -164,7 +164,7 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
 
 # tiedlora plan --------------------------------------------------------------------------------------------------------
 
-# Flags of tiedlora train with a different default here. --max_length is still at most the model's limit.
+# Flags of tiedlora train with a different default in a plan. --max_length is still at most the model's limit.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
@@ -257,9 +257,9 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     own, known, words = split_words(argv, PlanSettings)
     others = [name for name in known if name not in ("model", "config")]
     others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
-    if "measure" in own and others:  # --measure uses only the model of a run
+    if "measure" in own and others:  # --model is the only training flag that --measure uses
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
-    # Parse them as a dry run, which needs no data. The file of --config may also set --dry_run.
+    # Parse the training flags as for a dry run, which needs no data. The file of --config may also set --dry_run.
     train = parse_settings([*words, "--dry_run"], Settings)
     for name, instead in fields.decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:
@@ -273,12 +273,12 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
 GRID = ("methods", "ranks", "learning_rates")  # each combination of these settings is a run
-MOST_TOGETHER = 32  # for --together auto; more adapters help little
+MOST_TOGETHER = 32  # maximum adapters of one run with --together auto; more save little time
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: its settings
 # Matches the flags of tiedlora run that a file may contain, with a NUL after each argument. Other flags would let the
 # author of the file run any program or use other hosts.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
-_NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # the sweep's next launch repeats failed runs
+_NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # rejected: a sweep's next launch repeats failed runs
 
 
 class SweepSettings(CommandSettings, command="sweep"):

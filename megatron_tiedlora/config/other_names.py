@@ -97,7 +97,7 @@ NOT_OFFERED: Mapping[str, str] = {
     **_same("a run always trains, and evaluates on its validation rows", "do_train do_eval"),
 }
 
-# Names of values in other tools. A result that is a valid value replaces the name; any other result is a hint.
+# {name of a value in another tool: the value that replaces this name here, or, if it is no valid value, a hint}.
 OTHER_METHODS = {
     "qlora": "here it is lora with {base} nf4",
     "rslora": "here it is lora with {alpha} lora_alpha x sqrt(rank)",

@@ -391,7 +391,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         return made
 
     def completed(self, **values: Any) -> "Settings":
-        """Return a copy with different defaults. `model_fields_set` still contains only the given fields."""
+        """Return a copy with these values as defaults: `model_fields_set` still contains only the given fields."""
         made = self.model_copy(update=values)
         object.__setattr__(made, "__pydantic_fields_set__", set(self.model_fields_set))
         return made
@@ -406,9 +406,9 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         elif "task" not in filled and "adapters" in filled:
             filled["task"] = "custom"  # has no effect, because each adapter's entry is filled in separately
         elif "task" not in filled and (is_preset(as_given(filled["model"])) or filled.get("dry_run") in (True, "true")):
-            filled["task"] = "custom"  # a dry run without data has full rows; a preset has no tokenizer
+            filled["task"] = "custom"  # without data a dry run has full rows; a preset has no tokenizer to read data
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
-        steps = as_given(filled["max_steps"])  # not checked yet
+        steps = as_given(filled["max_steps"])  # not validated yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
             filled["warmup_steps"] = min(filled["warmup_steps"], int(steps))
         if "init_from" not in filled:
@@ -464,7 +464,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Return the training settings with these values by flat name.
+    """Return the training settings with these values by setting name.
 
     Raises:
         UserError: a name is unknown (the message suggests a known one), or a value is out of range.

@@ -18,7 +18,7 @@ _flag = partial(setting_field, "")
 _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
 
 
-CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # in this order
+CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # they run in this order
 
 
 class CheckGpuSettings(CommandSettings, command="check-gpu"):
@@ -53,7 +53,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
     model: str = _flag(
         "preset whose widths are used, with as many layers as fit",
         "llama2-7b",
-        choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference has only such layers
+        choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference computes only these
     )
     output: fields.FilePath = _output("folder of the report", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
@@ -319,7 +319,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
         return self.micro_batches or (1 if self.pipeline_parallel == 1 else 2 * self.pipeline_parallel)
 
     def measured_on(self, world_size: int) -> str:
-        """Return `what`, or `layout` for a step on several ranks. Raise UserError if it needs a single process."""
+        """Return `what`, or `layout` if there are several ranks. Raise UserError if `what` needs a single process."""
         if world_size == 1 or self.what == "layout":
             return self.what
         beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]

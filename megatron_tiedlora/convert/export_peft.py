@@ -126,7 +126,7 @@ def export_peft(
             them, because PEFT's files cannot express the tie.
         base_differs: export even if the adapter was trained on a different base. The record states what differs.
         say: called with each note about the base.
-        new: makes the output folder.
+        new: returns a context that creates the output folder.
         identify: computes the base's identity. To export many adapters of one base, pass a cached function.
 
     Raises:
@@ -285,11 +285,11 @@ def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: st
         return lines
     adapted = {target for export in served.values() for target in export.targets}
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(max(ranks.values()))]
-    # Without this flag each slot has memory for every linear, the embedding and the head. vLLM fuses the same linears.
+    # By default vLLM reserves memory for all linears, embedding and head. vLLM and this package fuse the same linears.
     modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in adapted)
     words += ["--lora-target-modules", *modules]
     lines.append("# serve with vLLM 0.26 or later")
-    if len(served) > 1:  # both are 1 by default
+    if len(served) > 1:  # the defaults of both flags are 1
         batch = min(len(served), _LARGEST_BATCH)
         words += ["--max-loras", str(batch), "--max-cpu-loras", str(len(served))]
         lines[-1] += "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"

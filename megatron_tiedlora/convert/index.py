@@ -1,8 +1,8 @@
 """Writes and reads the index of the native adapters in a folder: one SQLite file, which other programs can read too.
 
-The file may come from an untrusted source. So it is read only if it has exactly the schema that this module writes. Its
-size limits the time and memory of reading, and every row is checked. SQLite's own check overflows the stack on deep
-trees, so it is not used.
+The file may come from an untrusted source. So it is read only if it has exactly the schema that this module writes. A
+limit on its size also limits the time and memory of reading. Every row is checked. SQLite's own check of a file is not
+used, because it overflows the stack on deep trees.
 """
 
 import os
@@ -26,7 +26,7 @@ from megatron_tiedlora.config.adapter_settings import FILTERS
 INDEX_FILE = "adapters.sqlite"
 FORMAT = 2  # version of the file's format, stored as SQLite's `user_version`
 _LARGEST = 2**26  # bytes of the file: about 80,000 adapters with scores
-_LONGEST_ROW = 2**18  # bytes, also for rows of the schema; the limits of an entry's fields are below it
+_LONGEST_ROW = 2**18  # maximum bytes of a row, also in the schema; every valid entry is smaller
 _SCHEMA_STEPS = 10_000  # steps of SQLite's virtual machine to read the schema; ours needs a few hundred
 
 

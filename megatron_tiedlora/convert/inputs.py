@@ -55,7 +55,7 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
     """Return the base of the adapter in `folder`. `model` names the base, or if `model` is None, the adapter does.
 
     Args:
-        model: value of --model, or the model that was found for it. A folder of models is searched by hashes.
+        model: value of --model, or the model that was found for it. A folder of models is searched for `hashes`.
         named: the base's name in the adapter's files.
         hashes: `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base, if they are known.
 

@@ -1,7 +1,7 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
 Every tensor is read, computed and written some rows at a time (`MergedWeights`), so a merge needs little memory. If the
-folder is quantised, W is replaced by the dequantised values D(W) that training used, and all tensors are computed.
+base's folder is quantised, W is replaced by the dequantised values D(W) of training, and the weights files are new.
 
 Only files inside the folder are copied, because an untrusted folder may contain links to private files. Links in the
 hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as files inside the folder.
@@ -67,7 +67,7 @@ def merge_adapter(
         base_differs: merge even if the adapter was trained on a different base. The record then states what differs.
         onto_trained: merge onto the dequantised base that training used, instead of the stored base.
         say: called with each note about the base.
-        new: makes the output folder.
+        new: returns a context that creates the output folder.
         between: called many times per second; it may raise an exception to end the merge.
 
     Raises:
@@ -81,11 +81,11 @@ def merge_adapter(
     output_folder.reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
-    # The base's tokenizer is saved again over its copy, because transformers would rebuild some by their class names.
+    # The loaded tokenizer is saved over its copied files, for which transformers may choose a different class.
     saved = None
     if tokenizer is not None or own_files:
         if (named := user_path(tokenizer or folder)).is_dir():
-            side_files(named, _TOKENIZER_SOURCES)  # rejects links out of the folder here too
+            side_files(named, _TOKENIZER_SOURCES)  # also rejects links out of this folder
         saved = load_tokenizer(tokenizer or folder)
     onto = adapter.base_identity.base_format if onto_trained else None
     if onto_trained and onto is None:
@@ -117,14 +117,14 @@ def merge_adapter(
         if quantised:
             files = tensor_files.sharded(merged.of_quantised())
         else:
-            side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # rejects links here too
+            side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # rejects outside links
             files = [merged.of_file(file) for file in sorted(set(weights.file_of.values()))]
             copied += side_files(folder, [tensor_files.INDEX_FILE])
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
             output_folder.require_room(temporary, needed, output=output)
             tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge")
-            for file in copied:  # includes the index of a base that is not quantised, which may have more metadata
+            for file in copied:  # also an unquantised base's index, which may have more metadata than a new one
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:
                 _restate_config(temporary / "config.json", dtype, dequantised=quantised)

@@ -51,7 +51,7 @@ def convert_nemo(
     Weights keep their dtype, but norms are fp32. Padding rows beyond the tokenizer's vocabulary are left out.
 
     Raises:
-        UserError: the archive is broken or malicious, StableLM cannot compute its model, or the output exists.
+        UserError: the archive is broken or malicious, its model cannot be a StableLM, or the output exists.
     """
     output_folder.reject_existing(output, flag=f"--output {output}")
     archive, source = NemoArchive(nemo), f"{nemo}: {CONFIG_MEMBER}"
@@ -77,10 +77,10 @@ def convert_nemo(
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
     """Return a SentencePiece model's vocabulary size, its special ids, and the content of its `tokenizer_config.json`.
 
-    The special ids are fields of a model's config. With the `tokenizer_config.json`, transformers returns equal ids.
+    The special ids are fields of `config.json`. With `tokenizer_config.json`, transformers encodes like SentencePiece.
 
     Raises:
-        ValueError: transformers returns different token ids.
+        ValueError: transformers returns different token ids from SentencePiece.
         Exception: any error that the libraries raise.
     """
     import sentencepiece
@@ -88,7 +88,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
     found = {role: getattr(processor, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
-    roles = {role: token for role, token in found.items() if token >= 0}  # -1: there is no such token
+    roles = {role: token for role, token in found.items() if token >= 0}  # -1: the model has no such token
     # The class that reads SentencePiece files unchanged; as in SentencePiece, "</s>" in a text is plain text.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
     settings |= {f"{role}_token": processor.id_to_piece(token) for role, token in roles.items()}
@@ -159,7 +159,7 @@ def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: in
     where = f"{archive.path}: {member}"
     if (frequencies := found.pop(_FREQUENCIES, None)) is not None:
         half = model.rotary_dim // 2
-        # They have 16 bits with megatron_amp_O2. `half` comes from untrusted settings, so the shape is checked first.
+        # Frequencies have 16 bits with megatron_amp_O2. `half` is from untrusted settings: check the shape first.
         fits = frequencies.shape == (half,)
         if not fits or not torch.allclose(frequencies.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2):
             said = f"{where}: {_FREQUENCIES} does not match base {ROPE_BASE:g} and {2 * half} rotated elements"
@@ -246,7 +246,7 @@ def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
 def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
     """Return a tensor called `name` that concatenates `parts` along the columns."""
     shape = (len(parts[0]), sum(part.shape[1] for part in parts))
-    rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # views
+    rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # `split` copies no values
     return StreamedTensor(name, parts[0].dtype, shape, lambda: (torch.cat(row, dim=1) for row in rows))
 
 
@@ -301,13 +301,13 @@ class NemoModel(BaseModel):
     num_query_groups: Any = None
     kv_channels: Any = None
     tokenizer: NemoTokenizer
-    # These must be present, because NeMo's defaults differ.
+    # These settings must be present, because NeMo's defaults differ.
     normalization: Literal["layernorm1p"]
     activation: Literal["fast-swiglu"]
     position_embedding_type: Literal["rope"]
     bias: Literal[False]
     share_embeddings_and_output_weights: Literal[False]
-    # These may also be absent.
+    # These settings may also be absent.
     transformer_block_type: Literal["pre_ln"] = "pre_ln"
     attention_type: Literal["multihead"] = "multihead"
     normalize_attention_scores: Literal[True] = True
@@ -379,7 +379,7 @@ def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
     if settings.get("mcore_gpt", False) is not False:
         raise UserError(f"{source}: mcore_gpt is set, so it is a Megatron-Core model; {_CONVERTERS}")
     if isinstance(named := settings.get("tokenizer"), dict):
-        named = _resolved(named)  # two settings may name its file; `model` is preferred
+        named = _resolved(named)  # `model` or `tokenizer_model` names the tokenizer's file
         settings["tokenizer"] = {**named, "model": named.get("model") or named.get("tokenizer_model")}
     try:
         model = NemoModel.model_validate(settings)

@@ -22,7 +22,7 @@ from megatron_tiedlora.base.messages import UserError, first_line, shown
 # Maximum bytes of a pickle, and of the list of an archive's files. A model of 96 layers needs a fifth of these.
 _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
 _MOST_PAX_FIELDS = 64
-_MOST_TUPLES = 20_000  # in a pickle; a model of 96 layers has 4,000. This many nested ones can be hashed
+_MOST_TUPLES = 20_000  # in a pickle; 96 layers have 4,000. Hashing so many nested tuples is possible
 _PIECE = 2**24  # bytes that are copied at a time
 
 

@@ -37,8 +37,8 @@ class OpenedAdapter:
         source: the model.
         kind: the kind of the adapter's folder.
         state: the full tensors in fp32.
-        native: the native adapter in the folder, or inside an export that is equal to it; None for any other PEFT
-            adapter.
+        native: the native adapter that the folder is, or that a PEFT folder contains and whose export is equal to the
+            PEFT tensors; None for any other PEFT adapter.
         exported_for: the base for which a PEFT folder was exported; None if its files do not record one.
         apart: the reason why further training differs from PEFT's; None if it does not differ. PEFT's separate A
             matrices of fused modules are one reason.
@@ -81,7 +81,7 @@ def open_adapter(
     longest: int = 0,
     differs: bool = False,
 ) -> OpenedAdapter:
-    """Return the adapter in the folder `given` with its base, which is `model` or else the model that it names.
+    """Return the adapter in the folder `given` with its base, which is `model` or else the model named in its files.
 
     Args:
         given: value of `flag`.
@@ -126,7 +126,7 @@ def import_peft(
         model: as for `open_adapter`.
         base_differs: import even if the adapter was trained on a different base. A copied adapter keeps its own base.
         say: called with each note.
-        new: makes the output folder.
+        new: returns a context that creates the output folder.
 
     Raises:
         UserError: the adapter cannot be read or has a different base, or the output exists.
@@ -158,11 +158,11 @@ def import_peft(
 def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) -> tuple[ModelSource, tuple[str, ...]]:
     """Return the base of a PEFT adapter, and a note if its files name a different model.
 
-    The base is `model`, or else the model that the files name. Other programs record only the base's name.
+    The base is `model`, or else the model that the files name. Adapters of other programs record only the base's name.
 
     Raises:
-        UserError: no base is given or named; or an adapter is already merged into the base, although the files do not
-            name this base and `differs` (--base_differs) is False.
+        UserError: no base is given or named; or the base already has a merged adapter. The second error is not raised
+            if the files name this base, or if `differs` (--base_differs) is True.
     """
     record, in_config = read_json_or_none(folder / inputs.EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
     path, named = record.get(inputs.BASE_PATH), in_config if isinstance(in_config, str) else ""

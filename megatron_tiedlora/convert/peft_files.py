@@ -5,9 +5,9 @@ PEFT's LoRA adds s_p B_p A_p to module p, with s_p = alpha_p / r_p, or alpha_p /
 s_p is smaller, B is multiplied by s_p / scale in fp64 and rounded to fp32 once. This is exact for a power of two.
 
 Some of PEFT's modules are fused into one linear in this package. If they all have the same A, the native adapter has
-this A and the stacked rows of B. Otherwise it stacks the A_p, B is block-diagonal, and the rank is the sum of the
-ranks. The native rank is the largest rank of any linear and layer, and smaller ranks are padded with zeros. Modules and
-layers without an adapter get zero rows of B.
+this A and the stacked rows of B. Otherwise its A stacks the A_p, its B is block-diagonal, and its rank is the sum of
+the r_p. The native rank is the largest rank of any linear and layer, and smaller ranks are padded with zeros. Modules
+and layers without an adapter get zero rows of B.
 
 Padding has zero rows of A and zero columns of B, so it has no gradient and stays zero in training. But training changes
 zero rows of B that belong to a non-zero A, and the zero blocks of a block-diagonal B. If B was scaled down, a step of
@@ -15,9 +15,9 @@ AdamW is relatively larger. `Native.apart` describes which of these cases applie
 
 PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u,
 and all modules share A and B. If each adapted linear is one module, the VeRA becomes a native `vera` with the same
-values. If modules are fused, it becomes a native `lora` of the same rank. The A of this lora is A[:, :in_p], and its B
-has the rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. It also becomes a `lora` if a linear is
-adapted only in some of the layers, since a `vera` would train all of them.
+values. If modules are fused, the VeRA becomes a native `lora` of the same rank. The A of this lora is A[:, :in_p], and
+its B has the rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. A VeRA also becomes a `lora` if a
+linear is adapted only in some of the layers, since a `vera` would train all of them.
 
 PEFT's rules decide which modules a config adapts. `target_modules` and `exclude_modules` are a list of names or name
 endings, or a pattern for full names. The patterns of `rank_pattern` and `alpha_pattern` match full names or their

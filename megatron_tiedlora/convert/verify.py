@@ -237,7 +237,7 @@ def verify_export(
             compare_both("merged, in transformers", transformers_logits(merged, tokens))
     if peft is not None:
         read = found["peft"]
-        exact = exported is None or stored_dtype(peft).itemsize >= 4  # otherwise the comparison of bits decides
+        exact = exported is None or stored_dtype(peft).itemsize >= 4  # for 16 bits, the bit comparison decides
         rows.append(compare_logits("PEFT adapter", native, read, "equal" if exact else "rounded"))
         if "peft" in runtimes:
             from peft import PeftModel
@@ -294,7 +294,7 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # Hide transformers' progress bar for each model, since ours counts models, and its warning about PEFT's calls.
+    # Hide transformers' progress bars, because our own bar counts models, and the FutureWarnings about PEFT's calls.
     with ExitStack() as quiet:
         if logging.is_progress_bar_enabled():
             logging.disable_progress_bar()

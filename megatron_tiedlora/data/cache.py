@@ -4,7 +4,7 @@ The cache has two kinds of folders. The name of a folder is a hash of everything
 kind has the token ids of all rows of a data flag. Its name depends on a hash of the data files, so a later launch does
 not read the rows again. The second kind has the indices of the training samples and of the held-out samples. The first
 process that acquires a folder writes it. The other processes wait for the folder. There is no process group yet, so no
-collective can time out while a large data set is tokenised. They give up if nothing is written for some time.
+collective can time out while a large data set is tokenised. A process stops waiting if nothing is written for long.
 """
 
 import hashlib
@@ -46,8 +46,8 @@ _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "fact
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
 _CODE = Path(__file__).parent  # these modules make ids of rows; if they change, data is tokenised again
-_BLOCK = 2**14  # rows
-_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # until a waiting process logs its first line; between lines
+_BLOCK = 2**14  # rows that `_samples_of` processes at a time
+_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # seconds before a waiting process's first log line; most between lines
 
 _LOGGER = logging.getLogger(__name__)
 _Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
@@ -79,7 +79,7 @@ def tokenised_once(
 ) -> TrainingData:
     """Return the training and validation data. Tokenise the data first if it is not in the cache.
 
-    The process that tokenises shows a progress bar. The other processes wait for it, and one per host logs this.
+    The process that tokenises shows a progress bar. The other processes wait, and one of them per host logs this.
 
     cache_dir: the folder that contains the folder `tokens`; default `user_cache()`. Damaged data is written again.
     timeout_minutes: how long a live process may write nothing. A dead or suspended process is replaced.
@@ -119,7 +119,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """Return the content of the cache folder `key`. Call `write` unless a process writes it or has written it."""
+    """Return the content of the cache folder `key`. Call `write` if it is missing and no process writes it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 
@@ -127,7 +127,7 @@ def _once(
         if mapped_arrays(path, dtypes) is not None:  # other processes may have mapped it
             raise OwnerLost(f"{path}: written by another process")
 
-    while (found := mapped_arrays(path, dtypes)) is None:  # a folder is renamed to its name when it is complete
+    while (found := mapped_arrays(path, dtypes)) is None:  # a folder is renamed to `path` when it is complete
         try:
             output = output_folder.take_output(path, resumes=True, reject=reject_whole)
         except FolderTaken:

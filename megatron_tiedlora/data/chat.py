@@ -36,7 +36,7 @@ class Chat:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer, self._name = tokenizer, chat_writer(tokenizer, reading)
         self._template = ChatTemplate(tokenizer, reading.chat_template) if self.templated else None
-        self._names: dict[bool, TemplateNames] = {}  # by whether there are tools: some have a template for them
+        self._names: dict[bool, TemplateNames] = {}  # by whether there are tools; these may have their own template
 
     def segments(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
         """Return the segments of a conversation's text, and the number of segments before the last answer. Raises
@@ -55,7 +55,7 @@ class Chat:
         if self._template is not None:
             self._template.close()
 
-    # A part of a text is (text, None), or (text of an answer, whether it is supervised).
+    # The next methods divide a text into parts: (text, None), or (text of an answer, whether the answer is supervised).
 
     def _rendered(self, conversation: Conversation, source: str) -> list[tuple[str, bool | None]]:
         assert self._template is not None
@@ -221,7 +221,7 @@ _START, _END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, reserved for interna
 
 def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
     """Return a pattern that finds the tokenizer's control tokens in a text. Return None if the tokenizer has no control
-    tokens or splits them itself, or if `meaning` (the value of --special_tokens_in_text) is `control`."""
+    tokens or reads them as plain text, or if `meaning` (the value of --special_tokens_in_text) is `control`."""
     if tokenizer is None or meaning == "control" or getattr(tokenizer, "split_special_tokens", False):
         return None
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()

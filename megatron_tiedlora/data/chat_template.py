@@ -28,11 +28,11 @@ from jinja2.parser import Parser
 from megatron_tiedlora.base.child_process import end_with_parent, limited
 from megatron_tiedlora.base.messages import UserError, one_line, shown
 
-# A template takes milliseconds; the first call, which loads Jinja, takes some tenths of a second. It needs a few times
-# the memory of the text, and adds some kB to it. A conversation is rendered up to six times for each of its answers.
+# A template takes milliseconds; the first call, which loads Jinja, takes some tenths of a second. Rendering needs a few
+# times the memory of the text. A template adds some kB to the messages. Each answer needs up to six renderings.
 _SECONDS, _SECONDS_PER_ANSWER, _MEMORY = 1.0, 0.02, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
-_SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time
+_SILENCE = 60.0  # maximum wall-clock seconds per request; ends the wait for a process that gets no CPU time
 
 Objects = Sequence[Mapping[str, Any]]  # messages, or schemas of tools
 Span = tuple[int, int]  # start and end of an answer in a text
@@ -70,7 +70,7 @@ class ChatTemplate:
         return answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"])
 
     def names(self, text: str, source: str) -> "TemplateNames":
-        """Return the names that the template `text` reads. Raises UserError if it is not valid or takes too long."""
+        """Return the names that the template `text` reads. Raises UserError if `text` is invalid or takes too long."""
         found = self._answered({"template": text, "answers": ()}, source)
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
 
@@ -187,7 +187,7 @@ def _receive(connection: Connection) -> dict[str, Any] | None:
 
 # Rendering in the process ---------------------------------------------------------------------------------------------
 #
-# Names are found in Jinja's syntax tree, so comments and parts of words do not count. The span of answer i starts where
+# Names are found in a template's syntax tree, not in comments or parts of words. The span of answer i starts where
 # render(turns before i, with a generation prompt) and the whole text first differ. It ends at the length of
 # render(turns up to i).
 
@@ -258,7 +258,7 @@ def render_with_spans(
 
 
 def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple[str, dict[int, Span]] | None:
-    """Return the text and the marked span of each answer, or None if the marks do not give one for every answer."""
+    """Return the text and the marked span of each answer, or None if an answer has no marked span."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)
@@ -300,7 +300,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
         before = render(messages[:index])
         if not whole.startswith(before):
             raise TurnsChange(f"writes the text before {name} differently when {name} follows")
-        # Text that prompt and answer share belongs to the answer. So the start is where a different answer begins.
+        # Text that prompt and answer share belongs to the answer. So the span starts where another answer would begin.
         other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
         if begins >= 0 and whole.startswith(other[:begins]):

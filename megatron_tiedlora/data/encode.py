@@ -1,13 +1,13 @@
 """Converts the segments of samples to token ids and labels, in the same way for training and for generation.
 
-The tokens of a sample are `start` and the tokens of its segments, which may end with EOS. By default, `start` has the
-tokens that the tokenizer adds before a text, usually BOS or none. Segments are tokenised separately, so that the ids of
-a prompt do not depend on the answer. Supervised tokens are marked by position and not by id, because the padding id may
-equal the EOS id. If a sample is too long, the middle of its prompt or the first exchanges of its chat are removed. An
-answer is never shortened. A long text without a prompt becomes several samples. No space is added between two segments.
+The tokens of a sample are its start tokens and the tokens of its segments, which may end with EOS. By default, the
+start tokens are those that the tokenizer adds before a text, usually BOS or none. Segments are tokenised separately, so
+that the ids of a prompt do not depend on the answer. Supervised tokens are marked by position and not by id, because
+the padding id may equal the EOS id. If a sample is too long, the middle of its prompt or the first exchanges of its
+chat are removed. An answer is never shortened. A long text without a prompt becomes several samples. No space is added
+between two segments.
 
-This module reports errors of a tokenizer as one line. The module `loader` makes batches, `cache` stores samples, and
-`chat` converts chats to text.
+The module `loader` makes batches, `cache` stores samples, and `chat` converts chats to text.
 """
 
 import os
@@ -266,9 +266,9 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> 
 # on the number of processes, because chunks are returned in order.
 
 # Maximum rows and bytes per chunk. A chunk is large enough for a tokenizer's threads. Tokenising needs a hundred times
-# a row's bytes, for ids as Python objects and the tokenizer's details of each id.
+# as much memory as a row, for ids as Python objects and the tokenizer's details of each id.
 CHUNK, CHUNK_BYTES = 500, 2**18
-_FEW_CHUNKS = 4  # this many chunks are encoded faster than other processes start
+_FEW_CHUNKS = 4  # up to this many chunks are encoded in this process, because starting others takes longer
 _MOST_PROCESSES = 32
 
 
@@ -318,9 +318,9 @@ class RowEncoder(Encoder):
 
 
 def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:
-    """Yield the samples of rows, one chunk at a time and in order, as the arrays of `joined` with all `FACTS`. Raises
+    """Yield the samples of rows in order, chunk by chunk, as arrays named as in `joined`, with all `FACTS`. Raises
     UserError if `RowEncoder.encode` raises it, or if the rows of a file have different shapes."""
-    # Each row counts as at least 1 / CHUNK of the bytes, so no chunk has more than CHUNK rows.
+    # Each row counts as at least 1 / CHUNK of CHUNK_BYTES, so no chunk has more than CHUNK rows.
     chunks = filled((row, max(num_bytes(row[-1][0]), CHUNK_BYTES / CHUNK), CHUNK_BYTES) for row in rows)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
     # A daemonic process, for example of a multiprocessing pool, is not allowed to start processes.
@@ -379,7 +379,7 @@ def _begin(encoding: Encoding, parent: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # only the parent handles a process group's signals
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has no threads of the library and would wait for them
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork lacks the threads of the library and would wait for them
     _ENCODER.set(RowEncoder(encoding))
 
 

@@ -51,7 +51,7 @@ class GlobalBatch:
     consumed_samples: int
 
     def on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
-        """Return the micro-batches of this rank in accumulation order."""
+        """Return the micro-batches of one data-parallel rank in accumulation order."""
         if len(self.micro_batches) % dp_size:
             raise ValueError(f"{len(self.micro_batches)} micro-batches cannot be divided equally over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
@@ -219,8 +219,8 @@ def collate(
             if ordinals is not None:
                 numbers[number, start:stop] = ordinals[number][document] * NUMBERS_OF_SAMPLE + np.arange(len(sample))
             start = stop
-        # Padding after a single sample continues its positions, since it attends to it. In a packed row, padding is a
-        # document of its own.
+        # Padding after a single sample continues the sample's position ids, since the padding attends to the sample. In
+        # a packed row, the padding is a separate document.
         positions[number, start:] = np.arange(shape[1] - start) + (0 if packed else start)
         documents[number, start:] = len(row)
     return MicroBatch(
@@ -255,7 +255,7 @@ def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
 def pack(lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1) -> list[Rows]:
     """Return micro-batches as lists of rows. A row is a list of indices into `lengths`. The longest rows come first.
 
-    The result depends only on the arguments. First-fit decreasing determines the number of micro-batches. It needs at
+    The result depends only on the arguments. First-fit decreasing determines the number of micro-batches. It fills at
     most 11/9 of the minimum number of rows, plus one (Johnson, 1973). Then rows are added until all micro-batches have
     the same number of rows. Samples are spread evenly over the rows if no row then exceeds `capacity`; otherwise the
     longest rows are split in two. So all ranks have a similar amount of work.
@@ -323,7 +323,7 @@ def _tokens(lengths: Lengths, row: Sequence[int]) -> int:
 
 # Micro-batches of several adapters ------------------------------------------------------------------------------------
 #
-# A micro-batch is never split, because its gradient is one sum. A shared micro-batch has at most one of each adapter.
+# An adapter's micro-batch is never split: its gradient is one sum. A shared micro-batch has at most one per adapter.
 
 
 Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batches
@@ -362,7 +362,7 @@ def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
         return replace(batches[0], segments=segments)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
-    # An adapter without dropout has no token index and does not use it.
+    # A batch of an adapter without dropout has no token index. Zeros take its place and are not used.
     indices = [torch.zeros_like(batch.tokens) if batch.token_index is None else batch.token_index for batch in batches]
     indexed = any(batch.token_index is not None for batch in batches)
     return MicroBatch(

@@ -31,8 +31,8 @@ _EXPECTED = f"a {', '.join(SUFFIXES)} file or a hub id"
 # No model reads a sample as long as _LONGEST_LINE, and the JSON of such a line needs at most some hundred MB as
 # objects. A .json file is read as a whole and needs several times its size.
 _LONGEST_LINE, _LARGEST_JSON = 2**24, 2**28  # bytes
-_JSON_MEMORY, _JSON_RATIO = 2**28, 8  # text needs one to four times its bytes, many small objects more
-_GZIP_MEMORY, _GZIP_RATIO = 2**28, 100  # text becomes 3 to 20 times smaller
+_JSON_MEMORY, _JSON_RATIO = 2**28, 8  # in memory, text needs 1 to 4 times its bytes, and many small objects need more
+_GZIP_MEMORY, _GZIP_RATIO = 2**28, 100  # compression makes text 3 to 20 times smaller
 
 
 def is_rows_file(name: str) -> bool:
@@ -229,7 +229,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     with _open(path) as file:  # read as bytes, so that a message can name the line with a wrong encoding
         for number, line in _lines(file, path):
             source = f"{path}:{number}"
-            row = _parse_json(line.rstrip(b"\r\n"), source)  # so that a message counts the columns of this line
+            row = _parse_json(line.rstrip(b"\r\n"), source)  # stripped, so that an error is at a column of this line
             if row is not _BLANK:
                 yield _object(row, source), source
 
@@ -280,7 +280,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_bytes(path: Path) -> bytes:
-    """Return a file's bytes up to the first chunk with a NUL byte. JSON has none; a sparse file may have gigabytes."""
+    """Return a file's bytes. Stop after a chunk with a NUL byte: JSON has none, a sparse file may have gigabytes."""
     pieces = []
     with _open(path) as file:
         for piece in _pieces(partial(file.read, 2**20), path):

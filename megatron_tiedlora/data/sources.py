@@ -29,8 +29,8 @@ Files = Mapping[str, str | Path | None]
 """The value of each split's data flag, by split name. A missing key or None means that the flag was not given."""
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
-_MIX_STREAM = 2**32 + 2  # random stream, different from those of epochs, held-out rows and drawn samples
-_MOST_REPEATS = 1000  # uses of a row in a mix; more would fill the memory, and mean that a weight is wrong
+_MIX_STREAM = 2**32 + 2  # a random stream other than those of epochs, held-out rows and drawn samples
+_MOST_REPEATS = 1000  # maximum uses of a row in a mix; more would fill the memory, and a weight is probably wrong
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def hub_ids(*given: str | None) -> list[str]:
 
 
 def local_files(given: str) -> dict[str, Path]:
-    """Return the local files that the value of a data flag names, by name, including files of folders and patterns."""
+    """Return the local files in the value of a data flag, by file name, including files of folders and patterns."""
     found: dict[str, Path] = {}
     for name in (source.name for source in _sources(given)):
         path = user_path(name)
@@ -107,7 +107,7 @@ def local_files(given: str) -> dict[str, Path]:
 def mixed(
     sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Return all rows that are not held out, in order. If sources have weights, rows are repeated to reach them.
+    """Return all rows that are not held out, in order. If sources have weights, rows are repeated accordingly.
 
     Every row is used at least once. The seed determines which rows of a source are used once more than its other rows.
     Raises UserError if no row of a source is left, or if its rows would be repeated more than `_MOST_REPEATS` times.

@@ -26,7 +26,7 @@ from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_tiedlora.data.turns import ASSISTANT
 
-_CARVE_STREAM = 2**32  # random stream of held-out rows; far above those of epochs, which begin at 0
+_CARVE_STREAM = 2**32  # the random stream that selects held-out rows; epoch e uses the stream e
 
 
 def load_split(
@@ -133,7 +133,7 @@ def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Read
 def held_out_rows(
     stream: RowStream, numbers: NDArray[np.int64], *, seed: int, required: bool = True
 ) -> NDArray[np.bool_]:
-    """Return whether each train row is used for validation, (num_rows,) bool. With only one sample, no row is used.
+    """Return whether each train row is used for validation, (num_rows,) bool. A single sample is never used.
 
     The rows of a sample stay together, so that a model is not evaluated on its training data. `numbers`, (num_rows,),
     has the sample index of each row of `stream`. Raises UserError if `required` and no row is held out."""

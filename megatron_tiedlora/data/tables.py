@@ -15,8 +15,8 @@ from megatron_tiedlora.base.messages import UserError, first_line
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 
-# A file's rows may need `_MEMORY` bytes plus `_RATIO` times the file's size as Python objects. Compression makes text 3
-# to 20 times smaller, and a character needs up to 4 bytes. The constant is for small files with many short rows.
+# As Python objects, a file's rows must fit into `_MEMORY` bytes plus `_RATIO` times the file's size. Compression makes
+# text 3 to 20 times smaller, and a character needs up to 4 bytes. `_MEMORY` is for small files with many short rows.
 _MEMORY, _RATIO = 2**28, 100
 _ROWS = 64  # rows decoded at a time; few, since one row can be large
 

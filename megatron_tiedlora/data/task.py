@@ -1,8 +1,8 @@
 """Defines the class `Task`, which describes where the rows are, how a prompt is built, and how answers are scored.
 
-This module also defines the user's options for reading rows, samples as text, and the function that joins an answer to
-its prompt. The tasks are in the package `tasks`, one per file. The module `splits` reads splits, `readers` reads file
-formats, and `encode` tokenises samples. Metrics are only named here; the package `evaluation` defines them.
+This module also defines the user's options for reading rows (`Reading`), a sample as text (`Example`), and the function
+that joins an answer to its prompt. The tasks are in the package `tasks`, one per file. The module `splits` reads
+splits, `readers` reads file formats, and `encode` tokenises samples. The package `evaluation` defines the metrics.
 """
 
 import string
@@ -43,7 +43,7 @@ class Reading:
     trains: bool = True
 
     def __post_init__(self) -> None:
-        r"""Replace each \n in the template with a newline. Raises UserError if it is not text with {field} names."""
+        r"""Replace each \n in the template with a newline. Raises UserError if the template is not valid."""
         template, said = self.template or "", f"--prompt_template {self.template!r}"
         try:
             names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
@@ -85,10 +85,10 @@ class Parts:
     fields: the fields that a prompt template may use, which are all fields of the row except the answer.
     prompt: the prompt if the task builds it itself; None if it is made from a template.
     answers: the accepted answers, at least one; training uses the first.
-    choices: the choices of a multiple-choice row in its order, including the correct one; empty for other tasks.
+    choices: the choices of a multiple-choice row in the row's order, including the correct one; empty for other tasks.
     endings: the text of each choice after the prompt; by default the choice after one space.
     conversation: the turns of a chat; None if the row is not a chat.
-    shape: the name of the row's set of fields, which all rows of a file share; '' if the task has only one.
+    shape: the name of the row's set of fields, which all rows of a file share; '' if the task has only one set.
     """
 
     fields: Mapping[str, Any]

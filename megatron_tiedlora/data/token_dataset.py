@@ -116,8 +116,8 @@ class TokenDataset:
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32] | None:
-        """Return each sample's number of unsupervised tokens, (n,) int32; None if any of them follows a supervised
-        token."""
+        """Return each sample's number of unsupervised tokens, (n,) int32. Return None if, in any sample, an
+        unsupervised token follows a supervised one."""
         whole = self._gathered(slice(None))
         starts = whole.offsets[1:] - whole.facts["supervised"]
         if not np.array_equal(whole.supervised, _from(starts, whole.offsets)):
@@ -206,7 +206,7 @@ def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.unsignedinteger[
 def sample_indices(num_samples: int, *, seed: int, consumed: int, count: int) -> NDArray[np.int64]:
     """Return the indices of the `count` samples that follow the first `consumed` samples, (count,) int64.
 
-    Each epoch has its own permutation of all samples. The result may span epochs, for batches larger than the data set.
+    Each epoch has its own permutation of all samples. The result may span epochs and be longer than the data set.
 
     Raises ValueError if there are no samples.
     """

@@ -6,7 +6,7 @@ tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lo
 GPT2Tokenizer does not split digits, and LlamaTokenizer merges a leading space with the dummy prefix.
 
 A bare SentencePiece file must produce the same ids as `SentencePieceProcessor.encode`, which is checked when it is
-loaded. Text that looks like a control token ("</s>") is plain text for both. The module `encode` adds BOS and EOS.
+loaded. Both tokenise text that looks like a control token ("</s>") as plain text. The module `encode` adds BOS and EOS.
 """
 
 import hashlib
@@ -102,7 +102,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write the tokenizer to `folder` so that transformers 4 and 5 produce the same ids with it.
 
     The class is written as PreTrainedTokenizerFast, because both versions then read tokenizer.json unchanged. BOS, EOS,
-    UNK and padding tokens are removed from the list of extra special tokens, because version 4 rejects such a list.
+    UNK and padding tokens are removed from the list of extra special tokens, and an empty list is not written.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -138,7 +138,7 @@ def byte_tokenizer(max_length: int) -> Tokenizer:
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the tokenizer's padding id, or its EOS id, or 0 if it has neither. It is never used to find padding."""
+    """Return the tokenizer's padding id, or its EOS id, or 0 if it has neither. Padding is never found by its id."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -191,7 +191,7 @@ def check_conversion(source: str | Path) -> None:
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
-    """Return a converted SentencePiece tokenizer. The config in `config_folder` has special tokens and a template."""
+    """Return a converted SentencePiece tokenizer, with special tokens and template from `config_folder`, if given."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
@@ -277,7 +277,7 @@ def tokenizer_hash(source: str | Path) -> str | None:
 
 
 def _id_settings(folder: Path) -> dict[str, Any]:
-    """Return the other settings that determine ids. Only the text of special tokens is used (the rest varies)."""
+    """Return the settings that determine ids, besides the vocabulary. Of BOS and EOS, only the text is used."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -290,7 +290,7 @@ def _id_settings(folder: Path) -> dict[str, Any]:
 
 
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
-    """Return the tokens that the configs add to the vocabulary, or None without any. They change the ids of texts."""
+    """Return the tokens that the configs add to the vocabulary, or None if they add none."""
     file, known = folder / "tokenizer.json", set[str]()
     with suppress(UserError):  # the file does not exist, or its library will report the error
         listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")

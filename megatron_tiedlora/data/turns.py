@@ -1,7 +1,7 @@
 """Reads and checks the turns of a conversation, and converts them to the format that chat templates read.
 
 This module checks roles, content parts, tool calls, the order of turns, and which turns are supervised. The module
-`custom` reads the fields of a row, and `chat` makes the text. The template does not receive the flags of a turn.
+`custom` reads the fields of a row, and `chat` makes the text. A chat template does not receive the flags in `_FLAGS`.
 """
 
 import json
@@ -24,7 +24,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _PASSED_ON = ("name", "tool_calls", "tool_call_id", *REASONING)
 _UNREAD = ("images", "image", "videos", "video", "audios", "audio", "documents", "refusal")
 _FLAGS = ("train", "weight", "loss")
-# Names of such flags in other tools. If a flag were ignored, turns could be supervised that should not be.
+# Other tools' names for the flags in `_FLAGS`. If a flag were ignored, turns could be supervised that should not be.
 _UNREAD_FLAGS = ("training", "trainable", "train_detail", "training_detail", "mask", "masked", "loss_scale")
 
 
@@ -181,7 +181,7 @@ def _check_order(turns: Sequence[Turn], source: str) -> None:
 
 
 def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...] | None:
-    """Return function schemas as {"type": "function", "function": ...}, or None without tools. Text is read as JSON."""
+    """Return tool schemas as {"type": "function", "function": ...}, or None without tools. Texts are parsed as JSON."""
     if row.get("tools") and row.get("functions"):
         raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
     field = "functions" if row.get("functions") else "tools"

@@ -55,8 +55,8 @@ def base_construction(
 def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]]:
     """Return a function that creates a context for writing parameters. Under ZeRO-3 the context gathers them.
 
-    Under ZeRO-3 the data-parallel ranks must call it for the same parameters in the same order. The values of the first
-    rank are kept.
+    Under ZeRO-3 the data-parallel ranks must call that function for the same parameters in the same order. The values
+    that the first rank writes are kept.
     """
     if config.zero_stage < 3:
         return nullcontext
@@ -96,7 +96,7 @@ def initialize_engine(
     from deepspeed.utils import groups as deepspeed_groups
 
     import_muon_uncompiled()
-    deepspeed_groups.mpu = None  # an earlier pipeline engine of this process may have left its own here
+    deepspeed_groups.mpu = None  # an earlier pipeline engine of this process may have set it
     values = dict(config.values)
     if config.zero_stage == 3:  # an MLP reads its linears' weights itself, so they are gathered together
         deepspeed.utils.set_z3_leaf_modules(model, [SwiGlu])
@@ -120,7 +120,7 @@ def import_muon_uncompiled() -> None:
     On import, Muon's functions are decorated with torch.compile, which imports the compiler. DeepSpeed imports Muon to
     check whether ZeRO supports the optimizer (seen in 0.19.8). Remove this once DeepSpeed compiles Muon at first use.
     """
-    importlib.import_module("torch._dynamo")  # before the switch is on, because it might keep a copy of the switch
+    importlib.import_module("torch._dynamo")  # before the variable is set, because dynamo might store its value
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)
     os.environ[switch] = "1"

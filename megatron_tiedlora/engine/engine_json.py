@@ -34,7 +34,7 @@ REJECTED_SECTIONS = {
     "scheduler": "Use --learning_rate, --schedule, --warmup_steps and --max_steps",
 }
 
-# The keys of DeepSpeed's section (0.19.8) that are read, with their types. Excluded are deprecated keys, second names,
+# The accepted keys of DeepSpeed's zero_optimization (0.19.8), with their types. Excluded are deprecated keys, aliases,
 # `zenflow` (it changes how AdamW steps) and `leaf_module`. The table is here because a plan must not need DeepSpeed.
 _Count, _Bucket = Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]  # DeepSpeed divides by a bucket's size
 _Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +90,7 @@ _FLAGS = """
 zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown memory_breakdown dump_state
 disable_allgather disable_python_gc
 """
-# The other keys that are read. The values of the batch and clipping are compared with the settings.
+# The accepted keys at the top level. The values of batch and clipping keys are compared with the settings.
 _ENGINE = _section(
     "engine",
     {
@@ -122,7 +122,7 @@ class EngineConfig:
 
     @property
     def live_parameters(self) -> int:
-        """Return the number of elements at which ZeRO-3 stops gathering weights."""
+        """Return the number of gathered elements at which ZeRO-3 gathers no more weights in advance."""
         return int(self.values.get("zero_optimization", {}).get("stage3_max_live_parameters", 1_000_000_000))
 
     @property

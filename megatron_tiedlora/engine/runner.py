@@ -43,7 +43,7 @@ class OwnOptimizer:
     """The optimizer of one adapter, its schedule and its clipping.
 
     Attributes:
-        optimizer: the optimizer of this rank's trained tensors, or of one unused element if there are none.
+        optimizer: the optimizer of this rank's trained tensors, or of one unused tensor if the rank has none.
         max_norm: the norm to which the gradients are clipped; 0 if they are not clipped.
     """
 
@@ -65,7 +65,7 @@ class Optimizers:
     own: Mapping[str, OwnOptimizer]
     device: torch.device
 
-    engine_steps: ClassVar[bool] = False  # whether the engine holds the optimizer
+    engine_steps: ClassVar[bool] = False  # whether the engine holds and steps the optimizer
 
     def optimizer(self, name: str) -> Any:
         """Return the optimizer of the adapter `name`."""
@@ -75,12 +75,12 @@ class Optimizers:
         """Begin a step of `num_micro_batches` backward passes on this rank."""
 
     def sum_tied(self) -> None:
-        """Sum tied gradients if a pipeline engine averages gradients over data-parallel ranks afterwards."""
+        """Do nothing. `EngineOptimizer` sums tied gradients here, before a pipeline engine averages gradients."""
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
         """Return the divisors of a micro-batch's summed loss. They are applied one by one before the backward pass.
 
-        DeepSpeed also divides twice, so the results are bit-equal.
+        With ZeRO-1 to 3, DeepSpeed itself divides by the second one, so the results are bit-equal.
 
         Args:
             num_supervised: the number of supervised tokens in the adapter's global batch.
@@ -89,7 +89,7 @@ class Optimizers:
         return num_supervised / count, count
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
-        """Sum gradients over ranks for adapters that take a step, and return the tensors without a gradient."""
+        """Sum gradients over ranks for adapters that take a step. Return this rank's tensors without a gradient."""
         adapters = {name: adapter for name, adapter in self.adapter_group.adapters.items() if name in taking}
         return sum_gradients_(adapters, self.groups)
 
@@ -138,9 +138,9 @@ class Optimizers:
         return cast(Tensor, self.optimizer(name).state[parameter][moment])
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """Set the optimizer of an adapter that has taken no step to its state after `step`.
+        """Set the optimizer of an adapter to the state after `step`, before the adapter takes a step in this launch.
 
-        torch's AdamW creates its state at the first step, so the state is created here, in the layout of the tensors.
+        torch's AdamW creates its state at the first step, so the state is created here, with the parameters' layout.
         """
         state = self.optimizer(name).state
         for tensor, parameter in trained_parameters(self.adapter_group.adapters[name]).items():
@@ -239,7 +239,7 @@ def _fresh_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
 
 
 def inputs_to_fill(num_stages: int) -> int:
-    """Return how many micro-batches keep the stages busy. With four per stage, the pipeline bubble is a fifth."""
+    """Return how many micro-batches keep the stages busy. With four per stage, at most a fifth of the time is idle."""
     return 4 * num_stages if num_stages > 1 else 1
 
 
@@ -254,7 +254,7 @@ class Losses:
     found: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def weighted(self, losses: Tensor, segments: AdapterSegments) -> Tensor:
-        """Record the losses, (segments,) or () for one, and return the sum of the divided losses."""
+        """Record the losses, (segments,) or () for one segment, and return the sum of the divided losses."""
         total: Tensor | None = None
         for segment, loss in zip(segments, losses.unbind() if losses.ndim else (losses,), strict=True):
             self.found.append((segment.adapter, loss.detach()))
@@ -323,7 +323,7 @@ class Runner:
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
         """Return the summed loss of each adapter, per micro-batch, without gradients; 0 if another rank counts it."""
         self.engine.eval()
-        found = [Losses({segment.adapter: () for segment in batch.segments}) for batch in batches]  # not differentiated
+        found = [Losses({segment.adapter: () for segment in batch.segments}) for batch in batches]  # no divisors
         self._score(batches, found)
         return [losses.sums(counted=self.counts_loss) for losses in found]
 

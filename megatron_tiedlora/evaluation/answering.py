@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 # The settings that decide neither which rows are answered nor how.
 _OWN = marked(EvaluateSettings, per_adapter=True)
 _decoded = partial(decode_ids, skip_special=True)
-# Rows of several adapters that are decoded together are at most those of this many batches, which bounds the memory.
+# The maximum number of full batches, of different adapters, that are decoded together. It bounds the memory.
 BATCHES_AT_ONCE = 4
-_Answers = dict[int, tuple[str, tuple[float, ...]]]  # the text of an answer and the scores of its choices, by sample
+_Answers = dict[int, tuple[str, tuple[float, ...]]]  # the answer's text and the scores of the choices, by sample index
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def answer_all(
 
     Args:
         scored: the samples by adapter name, which is ONLY if the stage has at most one adapter.
-        agree: a function that gets whether this rank has finished, and returns whether all ranks have. It may fail.
+        agree: a function that gets whether this rank has finished, and returns whether all have. It may raise an error.
         progress: whether to show a progress bar.
 
     Returns:
@@ -182,7 +182,7 @@ def answer_all(
     with progress_bar("decoding", "sample", total=num_samples, shows=progress) as bar:
         for number in range(max(len(some.batches) for some in sets)):
             present = [some for some in sets if number < len(some.batches)]
-            num_rows = [min(some.batch_size, len(some.batches[number])) for some in present]  # the first rank has most
+            num_rows = [min(some.batch_size, len(some.batches[number])) for some in present]  # rank 0 has the most rows
             rooms = [BATCHES_AT_ONCE * some.scored.batch_size for some in present]
             for together in filled(zip(present, num_rows, rooms, strict=True)):
                 found = generate(decoder, [some.ask(number) for some in together], agree=agree)

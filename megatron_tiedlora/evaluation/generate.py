@@ -1,10 +1,10 @@
 """Generates tokens by greedy decoding with a key-value cache, for prompts of different lengths and in any parallel
 layout. Also computes the log-likelihoods of several endings of a prompt. The prompt is computed only once.
 
-A decoder calls this rank's stage with its caches. A call may have rows of several adapters. Each adapter's rows have
-their own caches and attention calls, but the base's matmuls run over the rows of all adapters. A batch is divided into
-at most as many chunks as there are stages, so that stages work on different chunks at the same time. Hidden states go
-from stage to stage. The last stage sends the generated tokens to the other stages.
+A decoder calls the pipeline stage of this rank with key-value caches. A call may have rows of several adapters. Each
+adapter's rows have their own caches and attention calls, but the base's matmuls run over the rows of all adapters. A
+batch is divided into at most as many chunks as there are stages, so that stages work on different chunks at the same
+time. Hidden states go from stage to stage. The last stage sends the generated tokens to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
 padding. Prompts of similar length are computed together, so that little padding is computed.
@@ -48,7 +48,7 @@ class Decoder:
     """Calls one stage with caches. All tensor-parallel and pipeline-parallel ranks of a model copy make the same calls.
 
     The factors A and F of adapters are computed again only when a call uses different adapters. Build a new decoder
-    after an optimizer step, or the factors would no longer match. F is a copy, but A may share the parameter's memory
+    after an optimizer step, or its factors would be outdated. F is a copy, but A may share the parameter's memory
     (in fp32, where nothing is cast or gathered).
     """
 
@@ -146,7 +146,7 @@ class Decoder:
         return lambda: chosen
 
     def _keep(self, work: Any, tensor: torch.Tensor) -> None:
-        """Keep a tensor in memory while it is sent. A tensor that was sent two rounds ago has been received."""
+        """Keep a tensor in memory while it is sent. If more than two per stage are kept, wait for the oldest."""
         self._in_flight.append((work, tensor))
         while len(self._in_flight) > 2 * self.pipeline.size:
             self._in_flight.popleft()[0].wait()
@@ -158,7 +158,7 @@ class Decoder:
 
 
 def _among_all(segments: AdapterSegments, wanted: RowTensors) -> Iterator[torch.Tensor]:
-    """Yield the positions for each adapter's sequences, as indices into the tokens of all adapters."""
+    """Yield each adapter's `wanted` positions, (b,) int64, as indices into the concatenated tokens of all adapters."""
     start = 0
     for segment, positions in zip(segments, wanted, strict=True):
         first = start + torch.arange(segment.num_rows, device=positions.device) * segment.length
@@ -166,12 +166,12 @@ def _among_all(segments: AdapterSegments, wanted: RowTensors) -> Iterator[torch.
         start += segment.num_tokens
 
 
-# Prompts computed together have at most this many tokens including padding, which bounds the memory. Each has at least
-# MIN_SHARE_OF_LONGEST times the length of the longest.
+# Prompts computed together have at most this many tokens including padding, which bounds the memory. Each of these
+# prompts is at least MIN_SHARE_OF_LONGEST times as long as the longest.
 PROMPT_TOKENS_AT_ONCE = 8192
 MIN_SHARE_OF_LONGEST = 0.75
 
-# Ranks that decode independently agree on stopping only this often, because a sum over all ranks waits for the slowest.
+# Ranks that decode independently agree on stopping once per this many tokens, because the fast ranks wait for the slow.
 TOKENS_BETWEEN_AGREEMENTS = 8
 
 Item = TypeVar("Item")
@@ -405,7 +405,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapt
 
 
 def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
-    """Yield slices of samples with caches of limited size, one copy per ending. With `whole`, yield all samples."""
+    """Yield slices of samples with caches of limited size (a prompt copy per ending). With `whole`, yield one slice."""
     start, rows, longest = 0, 0, 0
     for index, (prompt, endings) in enumerate(samples):
         grown = max(longest, len(prompt) + max(map(len, endings)))

@@ -5,7 +5,7 @@ scored, because many runs do not score answers. Exact match and F1 use the refer
 
 `accuracy` compares the ending that the generated text matches with the correct ending, which is the first reference.
 `accuracy_loglikelihood` chooses the ending with the highest log-likelihood per character. lm-evaluation-harness also
-has `acc` without this normalisation. It favours short endings and is not reported here.
+has `acc`, the choice without division by length. `acc` favours short endings and is not reported here.
 
 BLEU is computed by sacrebleu with its defaults, on detokenised text. The score of a sample is its sentence BLEU (with
 effective order, as sacrebleu advises). The corpus value is not the mean of these scores, but is computed from summed
@@ -64,9 +64,9 @@ class Metric:
         sample: a function that returns the score of one answer.
         signature: the rule, library and version of the metric, or a function that returns them for all answers. Two
             values are comparable only if their signatures are equal.
-        needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model computes each choice.
+        needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model scores each choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
-        corpus: a function that returns a fixed number of counts, and one that returns the value for summed counts.
+        corpus: a function answer -> a fixed number of counts, and a function sums of these counts -> the value.
     """
 
     name: str
@@ -173,8 +173,8 @@ def accuracy(answer: Answer) -> float:
 def accuracy_loglikelihood(answer: Answer) -> float:
     """Return 100 if the correct ending has the highest log-likelihood per character. Otherwise return 0.
 
-    If two values are equal, the first counts. Characters are the Unicode code points of the cleaned ending, without the
-    space that joins it to the prompt, as in `acc_norm` of lm-evaluation-harness. If a score is NaN, the result is 0.
+    If two endings have equal values, the first is chosen. Characters are the Unicode code points of the cleaned ending
+    without the space that joins it to the prompt, as in `acc_norm` of lm-evaluation-harness. A NaN score gives 0.
     """
     choices = checked_choices(answer)
     assert len(answer.choice_scores) == len(choices), f"{answer.example.source}: {len(answer.choice_scores)} scores"
@@ -195,7 +195,7 @@ def sentence_bleu(answer: Answer) -> Any:
 
 
 def bleu_statistics(answer: Answer) -> tuple[int, ...]:
-    """Return the lengths of prediction and closest reference, and the counts of matched and all n-grams per order."""
+    """Return the lengths of prediction and closest reference, and for each n the counts of matched and all n-grams."""
     found = sentence_bleu(answer)
     return (found.sys_len, found.ref_len, *found.counts, *found.totals)
 

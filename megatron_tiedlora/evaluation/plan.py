@@ -96,7 +96,7 @@ class EvaluationPlan:
         }
 
 
-EvaluationPlans = Mapping[str, EvaluationPlan]  # by adapter name; equal but for the adapter and its values
+EvaluationPlans = Mapping[str, EvaluationPlan]  # by name of the adapter, the only input in which plans differ
 
 
 def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) -> dict[str, EvaluationPlan]:
@@ -255,7 +255,7 @@ def _find_model(
         opened.adapter,
         tokenizer=settings.tokenizer,
         differs=settings.base_differs,
-        base_format=trained if opened.trained_on is None else used,  # otherwise the base of its training is unknown
+        base_format=trained if opened.trained_on is None else used,  # no base recorded: formats not compared
         identify=identify,
     )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *notes)

@@ -1,8 +1,8 @@
 """Computes the scores of an evaluation: the value of each metric, with a 95 % bootstrap interval over the samples. Also
 writes the first log lines, predictions.jsonl (one line per sample), results.json and the table of scores.
 
-Resample i of n answers is row i of `numpy.random.default_rng(seed).integers(n, size=(resamples, n))`. It depends on
-nothing else. So all metrics and models that are scored on one test set use the same resamples.
+Resample i of n answers is row i of `numpy.random.default_rng(seed).integers(n, size=(resamples, n))`. It does not
+depend on the answers. So all metrics and models that are scored on one test set use the same resamples.
 """
 
 import json
@@ -88,7 +88,7 @@ def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resample
 
 
 def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
-    """Yield the sums of the rows of `table`, (num, k), in each resample, in chunks of (number of resamples, k)."""
+    """Yield the sum of the rows of `table`, (num, k), for each resample, in chunks (resamples of the chunk, k)."""
     num = len(table)
     draw = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // num)

@@ -177,13 +177,13 @@ def _attach(model: Any, adapter: NativeAdapter) -> None:
 def _add_update(
     update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
-    """Return the module output z plus the adapter's update. This is a forward hook that can be copied and pickled."""
+    """Return the module output z plus the adapter's update. This forward hook can be copied and pickled."""
     return load_model.with_update(z, inputs[0], update, place)
 
 
 def _merge(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
-    for name, place in places.items():  # check all before any weight is changed
+    for name, place in places.items():  # check all weights before one is changed
         load_model.check_whole(model.get_submodule(name).weight.data, place)
     for name, place in places.items():
         load_model.merge_(model.get_submodule(name).weight.data, update, place)

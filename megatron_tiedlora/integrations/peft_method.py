@@ -24,7 +24,7 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
 
-# Fields with the same name in PEFT's config and in ours; and fields of ours that only PEFT uses.
+# Fields with the same name in `TiedLoraConfig` and the adapter record; fields of the record that only PEFT uses.
 _SAME_NAMES = ("method", "alpha", "layers", "targets", "seed", "init_std_a", "init_std_b")
 _FOR_PEFT = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode")
 
@@ -257,7 +257,7 @@ class TiedLoraModel(BaseTuner):
                 warnings.warn(note, stacklevel=4)
         described = config.resolve(self._source.shape, self._found)
         adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(described))
-        if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage
+        if not any(weight.is_meta for weight in adapter.parameters()):  # meta with low_cpu_mem_usage
             adapter.load_full(tied_adapter.initial_values(described))
         return adapter, load_model.find_places(self._source.shape, described)
 

@@ -220,7 +220,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     for name, value in facts.settings.items():
         # The command names the base separately, and test rows are not used in training.
         if name in _MARKS and _MARKS[name].decides not in ("layout", "nothing") and name not in ("model", "test_file"):
-            default = Settings.model_fields[name].default  # None if it depends on others
+            default = Settings.model_fields[name].default  # None if it depends on other settings
             if value not in (None, list(default) if isinstance(default, tuple) else default):
                 chosen[name] = value
     if not chosen:
@@ -249,7 +249,7 @@ def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
     left_out = (*_DERIVED, "init_from", "epochs")
     given = {name: value for name, value in chosen.items() if name not in left_out}
     if "max_steps" in facts.settings:
-        given["max_steps"] = facts.settings["max_steps"]  # also those that --epochs gave
+        given["max_steps"] = facts.settings["max_steps"]  # the recorded number, which may be computed from --epochs
     try:
         settings = make_settings({**given, "report_to": "none"})
         plan = plan_run(settings, rank=0, world_size=1, weights=False, source=facts.source)

@@ -117,10 +117,10 @@ class Attention(nn.Module):
         Args:
             positions: (b, s) int64.
             dtype: the dtype of the activations.
-            documents: (b, s) int64, document ids; None if each row is one document. Reading is fastest on the host.
+            documents: (b, s) int64, document ids; None if each row is one document. They are read fastest on the host.
             segments: the adapters of the tokens; if there are several, b is 1. By default there is one adapter.
-            cache: the cache of any layer before the call. The first call fills it with complete prompts, padded on the
-                right. Later tokens attend to its keys up to their own position. Each of several adapters has a cache.
+            cache: any layer's cache (one per adapter if several), before new keys are added. The first call fills it
+                with complete prompts, padded on the right. Later tokens attend to its keys up to their own position.
             ropes: the rotations of all layers, if some differ from this layer's rotation.
         """
         heads = self.qkv.heads

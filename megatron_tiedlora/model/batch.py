@@ -34,8 +34,8 @@ class MicroBatch:
         token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
             None if there is no dropout.
         segments: the rows of each adapter. If there are several adapters, all rows are concatenated, so b is 1.
-        lengths: (rows,) int64, the number of tokens in each row without padding. With `segments`, these are the rows of
-            the adapters.
+        lengths: (rows,) int64, the number of tokens in each row without padding. With several adapters, these are their
+            rows before concatenation.
         num_samples: the number of samples; 0 for a batch of padding only.
     """
 
@@ -75,8 +75,8 @@ class Supervised(NamedTuple):
         local_rows: (m,) int64, `rows` as indices into the (b s / p) tokens of their shard.
         supervised: (n,) int64, indices into `rows`, of the positions that have a label.
         labels: (n,) int64, the labels of these positions.
-        spans: the adapters of `rows`, if there are several.
-        supervised_spans: the adapters of `supervised`.
+        spans: the span of each adapter in `rows`, if there are several adapters.
+        supervised_spans: the span of each adapter in `supervised`, if there are several adapters.
     """
 
     rows: Tensor
@@ -93,7 +93,7 @@ class Supervised(NamedTuple):
 
 
 def padded_positions(num_supervised: int) -> int:
-    """Return the number of padded positions for the largest number of supervised positions in a shard."""
+    """Return the number of positions, including padding, to compute for `num_supervised` positions of a shard."""
     return padded(max(1, num_supervised))
 
 

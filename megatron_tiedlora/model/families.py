@@ -1,9 +1,9 @@
 """Define the supported model families by the `model_type` of their `config.json`, and the decoder that they share.
 
 A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
-implemented. The decorator `family` receives defaults of absent fields that differ from LLaMA's. The shared decoder has
-grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only what differs from
-this decoder.
+implemented. The decorator `family` receives the defaults of absent fields, if these defaults are not LLaMA's. The
+shared decoder has grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only
+what differs from this decoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ _QWEN_DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-# The reasons why models of another type cannot be trained, by a field that only such models have.
+# The reasons why models of unsupported types cannot be trained, by a field that only such models have.
 _REASONS = {
     **dict.fromkeys(("text_config", "vision_config"), "it is part of a multimodal model"),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "it is a mixture of experts"),

@@ -321,7 +321,7 @@ def read_rope(
 
     Args:
         values: the fields of the embedding; None to use the fields of the config.
-        partial: whether the family can rotate only some elements of a head.
+        partial: whether models of the family may rotate only some elements of a head.
         original_positions: the value of the family's own field for the original length, which takes precedence.
         other_names: the kinds of scaling, by names that only this family uses.
 

@@ -120,7 +120,7 @@ class _SwiGlu(torch.autograd.Function):
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:
-            # It was gathered only for this function, but autograd would hold all of its d elements per token.
+            # `grad_z` was gathered only for this function, but autograd would keep its d elements per token in memory.
             grad_z.untyped_storage().resize_(0)
         found: tuple[Tensor | None, ...] = (None, None, None)
         if grad_gated is not None:
@@ -131,13 +131,13 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _needs(ctx: Any) -> tuple[linears.Needs, linears.Needs]:
-    """Return which gradients gate_up and down_proj need. The input of down_proj needs one if earlier tensors do."""
+    """Return which gradients gate_up and down_proj need. The input of down_proj needs one if gate_up needs any."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = linears.Needs(hidden, a, f)
     return needs, linears.Needs(any(needs), down_a, down_f)
 
 
-# The number of supervised rows with logits in memory (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
+# The number of supervised rows whose logits are in memory at once (1,024 rows of 49,152 logits are 0.2 GB in fp32).
 HEAD_ROWS = 1024
 
 

@@ -9,9 +9,9 @@ the adapter provides A and F. The MLP, whose linears are one autograd function, 
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its shard of the sequence. A x is
 sent in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every
-rank has its own features x_i. The update is included in its partial sum, so it adds no message. A is sharded like the
-columns of W, so each rank computes the complete gradient of its shard. F is not sharded, and each rank computes a
-partial sum of its gradient.
+rank has its own features x_i. Each rank's partial sum includes the update, so that the update needs no message of its
+own. A is sharded like the columns of W, so each rank computes the complete gradient of its shard. F is not sharded, and
+each rank computes a partial sum of its gradient.
 """
 
 from collections.abc import Sequence
@@ -159,13 +159,13 @@ class Projection:
         return self.tensor_parallel.sequence_parts > 1
 
     def reads_input(self, needs: Needs) -> bool:
-        """Return whether `backward` needs the hidden states, and the norm's root if there is a norm."""
+        """Return whether `backward` needs the hidden states and the norm's 1 / sqrt(mean(x^2) + eps), its `root`."""
         return needs.a or (needs.x and self.eps is not None)
 
     def forward(
         self, hidden: Tensor, operands: Operands, *, ax: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
+        """Return z (b, s, local out), the norm's root (..., 1) (see `kernels.normalise`), and A x (b, s, r).
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); or this rank's features, (..., local in).
@@ -244,7 +244,7 @@ class Projection:
     def _leave(
         self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of x and A x. The gradient of x is summed over ranks and includes the update.
+        """Return the gradients of x and A x. The gradient of x is summed over ranks and includes that of the update.
 
         Under sequence parallelism, the results are for this rank's shard of the sequence. With `needs_ax`, the gradient
         of A x is summed in the same message. A's gradient is then computed from this rank's shard of x. Without
@@ -433,7 +433,7 @@ class SplitHeads:
     def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
         """Return the gradient of [Q | K | V] from the gradients of the results."""
         batch, _, length, _ = gradients[0].shape
-        # (b, heads, s, head_dim) -> (b s, heads, head_dim). GPU kernels return this order; then nothing is copied.
+        # (b, heads, s, head_dim) -> (b s, heads, head_dim). GPU kernels use this order, so nothing is copied.
         by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
         if self.norms:
             (query, key, _), (rotated, root, cos, sin, *norms) = by_token, saved

@@ -37,7 +37,7 @@ class Attended(NamedTuple):
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
         update: the update of the block, if it is adapted.
-        zero_gradients: the tensors whose gradients in the backward pass of the loss are zeros.
+        zero_gradients: tensors on which the loss does not depend, but which must get a gradient (zeros).
     """
 
     hidden: Tensor
@@ -278,7 +278,7 @@ class Stage(nn.Module):
         unused = unused if torch.is_grad_enabled() else ()
         if isinstance(output, Tensor):
             return _with_zero_gradients(output, unused)
-        if unused:  # an empty tensor, so that the pipeline's buffer of outputs does not keep them
+        if unused:  # an empty tensor, so that the pipeline's buffer of outputs does not keep `unused`
             zero = with_adjoint(lambda first, *_: first.new_zeros(0), _zeros_like(unused), *unused)
             output = output._replace(zero_gradients=(zero,))
         return output if labels is None else self.tail.loss(output, labels)

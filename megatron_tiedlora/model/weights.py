@@ -55,7 +55,7 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # Two passes find the smallest largest cost, then the smallest sum of squares that does not exceed this cost.
+    # The first pass finds the least possible largest cost, the second the least sum of squares with this largest cost.
     least, _ = _best_cuts(total, num_stages, lambda before, cost: max(before, cost))
     _, cuts = _best_cuts(total, num_stages, lambda before, cost: before + cost * cost, largest=least)
     return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))
@@ -96,8 +96,8 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
         UserError: a value does not fit. The message has this value and the values that fit.
     """
     tp, pp = grid.tp_size, grid.pp_size
-    # Tensor parallelism must divide whole heads, and the sizes along which linears are sharded. A linear that can be
-    # adapted also has its A, which is sharded along the linear's input.
+    # Tensor parallelism must divide the numbers of heads, and the sizes along which linears are sharded. A linear that
+    # can be adapted also has its A, which is sharded along the linear's input.
     names = {shape.hidden_size: "hidden size", shape.intermediate_size: "feed-forward width"}
     sizes = [("attention heads", shape.heads.num), ("key-value heads", shape.heads.num_kv)]
     for linear in shape.block.linears:
@@ -171,7 +171,7 @@ class WeightRule:
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor to which they belong.
 
-        In a fused stored tensor, rows are in the order of that tensor. Rows of other weights are zeros.
+        Each result has the row order of its stored tensor, with zeros in the rows of other weights.
         """
         found: dict[str, Tensor] = {}
         for part, values in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
@@ -210,7 +210,7 @@ def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:
 
 
 def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[WeightRule, ...]:
-    """Return a stage's name table. A tied head whose stage does not have the embedding has its own copy of it."""
+    """Return a stage's name table. A tied head on a stage without the embedding has its own copy of the embedding."""
     found = weight_rules(shape)
     if shape.tied_embeddings and not has_embedding:
         last = shape.num_layers + 1

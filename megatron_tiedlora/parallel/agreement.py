@@ -70,7 +70,7 @@ def first_message(message: str | None) -> str | None:
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
     """Apply `first_message` to each element of `messages`, which has the same length on every rank.
 
-    If no rank has a message, only one sum is sent.
+    If no rank has a message, ranks only exchange one sum.
     """
     if world_size() == 1 or not messages:
         return list(messages)

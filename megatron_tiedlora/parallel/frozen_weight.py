@@ -51,7 +51,7 @@ class FrozenWeight:
 
         Args:
             dtype: the dtype of the activations.
-            shards_rows: whether the shard has only some columns of the full tensor.
+            shards_rows: whether each row is sharded, so that the shard has only some columns of the full tensor.
         """
         return cls(frozen_parameter(*local_shape, dtype=dtype))
 

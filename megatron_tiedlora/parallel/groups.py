@@ -121,8 +121,8 @@ class TensorParallel:
 
     With sequence parallelism, norms and residual sums have shape (1, b s / size, d). The b sequences are concatenated,
     and each rank has an equal, contiguous shard, so that messages need no copy. A layer gathers at its start and
-    reduce-scatters at its end. Without sequence parallelism, they have shape (b, s, d) on every rank, and a layer
-    all-reduces at its end.
+    reduce-scatters at its end. Without sequence parallelism, these tensors have shape (b, s, d) on every rank, and a
+    layer all-reduces at its end.
     """
 
     group: RankGroup = ALONE

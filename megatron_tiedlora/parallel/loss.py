@@ -52,7 +52,7 @@ def spans_between(spans: Sequence[RowSpan], start: int, stop: int) -> RowSpans:
 
 
 def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] | None) -> Tensor:
-    """Multiply each row by the factor of its adapter, as `scaled` does. Without spans there is one adapter.
+    """Multiply each row by the factor of its adapter, rounded as in `scaled`. Without spans there is one adapter.
 
     Args:
         tensor: (..., n), with spans of its rows; or (n,), with spans of its elements.

@@ -90,7 +90,7 @@ def dequantise_blocks(packed: Tensor, scales: Tensor, levels: Tensor, width: int
 
 
 def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
-    """Quantise and dequantise complete rows W. Return D(W), (rows, width) fp32."""
+    """Quantise and dequantise complete rows of a weight. Return the dequantised values, (rows, width) fp32."""
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)

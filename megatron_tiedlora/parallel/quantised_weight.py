@@ -385,7 +385,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         return x.is_cuda and x.dtype == torch.bfloat16 and fits
 
     def _transposed_codes(self) -> Tensor:
-        """Return the transposed codes (in, out) uint8: the stored copy, or a copy in the workspace."""
+        """Return the transposed codes, uint8 of shape (in, out): the stored copy, or a copy in the workspace."""
         if self.transposed is not None:
             return self.transposed.detach()
         rows, width = self._local_shape

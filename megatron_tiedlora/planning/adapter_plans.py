@@ -32,7 +32,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, l
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DS_CONFIG = "zero0.json"  # the default with --adapters; others clip all adapters together or shard the base
+DS_CONFIG = "zero0.json"  # the default with --adapters; ZeRO-1 and 2 clip all adapters together, ZeRO-3 shards the base
 
 Plans = Mapping[str, RunPlan]  # by adapter name; plans differ only in settings that belong to an adapter
 
@@ -49,7 +49,7 @@ def adapter_settings(settings: Settings) -> dict[str, Settings]:
     folder = last_run_folder(settings).path if output_dir is None else user_path(output_dir)
     for name, given in read_adapters(settings.adapters, settings).items():
         own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
-        if settings.resume != "none":  # a resumed run with --init_from reads its settings there
+        if settings.resume != "none":  # a resumed adapter with --init_from has its settings in this folder
             own = {"output_dir": str(folder / name), **own}
         found[name] = make_settings(own)
     return found
@@ -104,7 +104,7 @@ def check_clipping(plan: RunPlan) -> None:
 
 
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
-    """Return the folder of each adapter: the run folder for a single adapter, else its output_dir or RUN/NAME."""
+    """Return the folder of each adapter: without --adapters the run folder, else its output_dir or RUN_FOLDER/NAME."""
     if set(plans) == {ONLY}:
         return {ONLY: folder}
     given = {name: plan.settings.output_dir or str(folder.path / name) for name, plan in plans.items()}
@@ -121,7 +121,7 @@ def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> No
 
 
 _DRAW_STREAM = 2**32 + 1  # differs from the random streams of the validation split and of epochs (0, 1, ...)
-MANY_CUT = 0.01  # fraction of the training prompts
+MANY_CUT = 0.01  # a larger fraction of truncated training prompts causes a warning
 MANY_EPOCHS = 20
 
 
@@ -252,7 +252,7 @@ def prepare_data(plan: RunPlan) -> RunData:
     files, limit = files_of(settings), settings.timeout_minutes
     parts = cache.tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
     drawn = list[Example]()
-    if settings.eval_metric != "loss":  # random samples in file order; the first ones may be alike in a sorted file
+    if settings.eval_metric != "loss":  # random samples in file order; the first samples of a sorted file may be alike
         examples = read_split(settings, "validation", tokenizer=tokenizer)
         order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
         drawn = [examples[index] for index in sorted(order.tolist())]

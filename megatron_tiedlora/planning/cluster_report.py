@@ -17,9 +17,9 @@ from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 
-_MISSED = 5  # lines about layouts that do not fit
-_REASONS = 4  # lines about rejected layouts
-# The settings that can make a layout fit, in the order in which a user would change them. The last changes the loss.
+_MISSED = 5  # the maximum number of lines about layouts that do not fit
+_REASONS = 4  # the maximum number of lines about rejected layouts
+# The settings that can make a layout fit, in the order in which a user would change them. `base` changes the loss.
 _CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel", "base")
 _SMALLEST = Storage("nf4")  # a layout that does not fit in this format fits in no format
 

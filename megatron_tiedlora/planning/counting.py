@@ -75,7 +75,7 @@ class Counts(TorchDispatchMode):
         self.storages = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
         self._whole = False  # True inside a block that counts as one operation
         self._logits = 0  # the number of matmuls that have computed logits
-        self._repeats = False  # True while later rows of logits are in memory; they need no more than the first rows
+        self._repeats = False  # True while logits of later rows exist, which need no more memory than the first
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count its work."""
@@ -106,7 +106,7 @@ class Counts(TorchDispatchMode):
             self.moments.append(Moment(self.alive, kernel, numbers))
 
     def logits(self, *, made: bool) -> None:
-        """Record that the logits of some rows have been computed, or are no longer needed."""
+        """Record that the logits of some rows have been computed (if `made`), or else are no longer needed."""
         self._logits += made
         self._repeats = made and self._logits > 1
 
@@ -234,10 +234,10 @@ class CountedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _gradient: Tensor) -> Any:
-        counts, saved = ctx.counts, ctx.saved_tensors  # stay alive until the kernel ends
+        counts, saved = ctx.counts, ctx.saved_tensors  # the saved tensors stay allocated until the kernel ends
         with counts.as_one():
             gradients = tuple(tensor.new_empty(tensor.shape) for tensor in saved[:3])
-        counts.found["attention"] += 2  # in units of a forward pass
+        counts.found["attention"] += 2  # the FLOPs of two forward passes
         counts.found["queries"] += 2 * gradients[0].numel()
         counts.allocated(gradients, ATTENTION)
         del saved

@@ -164,10 +164,10 @@ class MicroBatchShape(NamedTuple):
 
 
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
-    """Return the shape of a micro-batch with rows of several adapters. Each token is predicted one position before it.
+    """Return the shape of a micro-batch with rows of several adapters. The position before a token predicts the token.
 
-    In each shard of the sequence, the supervised positions of each adapter are padded. Then all shards are padded to
-    the size of the largest shard, with positions of their last adapter.
+    In each shard of the sequence, the supervised positions of each adapter are padded. Then the last adapter of each
+    shard gets more positions, until all shards are as large as the largest shard.
 
     Args:
         parts: the index of each adapter in the layout, and its rows.
@@ -258,7 +258,7 @@ class StagePlan:
     def trained(self) -> tuple[int, ...]:
         """The number of elements of each trained tensor on a rank.
 
-        A stage also has a dummy parameter of one element, unless DeepSpeed trains adapted layers in the stage.
+        The first size is 1, of a dummy parameter, if DeepSpeed trains no adapted layer of the stage.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
         return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))

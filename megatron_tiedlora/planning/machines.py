@@ -33,7 +33,7 @@ class Constant(NamedTuple):
     source: str
 
 
-_BY_BYTES = dict.fromkeys(_BY_FORMAT["dequantise"], Constant(0.0, "by its bytes"))  # replaced if it was measured
+_BY_BYTES = dict.fromkeys(_BY_FORMAT["dequantise"], Constant(0.0, "by its bytes"))  # 0: computed from the bytes moved
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
     tuple(map(int, capability.split("."))): {name: Constant(*share) for name, share in kernels.items()}
     for capability, kernels in _KNOWN["attention"].items()
 }
-NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move per weight without bitsandbytes
+NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move per dequantised weight if bitsandbytes is missing
 
 
 def default_attention(capability: tuple[int, int]) -> str:

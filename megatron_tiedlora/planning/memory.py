@@ -75,9 +75,9 @@ def held_memory(stage: StagePlan) -> StageMemory:
     """Return the part of a rank's memory that does not depend on micro-batches."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
-    stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards the adapter
+    stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # 0: the adapter is not sharded
     of_gradients, of_moments, of_adapter = (layout.dp_size if stage_of_adapter >= least else 1 for least in (2, 1, 3))
-    # Only an engine that steps the adapter has a bucket. Otherwise gradients are summed after activations are freed.
+    # An engine that updates the adapter has a gradient bucket. Else, gradients are summed after activations are freed.
     bucket = min(trained, BUCKET_NUMBERS) if layout.dp_size > 1 and layout.engine_steps else 0
     shards = (part.local_size(name) for part in stage.parts for name in part.config.tensors if part.is_gathered(name))
     gathered = 2 * layout.tp_size * sum(shards) if layout.tp_size > 1 else 0  # factors and their gradients
@@ -86,7 +86,7 @@ def held_memory(stage: StagePlan) -> StageMemory:
         dequantised=float(stage.dequantised_bytes),
         adapter=FP32 * sum(stage.held) / of_adapter,
         gradients=FP32 * trained / of_gradients,
-        # Two moments. An engine also has a copy of the parameters, which its optimizer updates.
+        # The two moments of AdamW. An engine also has a copy of the parameters, which its optimizer updates.
         optimizer=(3 if layout.engine_steps else 2) * FP32 * trained / of_moments,
         engine=_gathered_bytes(stage),
         buffers=float(FP32 * (bucket + gathered)),
@@ -184,7 +184,7 @@ def num_communicators(stage: StagePlan) -> int:
     """Return the number of NCCL communicators of a rank: one per process group and per neighbouring pipeline stage."""
     layout = stage.layout
     tensor, pipeline, data = (size > 1 for size in (layout.tp_size, layout.pp_size, layout.dp_size))
-    groups = [tensor, data, tensor or pipeline, tensor and data]  # the last two: the ranks of a model; those that sum u
+    groups = [tensor, data, tensor or pipeline, tensor and data]  # the last two: the ranks of a model; of a stage
     if pipeline:  # the groups of the pipeline, of generated tokens, and of tied tensors
         groups += [True] * 3 + [not stage.is_first, not stage.is_last]
     return sum(groups)
@@ -263,10 +263,10 @@ def _attended_bytes(stage: StagePlan) -> float:
 def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     """Return the bytes that DeepSpeed's pipeline engine (0.19.8) holds for a micro-batch in flight.
 
-    For a hidden size of d they are 2 d elements per token: the input, which the stage copies, and the output. The first
-    stage receives no hidden states. Tensors that autograd saves are not counted here. So the last stage holds only its
-    copy of the input and, with full recompute, a recomputed attention output. Token ids, position ids and labels are
-    not counted (up to 24 bytes per token and 32 per label).
+    For a hidden size of d, it holds 2 d elements per token: the input, which the stage copies, and the output. The
+    first stage receives no hidden states. Tensors that autograd saves are not counted here. So the last stage holds
+    only its copy of the input and, with full recompute, a recomputed attention output. Token ids, position ids and
+    labels are not counted (up to 24 bytes per token and 32 per label).
     """
     came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:

@@ -206,7 +206,7 @@ def _reading(stage: StagePlan) -> AdapterReading:
 # Messages once a step -------------------------------------------------------------------------------------------------
 
 
-# The bytes that ranks sum between the micro-batches of a step that follows a long one. Pipelines send no such message.
+# After a long step, ranks sum this many bytes between micro-batches to agree whether to stop. Pipelines do not do this.
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 
 
@@ -223,7 +223,7 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
     layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # summed: gradient elements by group
     data, taking = layout.dp_size > 1, sorted({adapter for shape in micro_batches for adapter in shape.adapters})
     ranks_of_stage = STAGE if layout.pp_size > 1 else WORLD
-    if min(layout.tp_size, layout.dp_size) == 1:  # a group has one name; see `named_handles`
+    if min(layout.tp_size, layout.dp_size) == 1:  # groups with the same ranks share one name; see `named_handles`
         ranks_of_stage = DATA if layout.tp_size == 1 else TENSOR
     for part in stage.for_adapters(taking).parts:
         for name in part.names(trained=True):
@@ -240,9 +240,9 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
                 summed[group] += part.local_size(name)
     for group, numbers in summed.items():
         traffic.add(group, "all-reduce", FP32 * numbers)
-    if layout.tp_size * layout.pp_size > 1:  # the sum of squares of each gradient norm
+    if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the gradient norm of each adapter
         traffic.add(MODEL, "all-reduce", len(taking) * _norm_bytes(layout))
-    if layout.world_size > 1:  # also the loss of each adapter, and the number of ranks that miss a gradient
+    if layout.world_size > 1:  # per adapter, also its loss and the number of ranks that miss a gradient
         traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + 2 * len(taking)))
     return traffic
 
@@ -250,10 +250,10 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
 def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
     """Return an upper bound for DeepSpeed's data-parallel messages in one step (version 0.19.8, ds_configs/ files).
 
-    DeepSpeed sums gradients once per step, but after each micro-batch in ZeRO-2 and ZeRO-3. It sums the norm and, in
-    ZeRO-1 and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch,
-    because some parameters stay gathered until the next pass. Only the byte counts are upper bounds. Each of these
-    operations counts as one message, although DeepSpeed uses buckets and prefetches.
+    DeepSpeed sums gradients once per step, but after each micro-batch in ZeRO-2 and ZeRO-3. It also sums the gradient
+    norm. ZeRO-1 and ZeRO-2 gather the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a
+    micro-batch, because some parameters stay gathered until the next pass. Only the byte counts are upper bounds. Each
+    of these operations counts as one message, although DeepSpeed uses buckets and prefetches.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):

@@ -209,7 +209,7 @@ def _own_bytes(step: StepPlan, adapter: int) -> int:
 
 
 def _one_more(planned: Planned) -> list[list[str]]:
-    """Return a section about the memory that one more adapter like the largest needs; [] without --adapters."""
+    """Return a section about the memory that another adapter as large as the largest needs; [] without --adapters."""
     step = planned.step
     if not step.layout.named:
         return []
@@ -263,7 +263,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     memories = [planned.memory(stage.index) for stage in stages]
     names = {
         "base": "base weights",
-        # the buffer that all quantised weights of a rank share
+        # the column for the buffer that all quantised weights of a rank share
         "dequantised": "one transposed" if layout.storage.products and layout.on_gpu else "one dequantised",
         "adapter": "adapters" if layout.named else "adapter",
         "libraries": "CUDA, NCCL" if layout.on_gpu else "process",

@@ -222,7 +222,7 @@ def plan_run(
             f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"
             f" {' or '.join(task.metrics)}"
         )
-    if rank == 0 and weights:  # only rank 0 of a run reports; a plan may be made on another machine
+    if rank == 0 and weights:  # only rank 0 of a run uses trackers; a plan without weights may be for other hosts
         check_trackers(settings.report_to)
     try:
         grid = groups.Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
@@ -268,7 +268,7 @@ def plan_run(
     )
     plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
     method = adapter.method_spec
-    if plan.rank_excess and (method.A.trained or method.B.trained):  # vera only selects from r frozen terms
+    if plan.rank_excess and (method.A.trained or method.B.trained):  # vera freezes both, so its rank may be larger
         raise UserError(f"{plan.rank_excess[0]}. Give at most this rank")
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
@@ -432,8 +432,8 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> InitialAdap
     """Read the adapter of --init_from in the folder `given`, for a base with the shape of `source`.
 
     Raises:
-        UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape.
-            Without `differs` (--base_differs), a PEFT adapter must record any adapter that is merged into `source`.
+        UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape; or
+            `source` has a merged adapter, a PEFT adapter names another base, and `differs` (--base_differs) is False.
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"
@@ -471,6 +471,6 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
         folder = RunFolder(user_path(settings.output_dir))
     elif settings.init_from is None or settings.model_fields_set >= _NAMING:
         folder = last_run_folder(settings)
-    else:  # the adapter decides the name of the folder, so it is read first
+    else:  # the run folder is named by the settings of the adapter, which is read first
         return None
     return resume.recorded_settings(folder.checkpoints.glob("step_*"))

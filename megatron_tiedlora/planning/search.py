@@ -120,7 +120,7 @@ class ClusterPlan:
     def rows(self) -> list[Candidate]:
         """The candidates in `ranked` storage formats that fit in memory, the fastest first.
 
-        Layouts within `_TIE` of the fastest time count as equally fast. Of these, the least changed base is first.
+        Layouts within `_TIE` of the fastest time count as equally fast. Of these, the first one changes the base least.
         """
         rows = [one for one in self._fitting if one.storage in self.ranked]
         ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)
@@ -258,7 +258,7 @@ def search(plan: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
     engine_files, recomputes = plan.choices("ds_config", ENGINE_FILES), plan.choices("recompute", RECOMPUTES)
     ranks, sizes = plan.world_size, divisors(plan.world_size)
     tensor, pipeline = (plan.choices(f"{name}_parallel", sizes) for name in ("tensor", "pipeline"))
-    # If no sizes divide the number of ranks, one pair is tried, for the error message of a run.
+    # If no sizes divide the number of ranks, one pair is tried, so that the user gets the error message of a run.
     grids = [(t, p) for t in tensor for p in pipeline if ranks % (t * p) == 0] or [(tensor[0], pipeline[0])]
     for (tp_size, pp_size), engine_file, storage in product(grids, engine_files, storages):
         # Without tensor parallelism, sequence parallelism has no effect.
@@ -308,7 +308,7 @@ def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Stora
     wanted = {name: getattr(settings, name) for name in Storage._fields if plan.given(name)}
     wanted |= {"base": base} if given_base else {}
     fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
-    # If no format fits, `plan_run` gets the given one and raises the error.
+    # If no format fits, `plan_run` gets the format in the settings and raises the error.
     return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
 
 

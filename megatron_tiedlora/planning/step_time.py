@@ -6,7 +6,7 @@ The time of a pass is the sum of its terms. Only two terms overlap with other te
 GPU, and gathers of ZeRO-3 with `overlap_comm`.
 
 A pass starts once its rank has finished the previous pass and its input is ready. With 1F1B and p equal stages, each
-stage is idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation also handles unequal stages.
+stage is idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation here also handles unequal stages.
 
 In a ring of n ranks, an all-gather or reduce-scatter of B bytes takes B (n - 1) / n divided by the bandwidth. An
 all-reduce takes twice as long. A process group that spans nodes uses the network cards of all its ranks in a node, up
@@ -108,7 +108,7 @@ class Links:
         return found
 
     def to_next(self, stage: int) -> Link:
-        """Return the link from a stage to the next stage: the network if any rank sends to another node."""
+        """Return the link from a stage to the next: the network if any rank of the stage sends to a different node."""
         width, per_node = self.layout.tp_size * self.layout.dp_size, self.ranks_per_node
         first = stage * width
         crosses = any(rank // per_node != (rank + width) // per_node for rank in (first, first + width - 1))
@@ -123,7 +123,7 @@ class Links:
         ]
 
 
-DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
+DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes per element
 PERSISTENT = 100_000  # ZeRO-3 does not shard smaller parameters (elements); stage3_param_persistence_threshold
 
 
@@ -213,7 +213,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
         (backward, work.backward.sent, stage.index - 1),
     ):
         beside = []
-        if layout.overlaps_gathers and gathers:  # hidden behind the pass if that takes longer, else in part
+        if layout.overlaps_gathers and gathers:  # a longer pass hides all gathers, a shorter one a part
             hidden = min(Seconds.of(terms).total, sum(term.seconds for term in gathers))
             beside.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
         terms += [*gathers, *beside]
@@ -235,7 +235,7 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
         Term("matmuls", f"matmuls of blocks in {of_linears}", work["linears"], of_blocks, "FLOP"),
         Term("matmuls", f"head, adapter in {dtype}", work["head"] + work["low_rank"], in_dtype, "FLOP"),
         Term("attention", "attention", work["attention"], machine.rate("attention", dtype), "FLOP"),
-        # Reading inputs, as far as computation does not hide it.
+        # The time to read inputs that computation does not hide.
         Term("attention", f"queries in {dtype} read", work["queries"], machine[f"queries.{dtype}"], "numbers"),
         Term("elementwise", "norms, gate, rotation, residuals, loss", work["moved"], moved, "B"),
     ]
@@ -255,10 +255,10 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
 def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:
     """Return the terms for the time to prepare quantised weights for matmuls.
 
-    Weights are dequantised. For FP8 matmuls, weights are transposed instead, and activations are rounded.
+    Usually, weights are dequantised. For FP8 matmuls, they are transposed instead, and activations are rounded.
     """
     moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
-    if layout.storage.products is not None:  # one byte read, one written; on a CPU part of the emulated matmul
+    if layout.storage.products is not None:  # a weight is read and written, 1 byte each; on a CPU in the matmul
         transposed = 0.0 if layout.storage.keep_transposed or not layout.on_gpu else work["weights_back"]
         rounded = machine["round.forward"] * work["rounded"] + machine["round.backward"] * work["rounded_back"]
         return [
@@ -284,7 +284,7 @@ def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links
 
 
 def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
-    """Return the seconds of each step by purpose, for the stage whose passes take the longest.
+    """Return the seconds of each step by purpose. Those of passes are for the stage whose passes take the longest.
 
     Steps with equal numbers of stages and micro-batches are simulated together.
     """
@@ -315,7 +315,7 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
 
     @cache
     def costs(batches: tuple[MicroBatchShape, ...]) -> NDArray[np.float64]:
-        """Return the seconds of a micro-batch in each of the steps, as an array (pass, stage, step)."""
+        """Return the seconds of the passes of one micro-batch of each step, as an array (pass, stage, step)."""
         totals = [
             [[seconds.total for seconds in stage[batch]] for stage in step.stages]
             for step, batch in zip(steps, batches, strict=True)
@@ -325,9 +325,9 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
     passes = [costs(batches) for batches in zip(*(step.batches for step in steps), strict=True)]
     num_stages = len(steps[0].stages)
     clocks = np.zeros((num_stages, len(steps)))
-    gradients = np.zeros((num_stages + 1, len(steps)))  # the end of the last backward pass of each stage
+    gradients = np.zeros((num_stages + 1, len(steps)))  # the end of the latest backward pass of each stage
     for turn in range(len(passes) + num_stages):
-        hidden = np.zeros(len(steps))  # the end of the forward pass on the previous stage
+        hidden = np.zeros(len(steps))  # the end of the same forward pass on the previous stage
         for stage in range(num_stages):
             back = turn - num_stages + stage
             if 0 <= back < len(passes):

@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
     """The sizes of a micro-batch.
 
     Attributes:
-        tokens, after: the numbers of tokens, and of positions after the last attention, of each adapter.
+        tokens, after: for each adapter, the number of tokens, and of positions computed after the last attention.
         supervised, at_once: the number of rows of logits, and how many of them are in memory at the same time.
     """
 
@@ -74,7 +74,7 @@ class Trace(NamedTuple):
         forward, backward: the counts of both passes.
         moments: the allocated memory after each operation of both passes.
         saved: the bytes that autograd saves, without the factors A and F and without indices.
-        kept: the bytes that stay allocated between the passes, without A and F. Recomputation keeps arguments, too.
+        kept: the bytes that stay allocated between the passes, without A and F, but with arguments for recomputation.
         gradients: the bytes of the gradients of A and F after the backward pass.
         saves_attention: 1 if the saved tensors of attention stay allocated between the passes, else 0.
         saved_factors, kept_factors: the copies of A and F that are saved or kept, as pairs of a target and a letter.
@@ -201,7 +201,7 @@ class Tracer:
 
     @_remembers
     def reading(self, parts: tuple[AdapterShard, ...]) -> AdapterReading:
-        """Return the work of computing A and F from the adapters, once per micro-batch for all layers of a stage."""
+        """Return the work of computing A and F of all layers of a stage from the adapters, once per micro-batch."""
         with torch.device(counting.META):
             adapter_group = AdapterGroup({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in adapter_group.named_parameters()}
@@ -277,12 +277,12 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """Return the updates of the block, and references to its A and F. Gradients of A and F are added to `kept`."""
+        """Return the block's updates, and references to A and F. The backward pass adds their gradients to `kept`."""
 
         def gradient_slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append, anchor)
 
-        like = next(filter(None, kind.adapters), None)  # gives shapes to adapters that do not adapt the block
+        like = next(filter(None, kind.adapters), None)  # its shapes are used for adapters that do not adapt the block
         if like is None:
             return {}, {}
         adapter_group, group = dict[str, TiedAdapter](), self.tensor_parallel.group
@@ -328,7 +328,7 @@ class Tracer:
 
 
 def _end(output: torch.Tensor) -> torch.Tensor:
-    """Return a scalar from which the backward pass starts. Only this pass holds the gradient of `output`."""
+    """Return a scalar from which the backward pass starts. The gradient of `output` exists only in this pass."""
     shape = output.shape
     return with_adjoint(lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape), output)
 

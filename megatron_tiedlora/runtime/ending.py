@@ -161,10 +161,10 @@ class End:
             run folder is not changed as long as this is None.
         finished_step: a function that returns the number of the last finished step.
         first_step: the last step of earlier launches.
-        unsaved: the end of the last line if a signal stops the run and nothing was saved.
+        unsaved: the end of the last printed line if a signal stops the run and nothing was saved.
         reason: why the run ended, if it did not fail.
         state, status: the state and the exit status of a run that did not raise.
-        saved: the end of the last line if a signal stops the run after a step; by default, that the step was saved.
+        saved: as `unsaved`, if a signal stops the run after a step; by default, it says that the step was saved.
         owners: the owners of the folders that rank 0 writes to, in the order in which the folders were taken.
         held: the exit stack that releases these folders at the end of the run, in reverse order.
         gpu: the name of this rank's GPU in messages.
@@ -223,11 +223,11 @@ class End:
 
         if decided_by_rank_0(partial(digest, folder.guard), kind=str) == digest():
             self.folder = folder
-            with suppress(OSError):  # freed before the status is written, because a full disk may end the run
+            with suppress(OSError):  # reserve disk space, which `record` frees to write the status on a full disk
                 space = tempfile.TemporaryFile(dir=folder.path, buffering=0)  # noqa: SIM115  # closed by _reserve
                 self._reserve.enter_context(space)
                 space.write(bytes(_RESERVED_BYTES))
-        guard = folder.guard if self.rank == 0 else unguarded  # others may have another folder of this name
+        guard = folder.guard if self.rank == 0 else unguarded  # on another host, the path may be a different folder
         self._open.enter_context(self.log.opened(folder.path, self.rank, guard=guard))
 
     def record(self, state: State, reason: str) -> None:
@@ -257,7 +257,7 @@ class End:
         """Stop the heartbeat after a run that did not fail. Rank 0 writes all files and stops its heartbeat first."""
         if self.heartbeat is None:
             return
-        if self.status and self.state == "finished":  # stopped: a launcher may end all ranks as soon as one has ended
+        if self.status and self.state == "finished":  # a signal: a launcher may end all ranks as soon as one has ended
             self.heartbeat.wait_for_main()
             self.heartbeat.leave()
             self.heartbeat.wait_for_others()
@@ -320,7 +320,7 @@ class End:
                 owner.give_up()
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
-        """Write the status, unless it exists and `again` is false. Return False if there was nothing to write."""
+        """Write run_status.json. Return False if `folder` is None, or if the file exists and `again` is false."""
         if self.folder is None or (self.folder.status.exists() and not again):
             return False
         with suppress(UserError):  # the disk may be what failed; the first error is the one to report

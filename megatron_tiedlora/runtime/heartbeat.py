@@ -190,7 +190,7 @@ class Heartbeat:
                 now = self._beats()
                 silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError:
-            # The rank in the symptom was lost before rank 0, so it is the reason: launchers then end all ranks.
+            # A rank in the symptom other than rank 0 was lost first, so it is the reason: launchers then ended rank 0.
             is_other = before is not None and re.search(r"\[(rank|one of ranks) [1-9]", symptom)
             return self._store_gone(here if is_other else "")
         self._main_gone = 0 in silent
@@ -245,7 +245,7 @@ class Heartbeat:
         return f"{named}{more} stopped responding after step {self.step()} ({why})"
 
     def _store_gone(self, line: str = "") -> PeerFailure:
-        """Return the failure if the store is lost. Its reason is the shared reason, `line`, or that rank 0 is lost."""
+        """Return the failure if the store is lost. The reason is the shared one, or `line`, or that rank 0 is lost."""
         self._main_gone = True
         if self._reason:
             return PeerFailure(self._reason, False)

@@ -38,7 +38,7 @@ _CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", 
 _DEFAULT_PORT = 29500  # the default of DeepSpeed and torch
 # Defaults for CUDA's libraries that suit this training, unless the user has set them.
 _CUDA_DEFAULTS = {
-    # Without this, rows of varying lengths fragment the memory, and torch reserves twice as much.
+    # Without this setting, rows of varying lengths fragment the memory, and torch reserves twice as much.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # For every new shape, cuDNN's attention makes a plan, which takes tens of milliseconds. Lengths often change here.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",

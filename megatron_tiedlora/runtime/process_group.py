@@ -124,7 +124,7 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     else:
         # DeepSpeed would compile its shared-memory operator here, which takes a minute. If a rank dies during this
-        # time, its lock remains and every later run hangs. gloo suffices for the few small messages of a CPU run.
+        # time, a lock file remains and every later run hangs. gloo suffices for the few small messages of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _discover_ranks()
     try:
@@ -188,7 +188,7 @@ def leave_process_group() -> None:
 # The values of each variable with which sums are deterministic. The first value is the default.
 VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-    # In this mode PyTorch sets NCCL_ALGO=^NVLS, which does not disable NVLSTree. This disables both (since NCCL 2.17).
+    # PyTorch then sets NCCL_ALGO=^NVLS, which does not disable NVLSTree. This variable disables both (from NCCL 2.17).
     "NCCL_NVLS_ENABLE": ("0",),
     "NCCL_COLLNET_ENABLE": ("0",),
 }

@@ -24,7 +24,7 @@ from megatron_tiedlora.config.fields import TENSORBOARD
 from megatron_tiedlora.config.settings import Settings
 
 State = Literal["finished", "stopped", "failed"]
-_LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
+_LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # of a log file: bytes of a row, and number of rows
 LOGS_FOLDER = "logs"
 _BOUND = 1e300  # limit for numbers in a log, which excludes NaN, infinity and values that cannot be plotted
 
@@ -221,7 +221,7 @@ class MetricsLog:
         write_metrics(folder.metrics, [r for r in rows if r["step"] <= last[r["split"]]], guard=folder.guard)
         with os_errors(f"{folder.metrics}: cannot be written", fix="; check the disk space and the permissions"):
             self._stream = folder.metrics.open("ab", buffering=0)
-        folder.guard()  # checked first: TensorBoard's file has a unique name, which no later check can undo
+        folder.guard()  # before TensorBoard creates its file, which no later check removes
         self._board: Any = None
         if TENSORBOARD in report_to:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
@@ -373,8 +373,8 @@ _PROJECT_VARIABLES = {
     "swanlab": "SWANLAB_PROJECT",
     "clearml": "CLEARML_PROJECT",
 }
-# The keyword for the name of a run within its project, for trackers that have one.
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# The keyword for the name of a run within its project, for trackers that have such a keyword.
 _RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
 
 
@@ -406,7 +406,7 @@ def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
         keywords["dir"] = str(folder)
     project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), "") or PROJECT
     tracker = kind(project, *folders, **keywords)
-    getattr(tracker, "start", lambda: None)()  # earlier versions start in their constructor
+    getattr(tracker, "start", lambda: None)()  # in earlier versions of accelerate, the constructor starts it
     plain = {key: value if isinstance(value, str | int | float) else str(value) for key, value in settings.items()}
     tracker.store_init_configuration(plain)
     return tracker

@@ -106,7 +106,7 @@ def _adapters(report: Figures) -> list[str]:
 
 
 def _scaling(report: Figures) -> list[str]:
-    """Return the lines of a --what scaling report. The last column has the additional seconds per unit."""
+    """Return the lines of a --what scaling report. The last column has the seconds that a unit more of a value adds."""
     lines = _head(report, f"kernels {report['kernels']}")
     for name, measured in report["axes"].items():
         slopes = [""]
@@ -134,7 +134,7 @@ def _decoding(report: Figures) -> list[str]:
 
 def _layout(report: Figures, planned: Planned) -> list[str]:
     """Return the lines of a --what layout report: the step, then each section of the plan with measured values."""
-    on_card = report["planned"] is not None  # None: no machine was given
+    on_card = report["planned"] is not None  # None: the user gave no machine
     partition, memory, messages, *time = layout_sections(planned, on_card=on_card)
     stages = [[member for member in report["ranks"] if member["stage"] == stage.index] for stage in planned.stages]
     memory += _measured_memory(stages)

@@ -53,12 +53,12 @@ _STEP = ("model", "method", "targets", "rank", "recompute")  # settings in the r
 
 @dataclass
 class Side:
-    """One of the compared implementations: a model, and the training steps that it runs in each round.
+    """One of the compared implementations: a model, and its training steps, which it runs once in every timing round.
 
     Attributes:
         steps: the training steps of a round, in order.
         forward: returns the loss of a micro-batch, divided by the number of supervised tokens of its step.
-        flops: the model FLOPs of the step's samples; None if they are not computed.
+        flops: the model FLOPs of the samples of a round; None if they are not computed.
         kernels: a short description of this package's kernels; None for other implementations.
     """
 
@@ -200,7 +200,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     device, values = timing.default_device(), step_bench.random_config(settings)
     base: Any
     if values is not None:
-        with device:  # no copy in another dtype or on another device; the step would use its freed pages
+        with device:  # makes no copy in another dtype or on another device, whose freed pages a step would reuse
             base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=plan.dtype)
     else:
         folder = plan.source.weights_folder()
@@ -301,9 +301,9 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """Return the peak bytes that the first step adds and, without --adapters, the bytes that autograd saves.
+    """Return the bytes that the first round adds to `peak` memory (None if unknown), and those that autograd `saved`.
 
-    Call this in a new process, because allocators other than glibc's may reuse the memory of earlier rounds.
+    `saved` is missing with --adapters. Call this in a new process, as allocators other than glibc's may reuse memory.
     """
     side = make_sides(plan, settings)[name]()
     held = timing.restart_peak(side.device)
@@ -393,7 +393,7 @@ def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRow
 
 
 def share_of_equal_tokens(ours: TokenRows, theirs: TokenRows) -> float:
-    """Return the fraction of new tokens before the first difference in a row. It is 1.0 in fp32 except for ties."""
+    """Return the fraction of new tokens before the first difference of each answer; in fp32, it is 1.0 without ties."""
     equal = 0
     for mine, other in zip(ours, theirs, strict=True):
         equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))

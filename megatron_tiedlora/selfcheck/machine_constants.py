@@ -9,9 +9,9 @@ source of a preset. On a GPU this is the preset of the same GPU or else of the H
 
 Some constants are measured with steps of the training engine:
 
-    block        (seconds of a step of many tiny layers - seconds of a step of one) / (passes through the others)
+    block        (seconds of a step of many tiny layers - seconds of a step of one) / (passes through the other layers)
     step         seconds of a step of one tiny layer without its passes
-    instruction  unexplained seconds of a step of two tiny stages
+    instruction  unexplained (measured minus planned) seconds of a step of two tiny stages
     context      anonymous memory of an idle process on a CPU after these steps
     elementwise  unexplained seconds of a step of two layers with the model's widths
 
@@ -43,11 +43,11 @@ from megatron_tiedlora.training.throughput import measured_peak, timed
 TOKENS = {"cpu": 512, "cuda": 4096}  # of a matmul and of an attention call
 _COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes
 _MESSAGES = {"cpu": (2**12, 2**24), "cuda": (2**12, 2**28)}  # bytes of a rank's shard
-_FEWER = 8  # times fewer tokens for the second measurement
-_MOST = 200  # repetitions
+_FEWER = 8  # the second measurement has this many times fewer tokens
+_MOST = 200  # the maximum number of repetitions
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-_LAYERS = 33  # so many that their launches are visible in the noise of a busy machine
+_LAYERS = 33  # so many layers that their launches are visible in the noise of a busy machine
 _LENGTH = 64
 _MICRO_BATCHES = 8  # in the step of two stages
 _TINY_REPEATS, _REPEATS = 20, 5
@@ -268,7 +268,7 @@ class _Measure:
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         (index,) = (index for index, ranks in enumerate(groups) if rank in ranks)
         here = groups[index]
-        part = seconds if len(groups) == 1 else seconds / 2  # hosts measure at the same time
+        part = seconds if len(groups) == 1 else seconds / 2  # half of it inside hosts, all at the same time
         if len(here) > 1:
             message, bandwidth = self._links(made[index], len(here), part)
             yield from self._link("node", message, bandwidth, f"{len(here)} ranks of a host")
@@ -296,7 +296,7 @@ class _Measure:
             steps = (partial(distributed.all_reduce, whole, group=group), gather)
             taken.append(sum(self._time(step, seconds / 4, group) for step in steps))
         small, large = taken
-        carried = 3 * (size - 1) * length  # over a ring; an all-reduce sends everything twice
+        carried = 3 * (size - 1) * length  # bytes over a ring: of the gather once, of the all-reduce twice
         return small / 2, carried / max(large - small, 1e-9)
 
     # Steps of an engine ----------------------------------------------------------------------------------------------

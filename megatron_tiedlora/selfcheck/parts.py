@@ -23,11 +23,11 @@ from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 from megatron_tiedlora.runtime.machine import Finding
 
 FOLDER = Path(__file__).parent
-# Options that the command passes to a part as --check-NAME, and the values for `pytest -m gpu`. `folder`: for output.
+# The options --check-NAME of a part, with the defaults of `pytest -m gpu`. `tiedlora check-gpu` passes other values.
 OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": ""}
 WARNING = "warning"  # the name of a property that is a warning, not a measured value
 Tell = Callable[[str, object], None]  # pytest's record_property: a name and a value
-# Prefixes of variables of a surrounding job (a part is not one of its ranks) and of pytest; one disables assertions.
+# Prefixes of variables that a part does not inherit: of a job around it, of pytest, and one that disables assertions.
 _FOREIGN = (
     *("SLURM_", "TORCHELASTIC_", "GROUP_", "OMPI_", "PMI_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"),
     *(EXPECTED_RANKS, "PYTEST_", "PYTHONOPTIMIZE"),
@@ -81,7 +81,7 @@ def why_no_gpu() -> str | None:
 
 
 def part_command(part: str, *options: str) -> list[str]:
-    """Return the pytest command of a check part, without settings and plugins of other folders, and with all output."""
+    """Return the pytest command of a check part. It shows all output, and uses no settings of other folders."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
     return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
 

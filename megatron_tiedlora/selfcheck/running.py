@@ -123,7 +123,7 @@ SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but
 LENGTHS = ((100, 31, 69), (140, 60))  # of the documents in two packed rows of 200 tokens
 
 
-Computed = dict[str, Tensor]  # the loss in fp64, and the gradients of trained factors by d and their names
+Computed = dict[str, Tensor]  # `loss` in fp64, and the gradient of each trained tensor NAME as `dNAME`
 
 
 class Judge:

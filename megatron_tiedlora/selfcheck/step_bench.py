@@ -46,7 +46,7 @@ from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainSte
 from megatron_tiedlora.training.throughput import choose_kernels, find_peak, matmul_rate, timed
 
 LEARNING_RATE = 1e-4
-# So many that the learning rate stays near its peak, and that --compile auto assumes a long run.
+# So many steps that the learning rate stays near its peak, and that --compile auto assumes a long run.
 MAX_STEPS = 1_000_000
 LEAST_LENGTH = 8  # the least that the settings of a run accept
 
@@ -99,7 +99,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     """Return the config.json of a model with random weights, or None if the weights are read from a folder.
 
     Raises:
-        UserError: a setting requires or excludes random weights, and the model does not match.
+        UserError: --num_layers is given without random weights, or --task is given with random weights.
     """
     if shapes.is_preset(settings.model):
         values = dict(shapes.PRESETS[settings.model])
@@ -227,7 +227,7 @@ def measure_layout(
     record = None
     if machine is not None:
         memory = planned.memory(run.plan.grid.pp_rank)
-        # On a CPU this includes the reserve for an idle process, but no reserve for the allocator's free memory.
+        # On a CPU, the estimate for an idle process is added, but not the estimate for the allocator's free memory.
         mine["planned_peak"] = memory.allocated + (0.0 if run.plan.on_gpu else memory.libraries)
         record = {"machine": machine.title, "seconds": planned.seconds._asdict()}
     ranks = agreement.gather_on_rank_0(mine, kind=dict[str, Any])
@@ -239,7 +239,7 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     """Join the process group, and build the model, engine and loader of the plan. All ranks call this together.
 
     Raises:
-        UserError: data or ranks are missing, or the kernels cannot be compiled.
+        UserError: the data cannot be read, ranks are missing, or the kernels cannot be compiled.
     """
     dataset, pad_id = read_samples(plan, settings)
     device = process_group.join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
@@ -257,7 +257,7 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
     The messages of the next step are counted and compared with `planned`.
     """
     plan, runner, device = run.plan, run.runner, run.runner.device
-    run.train_step.stop.agree(True)  # start together, so that ranks on the same processor compete for it
+    run.train_step.stop.agree(True)  # makes ranks start the matmul together, so that they compete for their processor
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
     run.train_step.long_seconds = math.inf  # the prediction does not include messages that only long steps send
     with groups.TrafficCounter(groups.named_handles(runner.groups)) as counter:
@@ -288,7 +288,7 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
 def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
     """Return the counted and predicted messages of each process group that has messages, and whether they agree.
 
-    They agree only if the messages and bytes of every kind are equal.
+    They agree only if the numbers of messages and bytes of every kind are equal.
 
     Args:
         counted, predicted: the messages of one rank in one step.

@@ -29,7 +29,7 @@ AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """A function of queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s)
 int64 on the CPU or None. It returns the attention output, (b, s, heads * head_dim)."""
 
-CHOSEN = "chosen by the package"  # only this kernel must be correct
+CHOSEN = "chosen by the package"  # an error of any other kernel does not fail a test
 ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
 # Relative errors (2-norms) due to rounding. A mask that is wrong by one token has an error of at least 0.3.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
@@ -41,7 +41,7 @@ WRONG_FIX = (
 SLOW_FIX = (
     "every new shape needs a new plan, as with cuDNN: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
 )
-NEW_SHAPE_SECONDS = 5e-3  # a first call may take this much longer than a second one
+NEW_SHAPE_SECONDS = 5e-3  # a first call on a new length may take this much longer than a second one
 TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
 DOCUMENT_LENGTH = 200  # of the timed packed row
 
@@ -64,7 +64,7 @@ LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
 def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.device, tell: Tell) -> None:
-    """Compare every kernel with plain attention in fp64. The package's choice is last, as only it can fail."""
+    """Compare every kernel with plain attention in fp64. The package's choice is last: only its errors fail a test."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("a CPU may have no fast bf16")
     lengths = LENGTHS if packed else (sum(LENGTHS),)
@@ -104,7 +104,7 @@ def compare(
 ) -> None:
     """Compare the output and the gradients of a kernel with fp64, on two rows of documents with these `lengths`."""
     packed = len(lengths) > 1
-    if packed and name == CUDNN:  # it does not support packed rows
+    if packed and name == CUDNN:  # cuDNN does not support packed rows
         return
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
     heads = random_heads(case, ids.shape[1], device=device, dtype=dtype)
@@ -164,7 +164,7 @@ def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
-    """Measure how much longer a first call takes than a second call, as the median over several lengths."""
+    """Measure how much longer the first call on a length takes than the second, as the median over several lengths."""
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []

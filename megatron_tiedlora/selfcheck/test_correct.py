@@ -26,10 +26,10 @@ pytestmark = pytest.mark.gpu
 
 # Relative errors of fp32 compared with fp64. With TF32, or with a missing term, they are much larger.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
-# In bf16 both have rounding errors of the same kind in a different order. The package's error may be MULTIPLE times
-# plain PyTorch's measured error plus BEYOND.
+# In bf16, the package and plain PyTorch round similarly, but in a different order. The package's error may be MULTIPLE
+# times plain PyTorch's measured error plus BEYOND.
 MULTIPLE, BEYOND = 2.0, 2e-3
-PLAIN_BOUND = 0.1  # if plain PyTorch's own error is above this, its multiple means nothing; 0.025 on a CPU
+PLAIN_BOUND = 0.1  # if plain PyTorch's error is larger, a comparison with it means nothing; on a CPU it is 0.025
 PLAIN_FIX = (
     "plain PyTorch computes wrong bf16 results here: check part attention and `matmul ceiling` of part env; do"
     " not train with this torch or driver"

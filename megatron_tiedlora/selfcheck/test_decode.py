@@ -79,5 +79,5 @@ def test_time(joined: torch.device, gpu: torch.device, model: str, tell: parts.T
         tell(f"batch {batch}: ms per token of all answers, prompts included", 1e3 * again / TIMED_TOKENS)
         tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
         tell(f"batch {batch}: first answer per second one", min(ratios))
-        # A plan takes time for every length, but other work of the host does not.
+        # Other work of the host slows only some lengths, but a plan of a kernel would slow each. So the minimum counts.
         parts.warn_unless(min(ratios) <= MOST_REPEATED, tell, PLAN_FIX)

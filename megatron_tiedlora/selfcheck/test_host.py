@@ -58,7 +58,7 @@ def use_up(run: step_bench.Started) -> None:
 
 
 def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:
-    """Return the average seconds of a micro-batch of a step, until the GPU has finished."""
+    """Return the average seconds of a micro-batch of a step, measured until the GPU has finished the step."""
     step = next(loader)
     work = micro_batches(run, step)
     torch.cuda.synchronize()

@@ -51,15 +51,15 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
-# Relative errors of losses and of the adapter's change. Elements of it with tiny gradients may have either sign.
+# Relative errors of losses and of the adapter's change. Elements with tiny gradients may change with either sign.
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 CHANGE_BOUND = 5e-3
-# Few cases per launch, so that a crash loses only these, and so that their communicators fit in memory. They are freed
-# only when the process ends (0.3 to 0.7 GB each on NVLink, six per layout).
+# Few cases per launch, so that a crash loses only these, and so that the communicators fit in memory. A layout has six
+# communicators of 0.3 to 0.7 GB each on NVLink, which are freed only when the process ends.
 CASES_OF_A_START = 6
 SHARING = (2, 30)  # the first version of NCCL in which several ranks can share a GPU
 SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
-NOTICED_SECONDS = 45.0  # after a rank's death; 30 of them are the heartbeat's limit (docs/clusters.md)
+NOTICED_SECONDS = 45.0  # from the death of a rank; 30 of them are the limit of the heartbeat (docs/clusters.md)
 # Fractions of the part's time. One rank must have finished by the first, and all layouts by the second. The ranks of
 # the test that kills one must be training by the third.
 ALONE, LAYOUTS, WORKING = 0.25, 0.75, 0.9
@@ -89,7 +89,7 @@ class Case(NamedTuple):
 
 
 def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
-    """Return how many ranks can be started here, the environment variables that they need, and a reason."""
+    """Return how many ranks can be started here, the environment variables that they need, and why so many."""
     if device == "cpu":
         return 2, {}, "two on a CPU, over gloo"
     count = torch.cuda.device_count()
@@ -106,7 +106,7 @@ def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
 
 def loaded_nccl() -> tuple[int, ...]:
     """Return the version of NCCL in this process, even if it is preloaded; () if it cannot be found."""
-    torch.cuda.is_available()  # torch has loaded its libraries
+    torch.cuda.is_available()  # makes sure that torch has loaded its libraries
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl" in line}
     for name in (None, *sorted(paths)):
         number = ctypes.c_int()
@@ -382,7 +382,7 @@ def main(argv: Sequence[str]) -> int:
         except Exception:
             (results / f"error{rank}").write_text(traceback.format_exc())
             traceback.print_exc()
-            os._exit(1)  # at once, because peers may wait for this rank, and it would wait for them
+            os._exit(1)  # a normal exit would wait for peers, which may wait for this rank
     process_group.leave_process_group()
     return 0
 

@@ -172,7 +172,7 @@ def idle_bytes() -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak memory in bytes since `restart_peak` (of torch on a GPU, else anonymous); None if unknown.
+    """Return the peak bytes since `restart_peak`: of torch on a GPU, of anonymous memory on a CPU; None if unknown.
 
     Linux reports only the peak of all resident memory. The current size of files and shared memory is subtracted.
     """

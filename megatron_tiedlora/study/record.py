@@ -216,7 +216,7 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         return
     before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
     _check_extended(before.settings, now.settings, base.num_layers, where)
-    # Both are resolved for the same point, so that alpha, which depends on the rank, differs only if it was given.
+    # Both are resolved for the same rank, so that alpha, which depends on the rank, differs only if it was given.
     theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
     for name, own in declared(Settings).items():
         # A resumed run may name its files differently, but a resumed study may not.
@@ -262,7 +262,7 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
     found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
     content = {name: value for name, value in found.items() if value is not None}
-    files.write_json(folder.base, asdict(base), guard=folder.guard)  # first, so that it has all points of the settings
+    files.write_json(folder.base, asdict(base), guard=folder.guard)  # first, so that it lacks no point of sweep.yaml
     files.write_yaml(folder.settings, content, guard=folder.guard)
     discard(folder.status, guard=folder.guard)
 

@@ -177,7 +177,7 @@ class Sweep:
         for run in left:  # if this launch fails, an old status must not be read as its reason
             discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
         file, output = folder.group(f"{first}.yaml"), folder.group(first)
-        with suppress(OSError):  # the next lines report what is wrong
+        with suppress(OSError):  # writing the file then reports what is wrong
             file.parent.mkdir(exist_ok=True)
         entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
         files.write_yaml(file, entries, guard=folder.guard)
@@ -202,7 +202,7 @@ class Sweep:
             return
         is_base = record.BASE_NAME in left.values()
         output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
-        discard(output, guard=folder.guard)  # it has no result
+        discard(output, guard=folder.guard)  # the folder of an earlier launch has no result
         given = {
             **{name: getattr(train, name) for name in fields.marked(adapter_settings.EvaluateSettings, shared=True)},
             "max_length": with_models_length(train, self.plan.source).max_length,
@@ -225,7 +225,7 @@ class Sweep:
         made = self.folder.group(record.SCORES)
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
-            discard(target, guard=self.folder.guard)  # it has no result, or the same one
+            discard(target, guard=self.folder.guard)  # an earlier folder has no result, or the same one
             with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
                 found.parent.replace(target)

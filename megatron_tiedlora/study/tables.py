@@ -461,7 +461,7 @@ def _draw(
         shown = low - span < base < high + span
         if shown:
             axes.axhline(base, color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
-        else:  # the line would compress the curves
+        else:  # a line at the base model's score would compress the curves
             axes.plot([], [], color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
         title += f"\nbase model {base:.2f}" + ("" if shown else ", outside of the plot")
     axes.set_title(title, fontsize=10)

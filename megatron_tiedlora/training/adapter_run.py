@@ -40,8 +40,8 @@ from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 # The training of an adapter ends if its validation loss exceeds another adapter's loss by more than noise. The two
 # adapters differ only in the learning rate, and are evaluated on the same validation batches at the same step. Let a_j
 # and b_j be their losses, summed over the t_j supervised tokens of batch j of n, and N = sum t_j. The difference of the
-# losses is D = sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with the standard
-# error of a ratio of sums over batches,
+# losses is D = sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with Student's t and
+# the standard error S of a ratio of sums over batches,
 #
 #     S^2 = n / (n - 1) sum (a_j - b_j - D t_j)^2 / N^2.
 
@@ -145,7 +145,7 @@ class AdapterRun:
         failure: the error message if the adapter failed, else None.
         reason: the reason why training ended; "" before the end.
         recorded: whether run_status.json already records the end of the adapter.
-        evaluated: the last stored evaluation; None before the first step.
+        evaluated: the last evaluation, if `keeps_losses` is set; None if none was stored since the first step.
     """
 
     name: str
@@ -359,7 +359,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """With --halving, load the last evaluation after a resume, and end training if that evaluation stopped it."""
+        """With --halving, load a resumed run's last evaluation. End training if --halving rejected the adapter then."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
@@ -375,7 +375,7 @@ class AdapterRun:
         if self.keeps_losses and self.progress.step:
             losses, tokens = zip(*batches, strict=True)
             summed = sum_over_ranks([*losses, *map(float, tokens)])
-            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # every rank of a model counts its tokens
+            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # replicas count the same tokens
             counts = (round(count) // replicas for count in summed[len(losses) :])
             self._keep(BatchLosses(self.progress.step, tuple(summed[: len(losses)]), tuple(counts)))
 

@@ -206,7 +206,7 @@ def _start_engine(
     assert adapter_group is not None
     optimizers: Optimizers
     if steps_by_engine(plans):
-        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]  # with the anchor
+        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]  # includes the anchor
         optimizer, schedule = make_training(plan.settings, trained)
         schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
@@ -226,7 +226,7 @@ def _start_engine(
         own = {}
         for name, its in plans.items():
             trained = list(deepspeed_engine.trained_parameters(adapter_group.adapters[name]).values())
-            made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it requires a tensor
+            made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # AdamW requires a tensor
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = Optimizers(adapter_group, groups, own, device)
@@ -299,7 +299,7 @@ def _check_resumed(plan: RunPlan, base: identity.BaseIdentity, checkpoint: Check
 # The optimizer --------------------------------------------------------------------------------------------------------
 
 
-# Functions (done, span) that return the fraction of the peak rate after `done` of the `span` steps after warm-up.
+# Functions of (done, span) that return the fraction of the peak rate if `done` of `span` steps after warm-up are done.
 SCHEDULES: Mapping[Schedule, Callable[[int, int], float]] = {
     "cosine": lambda done, span: 0.5 * (1.0 + math.cos(math.pi * min(done, span) / span)),
     "linear": lambda done, span: max(0.0, (span - done) / span),

@@ -122,7 +122,7 @@ def export_all(trainer: Trainer) -> list[str]:
 
 
 def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
-    """Return a line with the validation loss of the best adapter on the original base. Only rank 0 calls this function.
+    """Return a line with the best checkpoint's validation loss on the base as stored. Only rank 0 calls this function.
 
     The list is empty if the run did not quantise the base. Errors are reported in the line, since the run is over.
     """
@@ -141,7 +141,7 @@ def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
 
 
 def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
-    """Return the validation loss on the original base. It is computed layer by layer to save memory."""
+    """Return the validation loss on the base as stored. It is computed layer by layer to save memory."""
     plan, source = run.plan, run.plan.source
     with BaseWeights(source.weights_folder(), source.shape) as weights:
         loss = layerwise_loss(

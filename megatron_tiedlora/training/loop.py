@@ -38,7 +38,8 @@ Runs = Sequence[AdapterRun]
 Found = TypeVar("Found")
 
 # The capacity of a shared evaluation batch, in micro-batches of a training step. Evaluation needs the activations of
-# one layer. A training step needs those of all layers, or with recompute their inputs and one layer with its gradients.
+# one layer, and a training step those of all layers. With recompute, a training step needs the inputs of all layers,
+# and the activations and gradients of one layer.
 STEPS_AT_ONCE = 4
 
 
@@ -69,7 +70,7 @@ class Evaluation:
         runner = self.step.runner
         sizes = {run.name: run.evaluation_sizes for run in runs}
         own, total = {run.name: run.evaluation_batches() for run in runs}, sum(map(len, sizes.values()))
-        # Shared batches take the first batch of every adapter, then the second one.
+        # Shared batches combine the first batches of all adapters, then their second batches, and so on.
         rounds = fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.step.capacity)
         batches = ([(name, next(own[name])) for name, _ in some] for some in rounds)
         with progress_bar("validation", "batch", total=total, shows=runs[0].plan.grid.rank == 0) as bar:
@@ -161,7 +162,7 @@ class Trainer:
         profile: the steps to record, as in --profile.
         everyone: all adapters of the run in order, including adapters that finished in an earlier launch.
         competitors: the names of the adapters with which --halving compares each adapter.
-        last_step: the number of the last step. On resume it starts at the largest step number of all adapters.
+        last_step: the number of the last finished step. On resume it starts at the largest step number of all adapters.
     """
 
     adapters: Mapping[str, AdapterRun]

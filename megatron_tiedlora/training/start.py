@@ -196,7 +196,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         competitors_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
     )
     shared = adapter_plans.shared_plan(left)
-    sum_over_ranks([0.0])  # all ranks measure together, so the sum is right if several of them use the same processor
+    sum_over_ranks([0.0])  # so that all ranks measure at once, since several of them may share a processor
     own_peak = find_peak(device, shared.dtype)
     peak = Peak(sum_over_ranks([own_peak.flops_per_second])[0], own_peak.source)
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
@@ -283,7 +283,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 
 # Settings that are not `compared` may differ from the checkpoint's, as they do not change the results. --epochs may
 # differ, since only the resulting number of steps matters. --max_steps may differ if the schedule is constant, and so
-# does not depend on it. If no warm-up is given, the checkpoint's is used.
+# does not depend on it. Without --warmup_steps, the checkpoint's value is used.
 
 
 def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:

@@ -28,7 +28,7 @@ from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS, StepVotes, Sto
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-# If v or B is initialised to zero, its partner has a zero gradient at the first step, but not at the second.
+# If v or B is initialised to zero, the other factors have zero gradients at the first step, but not at the second.
 GUARDED_STEPS = 2
 
 
@@ -193,7 +193,7 @@ class TrainStep:
     finished: dict[str, int] = field(default_factory=dict)
     capacity: int = 0
     long_seconds: float = LONG_STEP_SECONDS
-    _seconds: float = math.inf  # mean over ranks for the last step; the first step counts as long
+    _seconds: float = math.inf  # mean over ranks for the previous step; the first step is treated as long
 
     def __post_init__(self) -> None:
         self.finished = dict.fromkeys(self.plans, 0) | self.finished
@@ -219,10 +219,9 @@ class TrainStep:
 
         Args:
             steps: this rank's samples of the global batch, for each running adapter.
-            save_due: a function that returns whether rank 0 requests a checkpoint. It is called after the backward
-                passes.
-            failure: an error on rank 0 after the last step. It is raised before any weight changes.
-            failures: errors on rank 0 after the last step, by adapter name. An adapter with an error is not updated.
+            save_due: a function that returns whether rank 0 requests a checkpoint; called after the backward passes.
+            failure: an error on rank 0 since the previous step. It is raised before any weight changes.
+            failures: errors on rank 0 since the previous step, by adapter name. These adapters are not updated.
             saved_steps: the step of each adapter's last checkpoint, for error messages.
 
         Raises on every rank:

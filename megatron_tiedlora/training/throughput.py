@@ -242,7 +242,7 @@ class StepProfiler:
 
 # Compiled kernels -----------------------------------------------------------------------------------------------------
 
-# The kernels of a run are compiled before its first step, so that the user sees it and failures come early.
+# The kernels of a run are compiled before its first step, so that compilation is shown to the user and fails early.
 # torch.compile caches compiled code on disk, and a later run on the same machine loads it in seconds.
 #
 # On a CPU one graph serves all sizes above 1. The warm-up runs a small model, whose sizes are all different. Remaining
@@ -336,7 +336,7 @@ def compiled_kernels(
             return kernels
         # Every kernel is called, forwards and backwards, with each kind of shapes in training. The hidden size and a
         # rank's shard of the vocabulary are those of the run, since compilers treat long and short rows differently.
-        # All other sizes are small and different from each other. This includes 14, the half of 28 that is rotated.
+        # All other sizes are small and different from each other. This includes 14: a head of 28 has 14 rotated pairs.
         small = shape.resized(
             vocab_size=-(-shape.vocab_size // tp_size),
             intermediate_size=88,

@@ -155,7 +155,7 @@ SHAPES = (
 )
 REFERENCES = "references"  # more accepted answers, in a row of any shape
 OUR_FIELDS = frozenset((*(name for shape in SHAPES for name in shape.fields), REFERENCES))
-# Names of fields with data in the formats of other tools. A row with such a field is rejected if it is not read.
+# Names of fields with data in the formats of other tools. A row is rejected if such a field is not read.
 _LOOKS_LIKE_DATA = OUR_FIELDS | {
     *("question", "answer", "answers", "context", "target", "targets", "label", "labels", "choices", "options"),
     *("chosen", "rejected", "rejected_response", "rejected_messages", "solution", "reasoning", "rationale", "thinking"),
@@ -178,7 +178,7 @@ def find_shape(
     """
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
-    found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # one is null
+    found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # a field is null
     preference = ""
     if any(not is_empty(row.get(name)) for name in ("rejected", "rejected_response", "rejected_messages")):
         preference = ". Training on preference data is not supported"

@@ -1,7 +1,7 @@
 """Defines the demo task: grade-school maths like GSM8K. The package reasoning-gym generates the rows.
 
 A row is used only if its worked answer is a valid target. The answer must end with `#### N`, where N >= 0 equals the
-field `answer`. No number in it may have rounding errors.
+field `answer`. No number in the question or the worked answer may have rounding errors.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from megatron_tiedlora.data.tasks import gsm8k
 
 SIZES = {"train": 2400, "validation": 48, "test": 48}
 
-# All splits use the same index space, because reasoning-gym generates row i with Random(i).
+# The splits have separate ranges of row indices, because reasoning-gym generates row i with Random(i).
 _BLOCKS = {"test": range(0, 1000), "validation": range(1000, 2000), "train": range(2000, 102_000)}
 
 _PACKAGE = "reasoning_gym"
@@ -48,7 +48,7 @@ def demo_examples(split: Split) -> list[dict[str, str]]:
     """Return the rows `{"question", "answer"}` of one split. `answer` is the worked solution, which ends with `#### N`.
 
     The rows depend only on the split and on the installed version of reasoning-gym. All questions are different, within
-    a split and between splits. For this, validation excludes all questions of the test block, and train excludes both
+    a split and between splits. So validation excludes all questions of the test block, and train excludes those of both
     blocks. All splits use the same templates, so held-out rows are known problems with new numbers and names.
 
     Raises UserError if reasoning-gym is missing, or if its installed version generates too few usable rows.

@@ -15,7 +15,7 @@ from megatron_tiedlora.data.tables import HubData
 from megatron_tiedlora.data.task import Parts, Reading, Task
 
 # Half of the rows come from WikiHow articles, whose headings and steps are in brackets. If a bracket is not closed on
-# its line, the rest of the line is one match, which is kept. A search from each bracket would be quadratic.
+# its line, the rest of the line is one match, which `clean` keeps; otherwise the search would take quadratic time.
 _BRACKETS = re.compile(r"\[[^\]\n]*\]?")
 
 
@@ -68,5 +68,5 @@ TASK = Task(
     stop="\n",  # an ending is one line
     # The hub's test split has no labels. Papers report results on the validation split.
     hub={"train": HubData("Rowan/hellaswag", "train"), "test": HubData("Rowan/hellaswag", "validation")},
-    validation_rows=2000,  # 5 % of 39,905: a standard error of one point
+    validation_rows=2000,  # 5 % of 39,905; the accuracy then has a standard error of one point
 )

@@ -2,7 +2,7 @@
 
 Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files with
 aligned lines, given as `train.de,train.en`. These files have plain sentences, or they are files of the release
-(`train.tags.*` and `*.xml`). There, each `<seg>` element and each line without a leading tag is a sentence.
+(`train.tags.*`, `*.xml`). In release files, each `<seg>` element and each line without a leading tag is a sentence.
 """
 
 import re
@@ -85,7 +85,7 @@ class _Sentences:
 
     unit: the word for one sentence in messages: "line" or "sentence".
     lines: the line number and the text of each sentence.
-    blank: the number of sentences before each skipped blank line, and the number of that line.
+    blank: the number of sentences before each skipped blank line, and that line's line number.
     """
 
     name: str
