@@ -136,7 +136,7 @@ def test_a_node_list_without_names_is_not_taken_for_hosts(nodes: str, monkeypatc
 def test_variables_of_slurm_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(UserError, match="not in a Slurm allocation"):
         slurm_hosts({})
-    with pytest.raises(UserError, match=r"names 2 nodes \(a1,b-2\), but tasks for 1"):
+    with pytest.raises(UserError, match=r": 2 nodes \(a1,b-2\), but numbers of tasks for 1"):
         slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "4"})
     with pytest.raises(UserError, match="cannot be read"):
         slurm_hosts({**ALLOCATION, "SLURM_TASKS_PER_NODE": "4,0"})

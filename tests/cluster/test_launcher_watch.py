@@ -226,7 +226,7 @@ def test_the_end_of_an_earlier_start_does_not_count(
 def test_a_run_folder_that_is_not_seen_from_here_is_no_success(start: Launch, tmp_path: Path) -> None:
     (tmp_path / "scripts" / "train.py").write_text("")
     ended = start({})
-    assert ended.status == 1 and "is not visible on this host" in ended.said
+    assert ended.status == 1 and "does not exist on this host" in ended.said
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ def test_a_preset_is_refused_too() -> None:
 @pytest.mark.parametrize(
     ("ranks", "settings", "said"),
     [
-        (2, {"pipeline_parallel": 2, "ds_config": "zero3.json"}, "use zero1.json"),
-        (None, {"pipeline_parallel": 2, "ds_config": "zero3.json", "dry_run": True, "world_size": 2}, "use zero1.json"),
+        (2, {"pipeline_parallel": 2, "ds_config": "zero3.json"}, "Use zero1.json"),
+        (None, {"pipeline_parallel": 2, "ds_config": "zero3.json", "dry_run": True, "world_size": 2}, "Use zero1.json"),
         (2, {"tensor_parallel": 2}, "model.safetensors"),  # it fits, and so gets as far as the weights
     ],
     ids=["run", "dry_run", "weights_would_be_missed"],
