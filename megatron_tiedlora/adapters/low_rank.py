@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.base.methods import Sharing
-from megatron_tiedlora.parallel.frozen_weight import padded, wide_matmul
+from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, padded, wide_matmul
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, first_derivative_only, span_starts
 from megatron_tiedlora.parallel.shard_spec import stream_seed
@@ -339,14 +339,14 @@ def _end_to_end(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:
-    """Concatenate `wide` and `narrow` for one message, and pad `narrow` to a multiple of `SIZE_MULTIPLE` columns."""
-    missing = padded(narrow.shape[-1]) - narrow.shape[-1]
+    """Concatenate `wide` and `narrow` for one message, and pad `narrow` to a multiple of `MESSAGE_MULTIPLE` columns."""
+    missing = padded(narrow.shape[-1], MESSAGE_MULTIPLE) - narrow.shape[-1]
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 
 def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return views of `wide` and `narrow` in a result of `beside`, where `narrow` has `size` columns."""
-    width = joined.shape[-1] - padded(size)
+    width = joined.shape[-1] - padded(size, MESSAGE_MULTIPLE)
     return joined[..., :width], joined[..., width : width + size]
 
 

@@ -129,9 +129,12 @@ def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
 # Matmuls and the embedding --------------------------------------------------------------------------------------------
 
 
-# Rows of matmuls, and columns sent in the same message as others, are padded to a multiple of this. Fast kernels need
-# rows of 16-bit values that start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
+# Rows of matmuls are padded to a multiple of this. Fast kernels need rows of 16-bit values that start at multiples of
+# 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
+# Columns sent in the same message as others are padded to a multiple of this. Compiled kernels read 16 bytes at a time
+# only if the distance between rows is a multiple of 16 elements.
+MESSAGE_MULTIPLE = 16
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -37,7 +37,8 @@ def train_rank(settings: Settings) -> End:
             if rank == 0:
                 show(*finish.table_lines(start.finished, start.folder))
             return end
-        chosen = choose_kernels(longest_run(start.left), device)
+        ranks = {own.adapter.rank for own in start.left.values()}
+        chosen = choose_kernels(longest_run(start.left), device, ranks=ranks)
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
         end.finished_step = lambda: trainer.last_step

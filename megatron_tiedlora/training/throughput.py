@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,9 +40,11 @@ from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker
+from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, FrozenWeight, WeightMaker, padded
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, marking
 from megatron_tiedlora.parallel.quantise import slow_nf4
+from megatron_tiedlora.planning.counting import CountingGroup
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
@@ -265,7 +267,7 @@ class ChosenKernels:
     description: str
 
 
-def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
+def choose_kernels(plan: RunPlan, device: torch.device, *, ranks: Collection[int] = ()) -> ChosenKernels:
     """Return the kernels that --compile selects. They are compiled on all ranks or on none.
 
     All ranks must call this function. With `auto`, kernels are compiled only for long runs, and the run continues with
@@ -292,6 +294,8 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
                     dtype=plan.dtype,
                     device=device,
                     tp_size=plan.grid.tp_size,
+                    sequence_parallel=plan.layout.sequence_parallel,
+                    ranks=ranks or (plan.adapter.rank,),
                     weight_maker=partial(plan.weight_maker, device),
                 )
             except UserError as error:
@@ -311,11 +315,14 @@ def compiled_kernels(
     dtype: torch.dtype,
     device: torch.device,
     tp_size: int = 1,
+    sequence_parallel: bool = False,
+    ranks: Collection[int] = (4,),
     weight_maker: Callable[[Kernels], WeightMaker] | None = None,
 ) -> Kernels:
     """Compile and return the kernels for the layers of a model that is sharded over `tp_size` ranks.
 
     Args:
+        ranks: the ranks r of the adapters.
         weight_maker: returns the function that makes the linears' weights; None for plain weights.
 
     Raises:
@@ -331,20 +338,21 @@ def compiled_kernels(
             make_private_folder(folder)
             os.environ[_CACHE_VARIABLE] = str(folder)
         kernels = Kernels().compiled(static_widths=device.type != "cpu")
+        given: dict[str, Any] = {"weight_maker": weight_maker, "dtype": dtype, "device": device}
         if device.type != "cpu":
-            warm_up_widths(kernels, shape, dtype=dtype, device=device, tp_size=tp_size, weight_maker=weight_maker)
+            given |= {"tp_size": tp_size, "sequence_parallel": sequence_parallel}
+            warm_up_widths(kernels, shape, ranks=ranks, **given)
             return kernels
         # Every kernel is called, forwards and backwards, with each kind of shapes in training. The hidden size and a
         # rank's shard of the vocabulary are those of the run, since compilers treat long and short rows differently.
-        # All other sizes are small and different from each other. This includes 14: a head of 28 has 14 rotated pairs.
+        # All other sizes are small and different from each other. This includes 14, the half of 28 that is rotated.
         small = shape.resized(
             vocab_size=-(-shape.vocab_size // tp_size),
             intermediate_size=88,
             num_layers=2,
             heads=shape.heads.resized(num=6, num_kv=2, dim=28),
         )
-        documents = (None, torch.arange(152) // 40)
-        _call_all(kernels, small, 3, 152, weight_maker, dtype=dtype, device=device, documents=documents)
+        _call_all(kernels, small, 3, 152, documents=(None, torch.arange(152) // 40), **given)
     except UserError:
         raise
     except Exception as error:  # compilers, or a missing one, can raise anything
@@ -356,29 +364,26 @@ def warm_up_widths(
     kernels: Kernels,
     shape: ModelShape,
     *,
-    dtype: torch.dtype,
-    device: torch.device,
-    tp_size: int,
-    weight_maker: Callable[[Kernels], WeightMaker] | None = None,
+    tp_size: int = 1,
+    sequence_parallel: bool = False,
+    ranks: Collection[int] = (4,),
+    **others: Any,
 ) -> None:
-    """Call every kernel with the tensor widths of a rank, so that all kernels are compiled for these widths.
+    """Call every kernel with the widths and strides of a rank, so that no step compiles another one.
 
-    Forward and backward passes use a dynamic number of rows. A second forward pass uses one row."""
-    widths = shape.resized(
-        vocab_size=-(-shape.vocab_size // tp_size),
-        intermediate_size=shape.intermediate_size // tp_size,
-        num_layers=2,
-        heads=shape.heads.local(tp_size),
-    )
+    The layers are those of a rank whose messages are counted and not sent. Forward and backward passes have a variable
+    number of rows. A second forward pass has one row.
 
-    def sharded(kernels: Kernels) -> WeightMaker:
-        # The widths are those of shards, so the layers do not know that rows of weights are sharded.
-        make = FrozenWeight.empty if weight_maker is None else weight_maker(kernels)
-        return lambda *shape, dtype, shards_rows=False: make(*shape, dtype=dtype, shards_rows=tp_size > 1)
-
-    _call_all(kernels.by_rows(marking), widths, 3, 696, sharded, dtype=dtype, device=device)
+    Args:
+        ranks: the ranks r of the adapters. Under sequence parallelism they decide strides (`beside`).
+        others: as in `_call_all`.
+    """
+    group = CountingGroup(None, 0, tp_size) if tp_size > 1 else RankGroup()
+    own, short = TensorParallel(group, sequence_parallel and tp_size > 1), shape.resized(num_layers=2)
+    for rank in dict.fromkeys(padded(rank, MESSAGE_MULTIPLE) for rank in ranks):
+        _call_all(kernels.by_rows(marking), short, 3, padded(696, tp_size), tensor_parallel=own, rank=rank, **others)
     with torch.no_grad():
-        _call_all(kernels, widths, 1, 1, sharded, dtype=dtype, device=device)
+        _call_all(kernels, short, 1, 1, tensor_parallel=own.whole_sequences(), **others)
 
 
 def _call_all(
@@ -386,11 +391,13 @@ def _call_all(
     shape: ModelShape,
     num_rows: int,
     length: int,
-    weight_maker: Callable[[Kernels], WeightMaker] | None,
     *,
     dtype: torch.dtype,
     device: torch.device,
+    weight_maker: Callable[[Kernels], WeightMaker] | None = None,
     documents: Sequence[torch.Tensor | None] = (None,),
+    tensor_parallel: TensorParallel | None = None,
+    rank: int = 4,
 ) -> None:
     """Run a model of `shape` with zero weights on `num_rows` x `length` tokens, once for each item of `documents`.
 
@@ -399,15 +406,18 @@ def _call_all(
     from torch._inductor import config as inductor
 
     targets = tied_adapter.targets_of(shape)
-    config = tied_adapter.make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets, seed=0)
+    config = tied_adapter.make_adapter_config("tl6", rank=rank, layers=(1, 2), targets=targets, seed=0)
     with device:
-        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(config))
+        tensor_parallel = tensor_parallel or TensorParallel()
+        tp_size = tensor_parallel.group.size
+        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard(config, config.layers, 0, tp_size))
         make = FrozenWeight.empty if weight_maker is None else weight_maker(kernels)
-        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make), adapter)
+        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels, make_weight=make)
+        stage = Stage(specs, adapter, tensor_parallel=tensor_parallel)
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
     ids = torch.arange(length).expand(num_rows, length)
-    labels = find_supervised(ids % shape.vocab_size).moved(lambda tensor: tensor.to(device))
+    labels = find_supervised(ids % shape.vocab_size, tensor_parallel.sequence_parts).moved(lambda tensor: tensor.to(device))
     tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
     # Both passes run on this thread, since the patch is thread-local. It prevents compile workers from staying alive.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):

@@ -54,7 +54,8 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [64, 100, 7])
 def test_both_passes_are_the_oracles(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "HOST_NUMBERS_AT_ONCE", {"round_rows": 2 * width, "round_scaled_rows": 2 * width})  # so that five rows are three parts
+    for name in ("round_rows", "round_scaled_rows"):  # five rows are three parts
+        monkeypatch.setitem(kernels.HOST_NUMBERS_AT_ONCE, name, 2 * width)
     values, x = drawn(12, width, dtype=torch.float32), drawn(5, width, seed=1).requires_grad_()
     weight, bias, grad_y = made(values, torch.float64), drawn(12, seed=3), drawn(5, 12, seed=2)
     levels, scales = (torch.from_numpy(part).double() for part in oracle.row_values(values.numpy(), "fp8"))

@@ -44,7 +44,7 @@ def static() -> Kernels:
     plain = Kernels()
     kernels = plain.compiled(static_widths=True)
     kernels = replace(kernels, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
-    throughput.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
+    throughput.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST)
     return kernels
 
 
@@ -286,6 +286,7 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
         grid=SimpleNamespace(rank=rank, tp_size=1),
         source=SimpleNamespace(shape=None),
         dtype=torch.bfloat16,
+        weight_maker=None,
     )
     monkeypatch.setattr(throughput, "rank_number", lambda *, local: rank)
     monkeypatch.setattr(throughput, "compiled_kernels", lambda *_, **__: seen.append("compiles") or EAGER)
