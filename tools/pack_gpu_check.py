@@ -102,7 +102,8 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"pip {arguments[0]} failed ({lines[-1] if lines else 'no message'}); check the network")
+        why = lines[-1] if lines else "no message"
+        raise UserError(f"pip {arguments[0]} failed ({why}); correct this, or check the network")
 
 
 if __name__ == "__main__":

@@ -258,9 +258,9 @@ def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> d
     except RecursionError:
         raise UserError(f"{file}: not valid JSON (it is nested too deeply); correct it or copy it again") from None
     except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); correct the file or copy it again") from None
+        raise UserError(f"{file}: not valid JSON ({error}); give an intact copy of the file") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object; correct the file or copy it again")
+        raise UserError(f"{file}: expected a JSON object; give an intact copy of the file")
     return content
 
 
@@ -294,11 +294,11 @@ def read_fields(
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in names:
         if name not in content and name not in optional:
-            raise UserError(f"{file}: {name} is missing; correct the file or copy it again")
+            raise UserError(f"{file}: {name} is missing; give an intact copy of the file")
     try:
         return TypeAdapter(kind).validate_python({name: content[name] for name in names if name in content})
     except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error)}; correct the file or copy it again") from None
+        raise UserError(f"{file}: {first_problem(error)}; give an intact copy of the file") from None
 
 
 def first_problem(error: ValidationError) -> str:

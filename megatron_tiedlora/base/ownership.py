@@ -92,14 +92,13 @@ class Owner:
         if not self._has_written(OWNER_FILE):
             token = read_token(self.folder / OWNER_FILE)
             if token is not None:
-                why = f"{token} took it over at {token.time}"
+                why = f"{token} took it over at {token.time} and may continue it"
             elif self.folder.is_dir():
                 why = f"its file {OWNER_FILE} is missing"
             else:
                 why = "the folder was removed, moved or replaced"
-            raise OwnerLost(
-                f"{self.folder}: {why}, so this launch made no further changes there; start again in another folder"
-            )
+            made = "so this launch made no further changes there"
+            raise OwnerLost(f"{self.folder}: {why}, {made}; start again only in another folder")
         if self.is_main and self._mark.exists():
             raise OwnerLost(
                 f"{self.folder}: the other ranks no longer received this rank's heartbeat, so this launch made no"

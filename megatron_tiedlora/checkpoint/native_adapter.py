@@ -253,7 +253,7 @@ def check_values(config: AdapterConfig, state: StateDict, *, source: Path | str)
         factor = config.factor(name)
         if factor.start == "one" and not factor.trained and not bool((state[name] == 1).all()):
             said = f"{source}: {name} is not all ones, but method {config.method} does not train it"
-            raise UserError(f"{said}; copy the file again")
+            raise UserError(f"{said}; give an intact copy")
     check_update(config, state, source=source)
 
 

@@ -199,7 +199,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     progress = files.read_fields(file, content, Progress)
     if "settings" not in content or not isinstance(content["settings"], dict):
         what = "not an object" if "settings" in content else "missing"
-        raise UserError(f"{file}: settings is {what}; copy the file again")
+        raise UserError(f"{file}: settings is {what}; give another checkpoint")
     _check_steps(file, progress, content["settings"])
     adapter, state = native_adapter.load_native_adapter(folder), folder / STATE_FILE
     for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE):
@@ -209,7 +209,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     moments = read_tensors(state, shapes, sums=sums)
     for name, values in moments.items():
         if name.startswith(f"{MOMENTS[1]}.") and bool((values < 0).any()):
-            raise UserError(f"{state}: {name} holds negative numbers, but it is a mean of squares; copy the file again")
+            raise UserError(f"{state}: {name}, a mean of squares, has negative numbers; give another checkpoint")
     return Checkpoint(folder, progress, adapter, moments, content["settings"])
 
 
@@ -218,20 +218,20 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
         step = getattr(progress, name)
         if step is not None and step > progress.step:
             said = f"{name} = {step} is later than the checkpoint's step, {progress.step}"
-            raise UserError(f"{file}: {said}; copy the file again")
+            raise UserError(f"{file}: {said}; give another checkpoint")
     best, since_best = progress.best_step, progress.evaluations_since_best
     if (best is None) != (progress.best_metric is None):
-        raise UserError(f"{file}: it has one of best_step and best_metric, not both; copy the file again")
+        raise UserError(f"{file}: it has one of best_step and best_metric, not both; give another checkpoint")
     if since_best > progress.step - (best or 0):
         said = f"evaluations_since_best = {since_best} is more than the number of steps since best_step"
-        raise UserError(f"{file}: {said}; copy the file again")
+        raise UserError(f"{file}: {said}; give another checkpoint")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
         raise UserError(f"{file}: its step is {progress.step}, but its folder is {file.parent.name}; rename the folder")
     samples, step = progress.consumed_samples, progress.step
     a_step = settings.get("global_batch_size", samples // step if step else 0)
     if samples != step * a_step or samples < step:
         said = f"consumed_samples = {samples} does not fit {step} steps of {shown(a_step)} samples"
-        raise UserError(f"{file}: {said}; copy the file again")
+        raise UserError(f"{file}: {said}; give another checkpoint")
 
 
 def copy_checkpoint(source: Path, target: Path, *, guard: Guard = unguarded) -> None:

@@ -100,19 +100,19 @@ def check_tensors(
     further check. The message begins with `source`."""
     for name, shape in wanted.items():
         if name not in found:
-            raise UserError(f"{source}: tensor {name} is missing; copy the file again")
+            raise UserError(f"{source}: tensor {name} is missing; give an intact copy")
         if found[name] != shape:
-            raise UserError(f"{source}: {name} has shape {shown(found[name])}, expected {shape}; copy the file again")
+            raise UserError(f"{source}: {name} has shape {shown(found[name])}, expected {shape}; give an intact copy")
         check(name)
     for name in found:
         if name not in wanted:
-            raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there; copy the file again")
+            raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there; give an intact copy")
 
 
 def check_finite(source: Path | str, name: str, values: torch.Tensor) -> None:
     """Raise UserError with `source` and the tensor's name if a value is not finite."""
     if not all_finite(values):
-        raise UserError(f"{source}: {name} holds numbers that are not finite; copy the file again")
+        raise UserError(f"{source}: {name} holds numbers that are not finite; give an intact copy")
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ def run_starts(size: int) -> tuple[list[int], int]:
 def _opened(file: Path) -> Iterator[BinaryIO]:
     if not file.is_file():
         raise UserError(f"{file}: not a complete safetensors file (no such file); copy it again")
-    with os_errors(f"{file}: not a complete safetensors file", fix="; copy it again"), file.open("rb") as stream:
+    fix = "; check its permissions, or copy it again"
+    with os_errors(f"{file}: not a complete safetensors file", fix=fix), file.open("rb") as stream:
         yield stream
 
 
@@ -189,7 +190,8 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
     raw = stream.read(length) if length <= LARGEST_HEADER else b""
     try:
         if len(raw) != length:
-            raise ValueError(f"its header length, {length:,} bytes, exceeds its size or {LARGEST_HEADER:,} bytes")
+            limit = f"the file's size or the limit of {LARGEST_HEADER:,} bytes"
+            raise ValueError(f"its header length, {length:,} bytes, exceeds {limit}")
         content = json.loads(raw)
         if not isinstance(content, dict):
             raise ValueError("its header is not a table of tensors")

@@ -283,7 +283,7 @@ def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
         name = f"the {result.kind} parallel group of ranks {', '.join(map(str, result.ranks))}"
         where = enumerate_names(result.hosts)
         if not result.correct:
-            fix = "leave out one host at a time to find the slow host; then test that host's memory and network card"
+            fix = "leave out one host at a time to find the faulty host; then test that host's memory and network card"
             findings.append(error("wrong_sum", result.hosts, f"{name} ({where}) computes wrong sums", fix))
         share = result.bus_bytes_per_second / median(speeds)
         if len(speeds) > 2 and share < _SLOW:

@@ -310,7 +310,8 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many types; users of transformers could not load it either
-            raise UserError(f"{folder}: transformers cannot load it ({first_line(error)}); try --in none") from error
+            why = f"transformers cannot load it ({first_line(error)})"
+            raise UserError(f"{folder}: {why}; `tiedlora verify --in none` checks without it") from error
     with torch.no_grad():
         logits: Tensor = model(tokens).logits
     return logits

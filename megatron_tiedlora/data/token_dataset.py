@@ -21,8 +21,9 @@ FACTS = np.dtype(
 )
 """Values per stored sample. `supervised` is the number of supervised tokens, `cut` is whether the middle of the prompt
 was removed, and `lost_turns` is the number of turns removed from a chat. In the cache, `chat` is whether the sample is
-a chat, `ended` is whether its supervised tokens include an end token, and `first` is whether the sample is the first of
-its row. `number` is the row's sample index in `RowStream`, and `source` is the index of the row's source."""
+a chat, `ended` is whether the supervised tokens of a chat include an end token, and `first` is whether the sample is
+the first of its row. `number` is the row's sample index in `RowStream`, and `source` is the index of the row's
+source."""
 
 _ALL = np.empty(0, np.int64)  # marks the default order: the order in which samples are stored
 

@@ -185,7 +185,8 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         merged = weight.clone() if safe else weight
         load_model.merge_(merged, self._adapter(name), self.places[name], sign=sign)
         if safe and not merged.isfinite().all():
-            raise UserError(f"adapter {name}: after merging, {self.places[name].stored} is not finite; use fp32")
+            said = f"after merging, {self.places[name].stored} is not finite"
+            raise UserError(f"adapter {name}: {said}; use fp32, or another adapter")
         weight.copy_(merged)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:

@@ -63,7 +63,7 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
         reason = reason or next((why for field, why in _REASONS.items() if values.get(field)), None)
         because = "" if reason is None else f", because {reason}"
         known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. Use one of {known}")
+        raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. Use a model of type {known}")
     config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **family_of_kind.defaults})
     shape = family_of_kind.read(config)
     config.reject_unread()
@@ -250,8 +250,8 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     if kinds is None:
         kinds = [SLIDING if layer % 4 else FULL for layer in range(1, num_layers + 1)]
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
-        wanted = f"a list of {num_layers} kinds of layers. For each layer, use {FULL} or {SLIDING}"
-        raise config.error(f"layer_types = {shown(kinds)} is not {wanted}")
+        wanted = f"{num_layers} kinds of layers, each {FULL} or {SLIDING}. Use a different model"
+        raise config.error(f"layer_types = {shown(kinds)} is not a list of {wanted}")
     # `rope_parameters` has an entry for each kind of layer. `rope_theta` and `rope_scaling` apply to full attention.
     theta, by_kind = 500000.0, rope_fields(config, config.get("rope_parameters"))
     fields = (by_kind.get(FULL), by_kind.get(SLIDING), config.get("rope_scaling"))

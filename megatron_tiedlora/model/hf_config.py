@@ -347,7 +347,7 @@ def read_rope(
     reader = _READERS.get(str(kind))
     if reader is None:
         known = ", ".join(sorted(["default", "dynamic", *_READERS]))
-        raise config.error(f"rope_type {shown(kind)} is not implemented. Use one of: {known}")
+        raise config.error(f"rope_type {shown(kind)} is not implemented. Use a model with one of: {known}")
     original = int(original_positions or numbers.number("original_max_position_embeddings", max_positions))
     if original < 1:
         raise config.error("original_max_position_embeddings is below 1. Correct this field")

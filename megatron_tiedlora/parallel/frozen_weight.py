@@ -146,8 +146,8 @@ def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
 def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Return left @ right in `dtype`. Both matrices have the same dtype, which is not wider than `dtype`.
 
-    On CUDA, sums of 16-bit matrices are returned in fp32 without rounding. In all other cases the sums are first
-    rounded to the dtype of the matrices.
+    On CUDA, sums of 16-bit matrices are returned without rounding if `dtype` is fp32. In all other cases the sums are
+    first rounded to the dtype of the matrices.
     """
     if left.is_cuda and left.dtype in HALF and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)

@@ -433,7 +433,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> InitialAdap
 
     Raises:
         UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape; or
-            `source` has a merged adapter, a PEFT adapter names another base, and `differs` (--base_differs) is False.
+            `source` has a merged adapter and a PEFT adapter does not name this base, unless `differs` (--base_differs).
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"

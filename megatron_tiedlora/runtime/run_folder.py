@@ -249,7 +249,8 @@ class MetricsLog:
         """
         self._folder.guard()
         values = {f"{row['split']}/{name}": value for name, value in row.items() if name not in ("step", "split")}
-        with os_errors(f"{self._folder.path}: its logs cannot be written", fix="; check the disk space"):
+        fix = "; check the disk space, and that no other program replaces them"
+        with os_errors(f"{self._folder.path}: its logs cannot be written", fix=fix):
             if not os.path.samestat(os.fstat(self._stream.fileno()), self._folder.metrics.stat()):
                 raise OSError(f"{self._folder.metrics.name} was replaced")
             line = (json.dumps(dict(row)) + "\n").encode()

@@ -229,12 +229,12 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         return
     found = read_base(folder)
     if found.base_hash != base.base_hash:
-        raise UserError(f"{folder.base}: --model {base.model} is not this sweep's model; give --model {found.model}")
+        raise UserError(f"--model {base.model}: its config.json changed since {folder.base} was written; restore it")
     for name in [*found.file_sha256, *base.file_sha256]:
         if found.file_sha256.get(name) != base.file_sha256.get(name):
             raise UserError(
-                f"{name}: the file has changed since the sweep was started ({folder.base} has its SHA-256); restore the"
-                " original file, or give a new --output_dir"
+                f"{name}: changed, added or removed since the sweep was started (see the hashes in {folder.base});"
+                " restore the original data, or give a new --output_dir"
             )
 
 
@@ -250,9 +250,9 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
                 " --output_dir"
             )
     for name in ("test_limit",) if before.single_layers is None else ("single_layer_rank", "test_limit"):
-        same, other = getattr(before, name), getattr(now, name)
+        same, other = ("no limit" if value is None else value for value in (getattr(before, name), getattr(now, name)))
         if same != other:
-            raise UserError(f"{where} --{name} {same}, but the value is now {other}; give the original value")
+            raise UserError(f"{where} --{name} {same}, now it is {other}; give the original, or a new --output_dir")
 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:

@@ -408,6 +408,7 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
         found = f"{source}: trained with --{name} {was}, but now it is"
         if name == "max_steps":
             schedule = saved.get("schedule", Settings.model_fields["schedule"].default)
+            schedule = settings.schedule if schedule == "constant" else schedule
             raise UserError(
                 f"{found} {_steps_in_words(plan)}, and --schedule {schedule} depends on --max_steps"
                 " (only --schedule constant, used from the first step, allows a different number of steps); resume with"

@@ -123,13 +123,15 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
         elif zero:
             failed[name] = RunFailed(
                 f"step {step}: the gradient of {', '.join(zero)} has been exactly zero since the run's start, so"
-                " training cannot change this tensor. Check the values in --init_from, or please report this error"
+                " training cannot change it. Check the values of the --init_from adapter, if any, or report this error"
             )
     return failed
 
 
 def after_steps(checks: Checks) -> dict[str, RunFailed]:
-    """Compare replicas after a step. Return the failures by adapter name, the same on every rank."""
+    """Compare replicas after a step. Return the failures by adapter name, the same on every rank.
+
+    All ranks must call this."""
     return _compare({name: (own, step) for name, (own, step) in checks.items() if own._steps <= own._check_steps})
 
 
@@ -143,7 +145,7 @@ def _compare(checks: Checks) -> dict[str, RunFailed]:
         texts = find_mismatches([own._adapter for own, _ in checks.values()], runner.groups)
     texts = first_messages(texts)
     return {
-        name: RunFailed(f"after step {step} {text}; this step was not saved. Resume from the last checkpoint")
+        name: RunFailed(f"after step {step} {text}; the step was not saved. Start again, from a checkpoint if any")
         for (name, (_, step)), text in zip(checks.items(), texts, strict=True)
         if text
     }

@@ -139,7 +139,7 @@ def test_frequencies_are_those_of_transformers(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"rope_type": "proportional"}, "rope_type 'proportional' is not implemented. Use one of: default, dynamic,"),
+    ({"rope_type": "proportional"}, "rope_type 'proportional' is not implemented. Use a model with one of: default,"),
     ({"rope_type": "llama3", "factor": 2.0}, "low_freq_factor of the rotary embedding is missing"),
     ({"rope_type": "linear", "factor": -1.0}, "factor = -1.0 of the rotary embedding is not a positive number"),
     ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate = 1 of the rotary embedding is neither true nor"),
@@ -174,7 +174,7 @@ def test_a_field_that_nothing_knows_is_rejected_by_name(model_type: str) -> None
 
 
 def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
-    with pytest.raises(UserError, match=rf"'mamba' is not implemented\. Use one of {', '.join(FAMILIES)}$"):
+    with pytest.raises(UserError, match=rf"'mamba' is not implemented\. Use a model of type {', '.join(FAMILIES)}$"):
         shape_from_hf({"model_type": "mamba"})
 
 

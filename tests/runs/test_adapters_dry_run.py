@@ -156,7 +156,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"a": {}}, {"output_dir": "/etc/passwd"}, "--output_dir /etc/passwd: /etc/passwd is a file"),
     ({"a": {}}, {"output_dir": "/proc/self"}, "--output_dir /proc/self"),
     ({"a": {}, "b": {"output_dir": "/dev/null"}}, {}, "b: --output_dir /dev/null: /dev/null is a file"),
-    ({"a": {"output_dir": "one"}, "b": {"output_dir": "./one"}}, {}, "b: output_dir is also the folder of a"),
+    ({"a": {"output_dir": "one"}, "b": {"output_dir": "./one"}}, {}, "b: output_dir is also the folder of a; change"),
     ({"a": {}, "b": {"output_dir": "{run}"}}, {}, "b: output_dir is also the folder of the run of all; change it"),
     ({"a": {}, "b": {"output_dir": "{run}/a"}}, {}, "b: output_dir is also the folder of a; change it"),
     ({"a": {"output_dir": "{run}/b"}, "b": {}}, {}, "b: output_dir is also the folder of a; change it"),

@@ -188,7 +188,7 @@ def test_a_broken_best_one_is_said_and_made_anew(base: Base, folder: Path) -> No
         (
             STATE,
             lambda t: t["exp_avg_sq.adapter.v"].view(-1)[7].fill_(-1e-12),
-            r"exp_avg_sq\.adapter\.v holds negative numbers",
+            r"exp_avg_sq\.adapter\.v, a mean of squares, has negative numbers",
         ),
         (STATE, lambda t: t["exp_avg.adapter.A"].view(-1)[0].fill_(torch.inf), "exp_avg.adapter.A holds numbers that"),
         (STATE, lambda t: t.pop("exp_avg.adapter.A"), r"tensor exp_avg\.adapter\.A is missing"),

@@ -153,7 +153,7 @@ def test_other_rows_under_the_same_name_are_refused(base: Base, tmp_path: Path) 
     assert known == {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     assert sweep(parse_sweep(again), no_start) == 0
     rows.write_text(rows.read_text() + '{"prompt": "a", "completion": "b"}\n')
-    with pytest.raises(UserError, match=f"^{re.escape(str(rows))}: the file has changed since the sweep was started"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(rows))}: changed, added or removed since the sw"):
         sweep(parse_sweep(again), no_start)
 
 

@@ -229,7 +229,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no table": (edit(sha256=[1]), CONFIG, "is not a table of files and checksums"),
     "unsealed": (edit(alpha=7.0, seals=False), CONFIG, "does not match its own checksum"),
     "precision": (edit(base_stored="int4"), CONFIG, "base_stored 'int4' is not one of bf16, fp16, fp32"),
-    "unknown": (edit(targets=["qkv", "o_projj"]), CONFIG, "targets = ['qkv', 'o_projj'] is invalid; list"),
+    "unknown": (edit(targets=["qkv", "o_projj"]), CONFIG, "'o_projj'] is invalid; list one or more of qkv, o_proj, "),
     "order": (edit(targets=["gate_up", "qkv"]), CONFIG, "in this order"),
     "twice": (edit(targets=["qkv", "qkv"]), CONFIG, "in this order"),
     "none": (edit(targets=[]), CONFIG, "targets = [] is invalid; list one or more of"),

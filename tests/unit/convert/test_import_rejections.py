@@ -45,7 +45,7 @@ FIELDS: Rows = [
     ({"target_modules": "all-linear"}, "target_modules = 'all-linear' is not supported"),
     ({"target_modules": None}, "target_modules = None is not supported"),
     ({"target_modules": "q_proj"}, "target_modules 'q_proj' match no q_proj"),  # a whole name has to match it
-    ({"target_modules": "(q"}, r"target_modules: the pattern '\(q' is not supported. .* Write a list of names"),
+    ({"target_modules": "(q"}, r"target_modules: the pattern '\(q' is not supported. .*letters, .* Write a list"),
     ({"exclude_modules": 3}, "exclude_modules = 3 is neither a pattern nor a list of names. Write a list of names"),
     ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2; give the adapter's own"),
     ({"layers_to_transform": 0.5}, "layers_to_transform = 0.5 is neither a layer nor a list"),

@@ -349,7 +349,7 @@ def test_the_tools_of_a_chat_are_read_under_either_name(tmp_path: Path, tokenize
         (PLAIN, "prompt=q", [":1: --columns prompt=q: the row has no field 'q'", "'prompt', 'completion'", "null"]),
         (PLAIN, "promt=prompt", ["the task has no field 'promt' (did you mean prompt?)"]),
         ({"question": "x", "response": "y"}, "question=query", ["has no field 'question'", "mean query=question?"]),
-        ({**PLAIN, "q": "x"}, "prompt=q", ["--columns prompt=q: the row also has a field 'prompt' ('a')", "rename"]),
+        ({**PLAIN, "q": "x"}, "prompt=q", [":1: --columns prompt=q: the row also has a field 'prompt' ('a'", "rename"]),
         ({**PLAIN, "sys": "x"}, "system=sys", ["--columns system=sys", "prompt/completion have no field 'system'"]),
         ({**PLAIN, **ONE, "t": []}, "tools=t",
          ["two shapes", "--columns tools=t,messages=messages or", "--columns tools=t,prompt=prompt,completion="]),

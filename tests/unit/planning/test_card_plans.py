@@ -83,7 +83,7 @@ def test_the_words_about_7b_are_those_of_its_plans() -> None:
     plain = fastest("llama2-7b", 32, "--formats=none")
     faster = fastest("llama2-7b", 32, "--formats=none", machine=changed(H100, attention__bf16=0.45))
     rates = [f"{row.tokens_per_second:,.0f}" for row in (plain, faster, fastest("llama2-7b", 32, FP8))]
-    assert f"would do {rates[1]} tokens/s instead of {rates[0]}" in text
+    assert f"7B on one card would do {rates[1]} tokens/s instead of {rates[0]}" in text
     assert f"in fp8 ({rates[2]} tokens/s planned) than in bf16 ({rates[0]})" in text
 
 
