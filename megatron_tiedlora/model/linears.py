@@ -26,7 +26,7 @@ from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, as_wide_rows, detached
 from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
@@ -222,7 +222,7 @@ class Projection:
         if norm is None or grad_normed is None:
             return grad_normed, grad_a, grad_f
         assert hidden is not None
-        inputs = (as_rows(grad_normed), as_rows(hidden))
+        inputs = (as_wide_rows(grad_normed), as_rows(hidden))
         grad_hidden = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root).view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 

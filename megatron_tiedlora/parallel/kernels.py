@@ -46,6 +46,20 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
 
+def as_wide_rows(tensor: Tensor) -> Tensor:
+    """Return `as_rows` of (..., n) together with the columns that follow in memory, (T, m), m >= n.
+
+    `tensor` may be a view of the first columns. A compiled kernel knows the distance between rows only as a size, and
+    reads 16 bytes at a time only if it knows that distance.
+    """
+    rows = as_rows(tensor)
+    (count, width), (distance, step) = rows.shape, rows.stride()
+    end = rows.storage_offset() + count * distance
+    if count < 2 or step != 1 or distance <= width or end * rows.itemsize > rows.untyped_storage().nbytes():
+        return rows
+    return rows.as_strided((count, distance), (distance, 1)).detach()
+
+
 def detached(tensor: Tensor | None) -> Tensor | None:
     """Return `tensor` detached from autograd, or None if it is None."""
     return None if tensor is None else tensor.detach()
@@ -74,11 +88,12 @@ def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor
 
 
 def norm_gradient(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
-    """Return the gradient of x, (T, d), from the gradient of the norm's output.
+    """Return the gradient of x, (T, d), from the gradient of the norm's output, whose further columns are ignored.
 
     With n = x root and g = weight * dy, the result is dx = (g - n mean(g n)) root. For LayerNorm, n is
     (x - mean(x)) root, and the mean of dx is subtracted.
     """
+    gradient = gradient[:, : hidden.shape[1]]
     return _norm_gradient(upcast(gradient) * weight, _centred(hidden, bias) * root, root, bias).to(hidden.dtype)
 
 
@@ -249,14 +264,15 @@ def exp_logits_(logits: Tensor, total: Tensor) -> None:
     logits.copy_((upcast(logits) - total[:, None]).exp())
 
 
-def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows (n, width) as fp8 numbers, and the scale of each row, (n,) fp32, for an FP8 matmul."""
+def round_rows(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the first columns of rows, (n, width), as fp8 numbers, and the scale of each row, (n,) fp32."""
+    rows = rows[:, :width]
     return quantise_rows(rows, row_maxima(rows), "fp8")
 
 
 def round_scaled_rows(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Return `round_rows` of rows * factors, computed in fp32 or wider; factors are (1, width) fp32."""
-    return round_rows(upcast(rows) * factors)
+    return round_rows(upcast(rows) * factors, rows.shape[1])
 
 
 def transpose_(matrix: Tensor, transposed: Tensor) -> None:
@@ -294,7 +310,7 @@ class Kernels:
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[Tensor], Tensor] = row_log_sums
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
-    round_rows: Callable[[Tensor], tuple[Tensor, Tensor]] = round_rows
+    round_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]] = round_rows
     round_scaled_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = round_scaled_rows
     transpose_: Callable[[Tensor, Tensor], None] = transpose_
     dequantise_rows_: Callable[[Tensor, Tensor, Tensor], None] = dequantise_rows_
@@ -309,9 +325,10 @@ class Kernels:
                 1.5 to 2.5 times as fast, because they access 16 bytes at a time and need no division by sizes. Each
                 width is compiled separately.
         """
-        dynamic = None if static_widths else True
-        names = [field.name for field in fields(self)]
-        return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
+        # On a CPU the compiler reads a table of levels one element at a time.
+        names = [own.name for own in fields(self) if static_widths or own.name != "dequantise_blocks_"]
+        compiled = {name: torch.compile(getattr(self, name), dynamic=not static_widths) for name in names}
+        return replace(self.by_rows(in_parts), **compiled)
 
     def by_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
         """Return these kernels, changed by `in_parts` or `marking`, which also get the result of `has_rows`.
@@ -375,17 +392,12 @@ def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
 
 
 def marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
-    """Return a kernel for the first call, which tells torch.compile that only the number of rows will vary.
-
-    Without the second mark, the compiler would treat a size as variable as soon as it has seen two values of it.
-    """
+    """Return a kernel for the first call, which tells torch.compile that the number of rows will vary."""
 
     def marked(*arguments: Any) -> Any:
         for argument, mine in zip(arguments, has_rows, strict=True):
-            if isinstance(argument, Tensor):
-                torch._dynamo.mark_static(argument, [*range(1 if mine else 0, argument.ndim)])
-                if mine:
-                    torch._dynamo.mark_dynamic(argument, 0)
+            if mine and argument is not None:
+                torch._dynamo.mark_dynamic(argument, 0)
         return kernel(*arguments)
 
     return marked

@@ -21,7 +21,7 @@ from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, BaseFormat, LinearShape
 from megatron_tiedlora.parallel import quantise
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, WeightMaker, frozen_parameter
-from megatron_tiedlora.parallel.kernels import EAGER, NUMBERS_AT_ONCE, Kernels
+from megatron_tiedlora.parallel.kernels import EAGER, NUMBERS_AT_ONCE, Kernels, as_wide_rows
 
 # The number of elements that are processed at a time on a CPU, so that their temporaries stay in its cache.
 _AT_ONCE = 2**19
@@ -358,7 +358,7 @@ class Fp8MatmulWeight(RowScaledWeight):
 
     def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
-        codes, scales = self.kernels.round_rows(x)
+        codes, scales = self.kernels.round_rows(as_wide_rows(x), x.shape[1])
         if self._runs_in_fp8(x):
             weight = quantise.fp8_numbers(self.tensor.detach()).t()
             # Sums in the tensor cores are exact enough for activations, and twice as fast in some kernels.

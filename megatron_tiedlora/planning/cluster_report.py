@@ -384,7 +384,7 @@ def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
 
 
 def _kernels(best: Candidate) -> Iterator[str]:
-    """Yield hints about the assumed kernels for attention and NF4, and about the speed with different kernels."""
+    """Yield a hint about the assumed attention kernel, and about the speed with a faster one."""
     machine, kernel = best.machine, machines.attention_of(best.machine)
     if kernel is not None and best.dtype == "bf16":
         assert machine.capability is not None, "only a GPU has a known attention kernel"
@@ -395,7 +395,3 @@ def _kernels(best: Candidate) -> Iterator[str]:
         if _ratio(faster, best) >= 1 + _GAIN:
             words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(faster)}"
         yield words
-    if best.storage.base == "nf4" and machine.on_gpu and not machine["dequantise.nf4"]:
-        weights = machine["bandwidth"] * machine["elementwise"] / machines.NF4_WITHOUT_LIBRARY
-        slower = best.changed({"dequantise.nf4": machines.Constant(weights, "of eager kernels")})
-        yield f"nf4 is planned with bitsandbytes' kernel; without it {best.name} would do {_rate(slower)}"

@@ -125,7 +125,6 @@ ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
     tuple(map(int, capability.split("."))): {name: Constant(*share) for name, share in kernels.items()}
     for capability, kernels in _KNOWN["attention"].items()
 }
-NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move per dequantised weight if bitsandbytes is missing
 
 
 def default_attention(capability: tuple[int, int]) -> str:

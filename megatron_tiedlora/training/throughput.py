@@ -303,6 +303,7 @@ def choose_kernels(plan: RunPlan, device: torch.device, *, ranks: Collection[int
         sum_over_ranks([0.0])  # wait for all ranks
     failure = first_message(failure)
     if failure is None:
+        slow = slow if device.type == "cpu" else ""  # compiled for a GPU, the plain code is one kernel
         return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s{slow}")
     if plan.settings.compile == "true":
         raise UserError(f"--compile true: {failure}. Fix the cause (often no C++ compiler), or give --compile auto")
@@ -379,7 +380,10 @@ def warm_up_widths(
         others: as in `_call_all`.
     """
     group = CountingGroup(None, 0, tp_size) if tp_size > 1 else RankGroup()
-    own, short = TensorParallel(group, sequence_parallel and tp_size > 1), shape.resized(num_layers=2)
+    own = TensorParallel(group, sequence_parallel and tp_size > 1)
+    short = shape.resized(
+        vocab_size=shape.vocab_size, intermediate_size=shape.intermediate_size, num_layers=2, heads=shape.heads
+    )
     for rank in dict.fromkeys(padded(rank, MESSAGE_MULTIPLE) for rank in ranks):
         _call_all(kernels.by_rows(marking), short, 3, padded(696, tp_size), tensor_parallel=own, rank=rank, **others)
     with torch.no_grad():
@@ -417,7 +421,8 @@ def _call_all(
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
     ids = torch.arange(length).expand(num_rows, length)
-    labels = find_supervised(ids % shape.vocab_size, tensor_parallel.sequence_parts).moved(lambda tensor: tensor.to(device))
+    labels = find_supervised(ids % shape.vocab_size, tensor_parallel.sequence_parts)
+    labels = labels.moved(lambda tensor: tensor.to(device))
     tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
     # Both passes run on this thread, since the patch is thread-local. It prevents compile workers from staying alive.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):

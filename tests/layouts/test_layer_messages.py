@@ -164,7 +164,7 @@ def test_bytes_of_a_layer(ran: Mapping[str, Ran]) -> None:
     for rows, length, *_ in four.shapes:
         for kind in ("all-gather", "reduce-scatter"):
             more.add(TENSOR, kind, 4 * 32 * rows * length, count=3)
-            more.add(TENSOR, kind, 4 * (32 + 8) * rows * length)  # with h, or its gradient: 3 columns, filled up to 8
+            more.add(TENSOR, kind, 4 * (32 + 16) * rows * length)  # with h, or its gradient: 3 columns, filled up
     for kind in ("all-gather", "reduce-scatter"):
         key = (TENSOR, kind)
         assert four.traffic.messages[key] - three.traffic.messages[key] == more.messages[key]
@@ -190,7 +190,7 @@ def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
             expected.add(TENSOR, "reduce-scatter", size, count=micro_batches)
             for rows, length, *_ in counted.shapes:
                 expected.add(TENSOR, "reduce-scatter", 4 * 3 * rows * length)
-                expected.bytes[TENSOR, "reduce-scatter"] += 4 * 8 * rows * length  # of 2 adapted layers
+                expected.bytes[TENSOR, "reduce-scatter"] += 4 * 16 * rows * length  # of 2 adapted layers
         if row.u.trained:
             expected.add(TENSOR, "all-reduce", 4 * 3 * 2)
         for kind in ("all-gather", "reduce-scatter", "all-reduce"):
@@ -213,7 +213,7 @@ def test_no_target_adds_a_message(ran: Mapping[str, Ran], parts: str, targets: s
 @pytest.mark.parametrize("parts", SEQUENCES)
 def test_bytes_of_row_parallel_targets_are_those_of_their_factors(ran: Mapping[str, Ran], parts: str) -> None:
     """B (32 x 3 each) and v (3 layers x 32) are gathered, and their gradients summed, once a micro-batch; u's sum is
-    3 x 3 numbers longer for each. A layer sends no byte more. Gate-up adds A (3 x 32), and 8 columns a layer."""
+    3 x 3 numbers longer for each. A layer sends no byte more. Gate-up adds A (3 x 32), and 16 columns a layer."""
     for rank in range(2):
         one, beside, four = (ran[f"{parts} {names}"].counted[rank] for names in ("qkv", BESIDE, ALL))
         more, most = ({**beside.traffic.bytes}, {**four.traffic.bytes})
@@ -223,8 +223,8 @@ def test_bytes_of_row_parallel_targets_are_those_of_their_factors(ran: Mapping[s
         more[TENSOR, "all-reduce"] -= 4 * 2 * 3 * 3
         most[TENSOR, "all-reduce"] -= 4 * 3 * 3 * 3
         if parts == "sharded":
-            columns = sum(4 * 8 * rows * length for rows, length, *_ in one.shapes)
-            after = sum(4 * 8 * sum(shape.after) for shape in ran[f"{parts} {ALL}"].step_plan(rank).batches)
+            columns = sum(4 * 16 * rows * length for rows, length, *_ in one.shapes)
+            after = sum(4 * 16 * sum(shape.after) for shape in ran[f"{parts} {ALL}"].step_plan(rank).batches)
             for kind in ("all-gather", "reduce-scatter"):
                 most[TENSOR, kind] -= 2 * columns + after  # layers 1 and 2, and supervised positions of the last
         assert more == one.traffic.bytes and most == one.traffic.bytes

@@ -10,6 +10,7 @@ FOLDER has a command `run` that starts another on a stand-in for the CUDA driver
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ BASES: dict[str, dict[str, Any]] = {
     "products in fp8": {"base": "fp8", "products": "fp8"},
     "products in fp8, transposed copies kept": {"base": "fp8", "products": "fp8", "keep_transposed": True},
 }
+
+
+# At most 8 launches beside those of plain weights: each dequantises or rounds for one of 8 matmuls. Products in fp8
+# transpose the codes for 4 of them.
+MOST = {"nf4": 39, "int8": 39, "fp8": 39, "products in fp8": 43, "products in fp8, transposed copies kept": 39}
+EIGHT = {"world_size": 8, "tensor_parallel": 8}
+NARROW: dict[str, dict[str, Any]] = {
+    "": {},
+    ", tensor 8": EIGHT,
+    ", tensor 8, sequences not sharded": EIGHT | {"sequence_parallel": False},
+    ", base in nf4": BASES["nf4"],
+    ", products in fp8, tensor 8": EIGHT | BASES["products in fp8, transposed copies kept"],
+}
+SPLITS = ((1, False), (2, True), (8, True), (8, False))
+COMPILE: dict[str, Any] = {"measure": "compile", "num_layers": 2, "compile": "true", "rows": 2, "lengths": [100, 2000]}
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,8 @@ def _per_micro_batch(count: Callable[[Mapping[str, int]], int], **order: Any) ->
 
 
 def _per_layer(**order: Any) -> float:
-    few, many = (_fewest(launches, num_layers=number, micro_batches=2, **order) for number in (3, 5))
+    given = {"micro_batches": 2, "compile": "true"} | order
+    few, many = (_fewest(launches, num_layers=number, **given) for number in (3, 5))
     return (many - few) / 2 / 2
 
 
@@ -168,33 +185,42 @@ def _planned_to_allocated(**order: Any) -> float:
 def _compiled_again() -> float:
     again = 0
     for recompute in SHAPES:
-        found = run_rank(
-            measure="compile", num_layers=2, compile="true", recompute=recompute, rows=2, lengths=[100, 2000], steps=12
-        )
+        found = run_rank(recompute=recompute, steps=12, **COMPILE)
         assert len(found["lengths"]) >= 7, found
         again += found["more"]
     return again
 
 
-def _narrow_kernels() -> float:
-    """Compiled kernels that do not read and write tensors 128 bits at a time, or that divide whole numbers.
+def _compiled_in_steps() -> float:
+    """Of every tensor-parallel layout and base."""
+    again = 0
+    for (tp_size, sequences), base in itertools.product(SPLITS, ({}, BASES["nf4"], BASES["products in fp8"])):
+        layout = {"tensor_parallel": tp_size, "world_size": tp_size, "sequence_parallel": sequences}
+        again += run_rank(recompute="selective", steps=4, **COMPILE, **layout, **base)["more"]
+    return again
+
+
+def _narrow_kernels(**order: Any) -> float:
+    """Compiled kernels that access no tensor 128 bits at a time, that divide whole numbers, or that do not know how far
+    two rows are apart.
 
     Inductor makes several variants of some, and takes the one that is fastest on the GPU: one of them must be wide.
     """
     variants: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run_rank(num_layers=2, compile="true", steps=1, environment={"TORCHINDUCTOR_CACHE_DIR": folder})
+        run_rank(num_layers=2, compile="true", steps=1, environment={"TORCHINDUCTOR_CACHE_DIR": folder}, **order)
         for file in Path(folder).rglob("*.ptx"):
             variants.setdefault(file.stem, []).append(file.read_text())
+        narrow = [str(file) for file in Path(folder).rglob("*.py") if re.search(r"\bks\d+ ?\*", file.read_text())]
     assert len(variants) >= 8, sorted(variants)
-    narrow = [name for name, texts in variants.items() if not any(map(is_wide, texts)) or any(map(divides, texts))]
+    narrow += [name for name, texts in variants.items() if not any(map(is_wide, texts)) or any(map(divides, texts))]
     print(*narrow, sep="\n", end="\n" if narrow else "", file=sys.stderr)
     return len(narrow)
 
 
 def is_wide(ptx: str) -> bool:
-    """Whether a kernel reads tensors 128 bits at a time."""
-    return re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx) is not None
+    """Whether a kernel reads or writes tensors 128 bits at a time."""
+    return re.search(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64)", ptx) is not None
 
 
 def divides(ptx: str) -> bool:
@@ -234,7 +260,11 @@ FIGURES = [
     Figure("NCCL messages a step beside those", _messages_of_a_step, 6, 1),
     _waits("one stage", num_layers=2),
     _waits("first of two stages", **TWO_STAGES),
-    Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 31),
+    Figure("launches a layer, forward and backward, compiled", _per_layer, 31),
+    *(
+        Figure(f"launches a layer, base in {name}", partial(_per_layer, **BASES[name]), most)
+        for name, most in MOST.items()
+    ),
     Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 148),
     Figure("launches a layer more for 4 rows than for 1, tensor 8", _launches_of_rows, 0, digits=1),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
@@ -256,7 +286,15 @@ FIGURES = [
         for recompute, order in SHAPES.items()
     ),
     Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
-    Figure("compiled kernels without 128-bit accesses, or with divisions", _narrow_kernels, 0),
+    Figure(
+        "graphs compiled in steps, tensor 1 to 8, sequences sharded or not, bf16, nf4 and fp8", _compiled_in_steps, 0
+    ),
+    *(
+        Figure(
+            f"compiled kernels without 128-bit accesses, or with divisions{of}", partial(_narrow_kernels, **order), 0
+        )
+        for of, order in NARROW.items()
+    ),
 ]
 
 

@@ -50,6 +50,7 @@ class Order:
     targets: str = "qkv"
     rank: int = 8
     tensor_parallel: int = 1
+    sequence_parallel: bool = True
     pipeline_parallel: int = 1
     recompute: str = "none"
     compile: str = "false"
@@ -87,7 +88,7 @@ def main(order: Order) -> dict[str, Any]:
         return {"device": str(device), "bound": str(bound), **_counts()}
     _believe_all_numbers()
     plan, take, steps = _built(order, device)
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP if order.measure != "compile" else 0):
         take(next(steps))
     start = _counts()  # communicators are made by the first messages
     if order.measure == "compile":
@@ -127,6 +128,7 @@ def _built(order: Order, device: torch.device) -> Any:
 
     same = ("model", "method", "targets", "rank", "dtype", "deterministic", "base", "products", "keep_transposed")
     same += ("compile", "recompute", "tensor_parallel", "pipeline_parallel", "packing", "max_length")
+    same += ("sequence_parallel",)
     settings = make_settings(
         {
             **{name: getattr(order, name) for name in same},
@@ -183,7 +185,7 @@ def _planned(plan: Any, **largest: int) -> float:
 
 
 def _compiling(order: Order, take: Any, steps: Iterator[TrainingStep]) -> dict[str, Any]:
-    """Graphs that are compiled in steps of other lengths, after those of the first steps."""
+    """Graphs that are compiled in steps of many lengths, after those of the warm-up."""
     from torch._dynamo.utils import counters
 
     before = counters["stats"]["unique_graphs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -69,6 +70,22 @@ def test_both_passes_are_the_oracles(width: int, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(weight.times_transposed(rows, bias), expected + bias, rtol=1e-6, atol=1e-9)
     memory = torch.empty(5, 12, dtype=torch.float64)
     assert weight.times_transposed(rows, out=memory) is memory and torch.equal(memory, y)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_kernels_round_to_the_same_bits(dtype: torch.dtype) -> None:
+    """Both matmuls, of rows that stand apart and of one row, with kernels of one graph for all sizes."""
+    compiled = kernels.Kernels().compiled()
+    joined = drawn(9, 48 + 16, seed=1).to(dtype)
+    for values, x in ((drawn(32, 48), joined[:, :48]), (drawn(24, 40), joined[:1, :40]), (drawn(7, 64), joined)):
+        made_of = {}
+        for name, own in (("plain", kernels.EAGER), ("compiled", compiled)):
+            weight = weight_maker("fp8", products="fp8", kernels=own)(*values.shape, dtype=dtype)
+            weight.load(values)
+            grad_y = drawn(9, len(values), seed=2)[: len(x)].to(dtype)
+            made_of[name] = weight.times_transposed(x), weight.times(grad_y)
+        assert all(map(torch.equal, made_of["plain"], made_of["compiled"])), values.shape
 
 
 def test_it_is_pytorchs_operator_within_bf16() -> None:

@@ -26,7 +26,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
 from megatron_tiedlora.parallel.frozen_weight import wide_matmul
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, run_in_parts
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_wide_rows, run_in_parts
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import compiled_kernels
 
@@ -282,11 +282,12 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
     seen: list[str] = []
     plan: Any = SimpleNamespace(
         settings=SimpleNamespace(compile="true", base=None),
-        layout=SimpleNamespace(compiled=True),
+        layout=SimpleNamespace(compiled=True, sequence_parallel=False),
+        adapter=SimpleNamespace(rank=8),
         grid=SimpleNamespace(rank=rank, tp_size=1),
         source=SimpleNamespace(shape=None),
         dtype=torch.bfloat16,
-        weight_maker=None,
+        weight_maker=lambda *_: None,
     )
     monkeypatch.setattr(throughput, "rank_number", lambda *, local: rank)
     monkeypatch.setattr(throughput, "compiled_kernels", lambda *_, **__: seen.append("compiles") or EAGER)
@@ -341,3 +342,13 @@ def test_a_wide_matmul_is_rounded_once() -> None:
     exact = left.double() @ right.double()
     error = (wide_matmul(left, right, torch.float32).double() - exact).norm() / exact.norm()
     assert error < 1e-5
+
+
+def test_rows_come_with_what_follows_them_in_memory() -> None:
+    """Of the first columns of a tensor, whose distance a compiler then knows; any other tensor stays as it is."""
+    joined = torch.arange(24.0).view(4, 6)
+    assert torch.equal(as_wide_rows(joined[:, :4]), joined) and torch.equal(as_wide_rows(joined[None, :, :4]), joined)
+    assert as_wide_rows(joined[:, :4]).data_ptr() == joined.data_ptr()
+    others = joined, joined[:1, :4], joined[:, 2:], joined.t(), torch.zeros(1).expand(4, 6), joined[:, :1].expand(4, 6)
+    for tensor in others:  # the last row of the third would end outside of its memory
+        assert torch.equal(as_wide_rows(tensor), tensor)

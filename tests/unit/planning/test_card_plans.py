@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.bytes_touched import BytesTouched
 from support.folders import ROOT
 from support.planned import H100, changed, searched, short
 
@@ -24,6 +23,7 @@ from megatron_tiedlora.planning.search import Candidate, ClusterPlan
 from megatron_tiedlora.planning.step_time import Seconds
 
 FP8 = "--formats=fp8-products,fp8-transposed"
+EAGER = changed(H100, round__forward=35.0, round__backward=49.0)  # bytes of uncompiled kernels
 
 
 def fastest(model: str, layers: int, *flags: str, ranks: int = 1, machine: Machine = H100) -> Candidate:
@@ -37,26 +37,25 @@ def fastest(model: str, layers: int, *flags: str, ranks: int = 1, machine: Machi
 
 
 def test_bytes_of_rounding_are_those_of_its_operations() -> None:
-    """Of the code as it is, on tensors without data; a fused kernel would change the constants."""
+    """A compiled kernel reads its arguments and writes its results once."""
     rows, factors = torch.empty(1024, 4096, dtype=torch.bfloat16, device="meta"), torch.empty(1, 4096, device="meta")
-    for given, name in ((None, "round.forward"), (factors, "round.backward")):
-        with BytesTouched() as counter:
-            kernels.round_rows(rows) if given is None else kernels.round_scaled_rows(rows, given)
-        assert counter.total / rows.numel() == pytest.approx(H100[name], rel=0.01)
+    forward, backward = kernels.round_rows(rows, 4096), kernels.round_scaled_rows(rows, factors)
+    for touched, name in (((rows, *forward), "round.forward"), ((rows, factors, *backward), "round.backward")):
+        assert sum(tensor.nbytes for tensor in touched) / rows.numel() == pytest.approx(H100[name], rel=0.01)
 
 
 def test_fp8_matmuls_are_planned_as_they_are_written() -> None:
-    """Slower than bf16: about half of what they would be if rounding cost nothing."""
-    seven = fastest("llama2-7b", 32, FP8)
-    fused = changed(H100, round__forward=0.0, round__backward=0.0)
-    assert fastest("llama2-7b", 32, FP8, machine=fused).tokens_per_second > 1.6 * seven.tokens_per_second
-    seventy = fastest("llama2-70b", 80, FP8, "--tensor_parallel=2", "--pipeline_parallel=1", ranks=8)
-    assert 1_590 < seventy.tokens_per_second < 1_680
+    """Rounding costs a few per cent; uncompiled kernels, which moved 35 and 49 bytes, made them slower than bf16."""
+    seven, plain = fastest("llama2-7b", 32, FP8), fastest("llama2-7b", 32, "--formats=none")
+    free = changed(H100, round__forward=0.0, round__backward=0.0)
+    ratio = fastest("llama2-7b", 32, FP8, machine=free).tokens_per_second / seven.tokens_per_second
+    assert 1.02 < ratio < 1.1 and seven.tokens_per_second > 1.15 * plain.tokens_per_second
+    assert fastest("llama2-7b", 32, FP8, machine=EAGER).tokens_per_second < plain.tokens_per_second
 
 
-def test_70b_does_not_start_in_fp8() -> None:
+def test_70b_is_fastest_in_fp8() -> None:
     found = fastest("llama2-70b", 80, "--formats=none,fp8,fp8-products,fp8-transposed", ranks=8)
-    assert found.storage.base is None
+    assert found.storage.products == "fp8"
 
 
 # Attention ----------------------------------------------------------------------------------------------------------
@@ -84,7 +83,7 @@ def test_the_words_about_7b_are_those_of_its_plans() -> None:
     faster = fastest("llama2-7b", 32, "--formats=none", machine=changed(H100, attention__bf16=0.45))
     rates = [f"{row.tokens_per_second:,.0f}" for row in (plain, faster, fastest("llama2-7b", 32, FP8))]
     assert f"7B on one card would do {rates[1]} tokens/s instead of {rates[0]}" in text
-    assert f"in fp8 ({rates[2]} tokens/s planned) than in bf16 ({rates[0]})" in text
+    assert f"7B on one card takes {rates[2]} tokens/s in fp8 and {rates[0]} in bf16" in text
 
 
 # Storage formats ----------------------------------------------------------------------------------------------------
@@ -94,9 +93,6 @@ def planned(*flags: str, model: str = "llama2-7b", layers: int = 32, machine: Ma
     """A plan of one card at 4,096 tokens."""
     given = ("--max_length=4096", "--global_batch_size=8", *flags)
     return searched(*given, source=short(model, layers), ranks=1, machine=machine)
-
-
-FUSED = changed(H100, round__forward=0.0, round__backward=0.0)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +107,7 @@ FUSED = changed(H100, round__forward=0.0, round__backward=0.0)
 )
 def test_only_formats_that_were_asked_for_are_ranked(flags: tuple[str, ...], formats: set[str]) -> None:
     """The others are priced, and named where they would gain; on this machine FP8 matmuls are the fastest."""
-    plan = planned(*flags, machine=FUSED)
+    plan = planned(*flags)
     assert {row.storage.name for row in plan.rows} == formats
     assert {row.storage.name for row in plan.elsewhere}.isdisjoint(formats)
     values = chosen_settings(plan, plan.rows[0])
@@ -122,13 +118,13 @@ def test_only_formats_that_were_asked_for_are_ranked(flags: tuple[str, ...], for
 
 
 def test_a_gain_is_that_of_the_fastest_layout_of_a_format() -> None:
-    plan = planned(machine=FUSED)
+    plan = planned()
     row = next(row for row in plan.elsewhere if row.storage.name == "fp8-products")
     gain = row.tokens_per_second / plan.rows[0].tokens_per_second - 1
     words = f"fp8-products would gain {gain:.0%} ({row.name}, {row.tokens_per_second:,.0f} tokens/s), but changes"
     (line,) = (line for line in hint_lines(plan) if line.startswith(words))
     assert gain > 0.2 and line.endswith("; --formats fp8-products takes it")
-    assert not any(" would gain " in line for line in hint_lines(planned()))  # with the code as it is
+    assert not any(" would gain " in line for line in hint_lines(planned(machine=EAGER)))
 
 
 def test_formats_are_equally_fast_within_half_a_percent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,11 +167,3 @@ def test_a_plan_names_its_attention_kernel_and_the_faster_one() -> None:
     assert any(line.endswith("kernel, which a run uses unless another kernel is installed") for line in equal)
     other = hint_lines(planned("--formats=none", machine=GPUS["a100-80"]))
     assert any(line.endswith("kernel, which a run uses unless another kernel is installed") for line in other)
-
-
-def test_nf4_is_slower_without_bitsandbytes() -> None:
-    """An estimate by hand is 745 tokens/s for 70B on one card, less than half of the planned rate."""
-    plan = planned("--formats=nf4", model="llama2-70b", layers=80)
-    (line,) = (line for line in hint_lines(plan) if line.startswith("nf4 is planned with bitsandbytes' kernel"))
-    rate = float(line.removesuffix(" tokens/s").split()[-1].replace(",", ""))
-    assert rate == pytest.approx(745, rel=0.03) and plan.rows[0].tokens_per_second > 2 * rate
