@@ -468,6 +468,7 @@ _ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "llama2-7b": (_LLAMA2, (4096, 11008, 32, 32, 32)),
     "llama2-13b": (_LLAMA2, (5120, 13824, 40, 40, 40)),
     "llama2-70b": (_LLAMA2, (8192, 28672, 80, 64, 8)),
+    "llama2-70b-8k": ({**_LLAMA2, "max_position_embeddings": 8192}, (8192, 28672, 80, 64, 8)),  # to plan long rows
     "llama3.1-8b": (_LLAMA31, (4096, 14336, 32, 32, 8)),
     "llama3.1-70b": (_LLAMA31, (8192, 28672, 80, 64, 8)),
     "qwen3-8b": (_QWEN3, (4096, 12288, 36, 32, 8)),

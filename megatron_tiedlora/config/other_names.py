@@ -118,7 +118,13 @@ OTHER_DTYPES = {
     **_same("fp16 is not supported", "fp16 float16 torch.float16 half"),
 }
 OTHER_SCHEDULES = {"constant-with-warmup": "constant"}
-OTHER_GPUS = {**_same("a100-80", "a100-80gb"), **_same("h100", "h100-80 h100-80gb"), **_same("h200", "h200-141gb")}
+OTHER_GPUS = {
+    **_same("a100-80", "a100-80gb"),
+    **_same("a800", "a800-80 a800-80gb"),
+    **_same("h100", "h100-80 h100-80gb"),
+    **_same("h800", "h800-80 h800-80gb"),
+    **_same("h200", "h200-141gb"),
+}
 
 
 def value_meant(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:

@@ -50,7 +50,7 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 Schedule = Literal["cosine", "linear", "constant"]  # training/build.py implements them
-GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py describes them
+GPU_NAMES = ("a100-80", "a800", "h20", "h100", "h800", "h200", "b200", "b300")  # planning/machines.py describes them
 HOW_LONG = ("epochs", "max_steps")  # settings that both set the length of training
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # all useful values are between these limits
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"

@@ -5,6 +5,7 @@ on Hopper, is not a candidate, because it builds a plan for each new length. Thi
 list that supports the device, the dtype and the head dim:
 
     FlashAttention 3            16 bits, compute capability 9.x, if `flash_attn_interface` is installed
+    FlashAttention 4            16 bits, 9.0 to 12.x, heads of up to 128, if `flash-attn-4` is installed
     flash_attn                  16 bits, from 8.0 on, if FlashAttention 2 is installed
     PyTorch's flash             16 bits, from 8.0 on
     PyTorch's memory-efficient  fp32, and 16 bits on older GPUs or with heads of more than 256; copies keys and values
@@ -157,13 +158,22 @@ class FusedKernel:
             return f"is not for compute capability {capability[0]}.{capability[1]}"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"has no heads of {head_dim}"
-        if isinstance(self.kernel, str) and find_spec(self.kernel) is None:
+        if isinstance(self.kernel, str) and not _is_installed(self.kernel):
             return "is not installed"
         return None
 
 
+def _is_installed(module: str) -> bool:
+    """Return whether a module with code is installed. A folder without code, which has no origin, does not count."""
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # the package of a submodule is missing
+        return False
+    return found is not None and found.origin is not None
+
+
 def _from_library(module: str, deterministic: bool) -> Attend:
-    """Return `flash_attn_varlen_func` of a library. FlashAttention 2 and 3 have the same names for these arguments."""
+    """Return `flash_attn_varlen_func` of a library. FlashAttention 2 to 4 have the same names for these arguments."""
     function = importlib.import_module(module).flash_attn_varlen_func
     options = {"deterministic": True} if deterministic else {}
 
@@ -210,6 +220,7 @@ _HOPPER, _AMPERE = dict.fromkeys(HALF, (9, 0)), dict.fromkeys(HALF, (8, 0))
 _ALL = {torch.float32: (5, 0), torch.float16: (5, 0), torch.bfloat16: (8, 0)}
 CANDIDATES = (
     FusedKernel("FlashAttention 3", "flash_attn_interface", _HOPPER, below=(10, 0), max_head_dim=256),
+    FusedKernel("FlashAttention 4", "flash_attn.cute", _HOPPER, below=(13, 0), max_head_dim=128),
     FusedKernel("flash_attn", "flash_attn", _AMPERE, max_head_dim=256),
     FusedKernel("PyTorch's flash kernel", _torch_flash, _AMPERE, max_head_dim=256),
     FusedKernel("PyTorch's memory-efficient kernel", _torch_efficient, _ALL),

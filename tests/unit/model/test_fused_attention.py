@@ -29,7 +29,7 @@ from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.selfcheck.reference import plain_attention
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
-FA3, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
+FA3, FA4, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
 LOOP = "PyTorch's attention, one document after another"
 choose = choose_attention.__wrapped__  # what a test has patched must not be remembered
 # Documents of 5, 3, 8, 1 and 15 tokens in two rows of 16.
@@ -109,6 +109,13 @@ ARGUMENTS_3 = (
     *("window_size", "attention_chunk", "softcap", "num_splits", "pack_gqa", "deterministic", "sm_margin"),
     "return_attn_probs",
 )
+# flash-attn-4 4.0.0b36, flash_attn/cute/interface.py
+ARGUMENTS_4 = (
+    *("q", "k", "v", "qv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "min_seqlen_k", "seqused_q"),
+    *("seqused_k", "gather_kv_indices", "page_table", "softmax_scale", "causal", "window_size", "learnable_sink"),
+    *("softcap", "num_splits", "pack_gqa", "deterministic", "score_mod", "return_lse"),
+)
+LIBRARIES = {"flash_attn_interface": ARGUMENTS_3, "flash_attn.cute": ARGUMENTS_4, "flash_attn": ARGUMENTS_2}
 
 
 def install(
@@ -116,12 +123,20 @@ def install(
 ) -> dict[str, Calls]:
     """Have these libraries installed, and no other; the calls that each gets."""
     calls: dict[str, Calls] = {}
-    for name, own in (("flash_attn_interface", ARGUMENTS_3), ("flash_attn", ARGUMENTS_2)):
+    for name, own in LIBRARIES.items():
         calls[name], module = [], ModuleType(name)
         compute = (lambda given: (flash_attn_varlen_func(given), None)) if as_tuple else flash_attn_varlen_func
         module.flash_attn_varlen_func = stand_in(arguments or own, compute, calls[name])  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module if name in names else None)
-    monkeypatch.setattr(fused_attention, "find_spec", lambda name: ModuleSpec(name, None) if name in names else None)
+
+    def find(name: str) -> ModuleSpec | None:
+        if name == "flash_attn.cute" and not names:
+            raise ModuleNotFoundError("No module named 'flash_attn'")
+        if name == "flash_attn" and "flash_attn.cute" in names and name not in names:
+            return ModuleSpec(name, None)  # a folder without code
+        return ModuleSpec(name, None, origin=f"{name}.py") if name in names else None
+
+    monkeypatch.setattr(fused_attention, "find_spec", find)
     return calls
 
 
@@ -169,6 +184,11 @@ OPERATORS = {"_flash_attention_forward": flash, "_efficient_attention_forward": 
         (("flash_attn_interface", "flash_attn"), (8, 0), torch.bfloat16, 128, FA2),
         (("flash_attn_interface", "flash_attn"), (10, 0), torch.bfloat16, 128, FA2),
         (("flash_attn_interface",), (12, 0), torch.float16, 256, FLASH),
+        (("flash_attn_interface", "flash_attn.cute"), (9, 0), torch.bfloat16, 128, FA3),
+        (("flash_attn.cute", "flash_attn"), (9, 0), torch.bfloat16, 128, FA4),
+        (("flash_attn.cute", "flash_attn"), (10, 3), torch.float16, 64, FA4),
+        (("flash_attn.cute", "flash_attn"), (10, 0), torch.bfloat16, 256, FA2),
+        (("flash_attn.cute",), (8, 0), torch.bfloat16, 128, FLASH),
         (("flash_attn",), (9, 0), torch.float16, 100, FA2),
         ((), (9, 0), torch.bfloat16, 128, FLASH),
         ((), (8, 6), torch.bfloat16, 12, FLASH),
@@ -232,7 +252,7 @@ def test_a_backward_pass_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(("module", "name"), [("flash_attn_interface", FA3), ("flash_attn", FA2)])
+@pytest.mark.parametrize(("module", "name"), zip(LIBRARIES, (FA3, FA4, FA2), strict=True))
 def test_libraries_are_told_to_be_deterministic(
     monkeypatch: pytest.MonkeyPatch, module: str, name: str, deterministic: bool
 ) -> None:
@@ -261,12 +281,12 @@ def assert_same(found: torch.Tensor, wanted: torch.Tensor, parts: Sequence[torch
 @pytest.mark.parametrize("head_dim", [32, 12])
 @pytest.mark.parametrize("counts", [(6, 2), (4, 4)])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("route", [FA3, FA3 + ", an early one", FA2, FLASH, EFFICIENT, LOOP])
+@pytest.mark.parametrize("route", [FA3, FA3 + ", an early one", FA4, FA2, FLASH, EFFICIENT, LOOP])
 def test_every_route_is_attention(
     monkeypatch: pytest.MonkeyPatch, route: str, packed: bool, counts: tuple[int, int], head_dim: int
 ) -> None:
     """Values and gradients are those of the definition, in fp64; heads of 12 are padded to 16."""
-    install(monkeypatch, "flash_attn_interface", "flash_attn", as_tuple="early" in route)
+    install(monkeypatch, *LIBRARIES, as_tuple="early" in route)
     stand_in_for_operators(monkeypatch)
     makers = {candidate.name: candidate.make for candidate in CANDIDATES}
     attend = one_by_one if route == LOOP else makers[route.removesuffix(", an early one")](False)

@@ -6,6 +6,7 @@ The bounds of the rates are those of an estimate by hand from launch counts and 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_70b_is_fastest_in_fp8() -> None:
 
 def test_attention_is_that_of_a_default_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel of the table is one that a run can choose. The default one is no library's, even if there is one."""
-    monkeypatch.setattr(fused_attention, "find_spec", lambda _name: object())
+    monkeypatch.setattr(fused_attention, "find_spec", lambda name: ModuleSpec(name, None, origin="x"))
     names = {candidate.name: candidate for candidate in CANDIDATES}
     for card in GPUS.values():
         assert card.capability is not None
