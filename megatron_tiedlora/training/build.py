@@ -141,7 +141,7 @@ def load_stage_weights(
         tp_rank=grid.tp_rank,
         tp_size=grid.tp_size,
         largest=partial(largest_of_all, group=groups.tensor),
-        reads=plan.engine.zero_stage < 3 or grid.dp_rank == 0,
+        reads=grid.dp_rank == 0,  # the engine broadcasts all parameters from this rank to its replicas
         progress=grid.rank == 0,
     )
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.evaluation_runs import evaluate as run_evaluation
 from support.evaluation_runs import results
 from support.native_files import with_adapter, write_native
-from support.run_files import edit_json, edit_tensors, files_of
+from support.run_files import edit_json, edit_tensors, files_of, losses
 from support.run_helpers import Base, begin, run, write_rows
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
@@ -277,6 +277,27 @@ def _own_copy(folder: str) -> None:
 
     if os.environ["RANK"] == "1":
         ModelSource.weights_folder = lambda source: Path(folder)  # type: ignore[method-assign]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("engine", "base_format"), [("zero0.json", None), ("zero1.json", "nf4"), ("zero2.json", None)])
+def test_replicas_get_the_base_from_the_first_rank(
+    base: Base, tmp_path: Path, folder: Path, engine: str, base_format: str | None
+) -> None:
+    """Rank 1 reads no weight, and the ranks compute what one that reads all of them does."""
+    given: dict[str, Any] = {"ds_config": engine, "base": base_format}
+    run(base, folder, ranks=2, prelude=_reads_no_weights, **given)
+    run(base, tmp_path / "alone", **given)
+    ours, alone = losses(folder), losses(tmp_path / "alone")
+    assert [step for step, _ in ours] == [step for step, _ in alone] and len(ours) > 1
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in alone], rel=1e-5)
+
+
+def _reads_no_weights() -> None:
+    import os
+
+    if os.environ["RANK"] == "1":
+        BaseWeights.fill = lambda *_, **__: pytest.fail("a replica reads a weight")  # type: ignore[method-assign]
 
 
 # Tokenizers of a run's own, merged bases --------------------------------------------------------------
