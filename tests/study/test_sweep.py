@@ -109,7 +109,7 @@ def test_more_ranks_can_be_added_and_none_left_out(study: tuple[Base, Path], who
     ended = go_on(study, folder, "--max_steps=17", expect=2)
     assert "the sweep was started with --max_steps 16, but the value is now 17" in ended.error_line()
     ended = go_on(study, folder, "--test_limit=3", expect=2)
-    assert "--test_limit None, but the value is now 3" in ended.error_line()
+    assert "--test_limit no limit, now it is 3" in ended.error_line()
     assert starts(work(folder)) == []
     go_on(study, folder, "--methods=lora,tl6,tl5", "--learning_rates=2e-1,5e-2", "--ranks=2,3")
     new = ["tl5-r2-lr2e-1", "tl5-r2-lr5e-2", "tl5-r3-lr2e-1", "tl5-r3-lr5e-2"]
