@@ -167,7 +167,7 @@ def _is_installed(module: str) -> bool:
     """Return whether a module with code is installed. A folder without code, which has no origin, does not count."""
     try:
         found = find_spec(module)
-    except ModuleNotFoundError:  # the package of a submodule is missing
+    except Exception:  # the package of a submodule is imported, and is missing or built for another torch
         return False
     return found is not None and found.origin is not None
 

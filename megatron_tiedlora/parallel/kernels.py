@@ -54,8 +54,8 @@ def as_wide_rows(tensor: Tensor) -> Tensor:
     """
     rows = as_rows(tensor)
     (count, width), (distance, step) = rows.shape, rows.stride()
-    end = rows.storage_offset() + count * distance
-    if count < 2 or step != 1 or distance <= width or end * rows.itemsize > rows.untyped_storage().nbytes():
+    end = (rows.storage_offset() + count * distance) * rows.itemsize
+    if count < 2 or step != 1 or not width < distance < 2 * width or end > rows.untyped_storage().nbytes():
         return rows
     return rows.as_strided((count, distance), (distance, 1)).detach()
 

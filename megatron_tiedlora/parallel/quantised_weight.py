@@ -313,9 +313,11 @@ def check_fp8_capability(name: str, found: tuple[int, int]) -> None:
 
 
 def _multiply_by_row(device: torch.device) -> None:
-    numbers = torch.ones(_MULTIPLE, _MULTIPLE, device=device).to(quantise.CODE_TYPE["fp8"])
-    scales = torch.ones(_MULTIPLE, 1, device=device)
-    torch._scaled_mm(numbers, numbers.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+    weight = torch.ones(_MULTIPLE, _MULTIPLE, device=device).to(quantise.CODE_TYPE["fp8"])
+    rows, scales = weight[:3], torch.ones(_MULTIPLE, device=device)
+    bias = torch.ones(_MULTIPLE, dtype=torch.bfloat16, device=device)
+    for others in ({"bias": bias, "use_fast_accum": True}, {}):  # as in both passes
+        _multiply(rows, weight.t(), scales[:3], scales[None], bias, **others)
 
 
 def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:

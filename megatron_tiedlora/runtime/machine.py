@@ -26,8 +26,8 @@ from megatron_tiedlora.base.output_folder import user_cache
 
 LIBRARIES = (
     *("torch", "deepspeed", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors"),
-    *("huggingface_hub", "numpy", "bitsandbytes", "pydantic", "triton", "flash_attn", "flash_attn_3", "mpi4py"),
-    *("rouge-score", "sacrebleu"),
+    *("huggingface_hub", "numpy", "bitsandbytes", "pydantic", "triton", "flash_attn", "flash_attn_3", "flash-attn-4"),
+    *("mpi4py", "rouge-score", "sacrebleu"),
 )
 # Variables that affect a run: names, and prefixes that end with an underscore.
 VARIABLES = (

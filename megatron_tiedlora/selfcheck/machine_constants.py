@@ -32,7 +32,7 @@ from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, PRESETS, i
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model import batch, families, fused_attention
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, listed_peak
 from megatron_tiedlora.runtime.process_group import ranks_by_host
@@ -100,6 +100,11 @@ class _Measure:
         words, peak = set(name.replace("-", " ").split()), listed_peak(name)
         alike = (card for card in GPUS.values() if set(card.title.split()) <= words and card["peak.bf16"] == peak)
         return next(alike, None)
+
+    @cached_property
+    def _kernels(self) -> Kernels:
+        """Return the kernels of a long run, with which weights are dequantised and inputs are rounded."""
+        return EAGER if self.device.type == "cpu" else Kernels().compiled(static_widths=True)
 
     @property
     def start(self) -> Machine:
@@ -206,7 +211,9 @@ class _Measure:
         for linear in linears:
             with self.device:
                 # On a GPU, transposing has its own term in the plan, so it is not measured here.
-                made = weight_maker(base_format, products=products, keep_transposed=products is not None)
+                made = weight_maker(
+                    base_format, products=products, keep_transposed=products is not None, kernels=self._kernels
+                )
                 weight = made(linear.out_size, linear.in_size, dtype=dtype)
             weight.load(self._random(linear.out_size, linear.in_size, dtype=dtype))
             x, grad_y = (self._random(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
@@ -251,7 +258,7 @@ class _Measure:
     def _dequantised(self, name: str, seconds: float) -> Constant:
         linear = self.source.shape.block.output
         with self.device:
-            weight = weight_maker(name)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
+            weight = weight_maker(name, kernels=self._kernels)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
         weight.load(self._random(linear.out_size, linear.in_size, dtype=torch.bfloat16))
         x = self._random(1, linear.in_size, dtype=torch.bfloat16)  # with one token, most of the time is dequantising
         taken = self._time(lambda: weight.times_transposed(x), seconds)

@@ -119,13 +119,23 @@ def in_words(errors: Mapping[str, float]) -> str:
 # Quantised bases ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["eager", "compiled"])
+def weight_kernels(request: pytest.FixtureRequest, joined: torch.device) -> Kernels:
+    """Return the kernels with which weights are dequantised and inputs are rounded."""
+    if request.param == "eager":
+        return EAGER
+    if joined.type == "cpu":
+        pytest.skip("kernels that are compiled for GPUs")
+    return Kernels().compiled(static_widths=True)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", BASE_FORMATS)
-def test_bits(name: str, width: int, joined: torch.device, tell: parts.Tell) -> None:
+def test_bits(name: str, width: int, joined: torch.device, weight_kernels: Kernels, tell: parts.Tell) -> None:
     """Check that the stored bits and the dequantised values of a format are the same as on a CPU."""
     contents = []
-    for device in (torch.device("cpu"), joined):
-        weight = loaded(width, device, torch.bfloat16, name)
+    for device, kernels in ((torch.device("cpu"), EAGER), (joined, weight_kernels)):
+        weight = loaded(width, device, torch.bfloat16, name, kernels=kernels)
         ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)  # a matmul returns the values
         contents.append([*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()])
     wrong = sum(int((a != b).sum()) for a, b in zip(*contents, strict=True))
@@ -134,7 +144,9 @@ def test_bits(name: str, width: int, joined: torch.device, tell: parts.Tell) -> 
 
 
 @pytest.mark.parametrize("keep_transposed", [False, True], ids=["", "transposed copies kept"])
-def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: parts.Tell) -> None:
+def test_products_in_fp8(
+    keep_transposed: bool, joined: torch.device, weight_kernels: Kernels, tell: parts.Tell
+) -> None:
     """Compare FP8 matmuls of both passes with fp64 matmuls of the same 8-bit values on a CPU."""
     if joined.type == "cuda" and torch.cuda.get_device_capability(joined) < FP8_CAPABILITY:
         pytest.skip(f"the GPU's compute capability is below {'.'.join(map(str, FP8_CAPABILITY))}")
@@ -142,7 +154,8 @@ def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: part
     draw = torch.Generator().manual_seed(4)
     x, grad_y = (torch.randn(TOKENS, size, generator=draw).bfloat16() for size in (width, ROWS))
     exact = loaded(width, torch.device("cpu"), torch.float64, "fp8", products="fp8")
-    found = loaded(width, joined, torch.bfloat16, "fp8", products="fp8", keep_transposed=keep_transposed)
+    given = {"products": "fp8", "keep_transposed": keep_transposed, "kernels": weight_kernels}
+    found = loaded(width, joined, torch.bfloat16, "fp8", **given)
     forward = reference.relative(found.times_transposed(x.to(joined)), exact.times_transposed(x.double()))
     backward = reference.relative(found.times(grad_y.to(joined)), exact.times(grad_y.double()))
     tell("errors forward and backward", f"{forward:.1e}, {backward:.1e}")

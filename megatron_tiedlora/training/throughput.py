@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -425,7 +425,11 @@ def _call_all(
     labels = labels.moved(lambda tensor: tensor.to(device))
     tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
     # Both passes run on this thread, since the patch is thread-local. It prevents compile workers from staying alive.
-    with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
+    with ExitStack() as patches:
+        patches.enter_context(inductor.patch(compile_threads=1))
+        # A kernel has a graph for each width and distance of rows.
+        patches.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        patches.enter_context(torch.autograd.set_multithreading_enabled(False))
         for found in documents:
             packed = None if found is None else found.expand(num_rows, length)
             if torch.is_grad_enabled():

@@ -130,8 +130,8 @@ def install(
         monkeypatch.setitem(sys.modules, name, module if name in names else None)
 
     def find(name: str) -> ModuleSpec | None:
-        if name == "flash_attn.cute" and not names:
-            raise ModuleNotFoundError("No module named 'flash_attn'")
+        if name == "flash_attn.cute" and name not in names:
+            raise ImportError("undefined symbol") if "flash_attn" in names else ModuleNotFoundError("flash_attn")
         if name == "flash_attn" and "flash_attn.cute" in names and name not in names:
             return ModuleSpec(name, None)  # a folder without code
         return ModuleSpec(name, None, origin=f"{name}.py") if name in names else None

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT
 
+from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight
 from megatron_tiedlora.selfcheck import (
     reference,
@@ -332,31 +333,31 @@ def test_a_wrong_plain_pytorch_is_no_measure(judge: Judge, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", test_correct.BASE_FORMATS)
 def test_a_number_that_differs_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for width in test_correct.WIDTHS:
-        assert outcome_of(test_correct.test_bits, name, width, CPU) == "passed"
+        assert outcome_of(test_correct.test_bits, name, width, CPU, EAGER) == "passed"
     original, made = test_correct.loaded, []
 
-    def loaded(*arguments: Any) -> Any:
-        made.append(original(*arguments))
+    def loaded(*arguments: Any, **others: Any) -> Any:
+        made.append(original(*arguments, **others))
         if len(made) % 2 == 0:
             next(iter(made[-1].parameters.values())).data[7, 3] ^= 8
         return made[-1]
 
     monkeypatch.setattr(test_correct, "loaded", loaded)
     for width in test_correct.WIDTHS:
-        assert outcome_of(test_correct.test_bits, name, width, CPU) == "failed"
+        assert outcome_of(test_correct.test_bits, name, width, CPU, EAGER) == "failed"
 
 
 @pytest.mark.parametrize("keep_transposed", [False, True])
 @pytest.mark.parametrize("way", ["times", "times_transposed"])
 def test_a_product_without_a_scale_is_seen(way: str, keep_transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert outcome_of(test_correct.test_products_in_fp8, keep_transposed, CPU) == "passed"
+    assert outcome_of(test_correct.test_products_in_fp8, keep_transposed, CPU, EAGER) == "passed"
     original = getattr(Fp8MatmulWeight, way)
 
     def without(self: Fp8MatmulWeight, rows: torch.Tensor) -> Any:
         return original(self, rows if self.dtype != torch.bfloat16 else rows * 1.02)
 
     monkeypatch.setattr(Fp8MatmulWeight, way, without)
-    assert outcome_of(test_correct.test_products_in_fp8, keep_transposed, CPU) == "failed"
+    assert outcome_of(test_correct.test_products_in_fp8, keep_transposed, CPU, EAGER) == "failed"
 
 
 def test_waits_are_counted_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
