@@ -168,13 +168,9 @@ class QuantisedWeight(FrozenWeight):
     def _parts(self, num_rows: int | None = None, at_once: int = _AT_ONCE) -> Iterator[slice]:
         """Return slices of the first `num_rows` rows, or of all, with at most `at_once` elements (more on a GPU)."""
         rows, width = self._local_shape
-        return _row_parts(rows if num_rows is None else num_rows, width, at_once, on_gpu=self.tensor.is_cuda)
-
-
-def _row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iterator[slice]:
-    """Return slices of rows. A slice has at most `at_once` elements (more on a GPU), but at least one row."""
-    size = max((NUMBERS_AT_ONCE if on_gpu else at_once) // max(width, 1), 1)
-    return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
+        stop = rows if num_rows is None else num_rows
+        size = max((NUMBERS_AT_ONCE if self.tensor.is_cuda else at_once) // max(width, 1), 1)
+        return (slice(first, min(first + size, stop)) for first in range(0, stop, size))
 
 
 class BlockScaledWeight(QuantisedWeight):
@@ -363,7 +359,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         codes, scales = self.kernels.round_rows(as_wide_rows(x), x.shape[1])
         if self._runs_in_fp8(x):
             weight = quantise.fp8_numbers(self.tensor.detach()).t()
-            # Sums in the tensor cores are exact enough for activations, and twice as fast in some kernels.
+            # Fast accumulation keeps fewer bits of partial sums. Some kernels are known to be slow without it.
             return _multiply(codes, weight, scales, self.scales.view(1, -1), x, bias=bias, out=out, use_fast_accum=True)
         y = codes.to(x.dtype) @ self._levels(x.dtype).t()
         y.mul_(scales[:, None]).mul_(self.scales.view(1, -1))

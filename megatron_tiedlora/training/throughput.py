@@ -346,7 +346,7 @@ def compiled_kernels(
             return kernels
         # Every kernel is called, forwards and backwards, with each kind of shapes in training. The hidden size and a
         # rank's shard of the vocabulary are those of the run, since compilers treat long and short rows differently.
-        # All other sizes are small and different from each other. This includes 14, the half of 28 that is rotated.
+        # All other sizes are small and different from each other. This includes 14: a head of 28 has 14 rotated pairs.
         small = shape.resized(
             vocab_size=-(-shape.vocab_size // tp_size),
             intermediate_size=88,
@@ -384,7 +384,8 @@ def warm_up_widths(
     short = shape.resized(
         vocab_size=shape.vocab_size, intermediate_size=shape.intermediate_size, num_layers=2, heads=shape.heads
     )
-    for rank in dict.fromkeys(padded(rank, MESSAGE_MULTIPLE) for rank in ranks):
+    columns = {padded(rank, MESSAGE_MULTIPLE) for rank in ranks} if own.sequence_parts > 1 else {MESSAGE_MULTIPLE}
+    for rank in sorted(columns):
         _call_all(kernels.by_rows(marking), short, 3, padded(696, tp_size), tensor_parallel=own, rank=rank, **others)
     with torch.no_grad():
         _call_all(kernels, short, 1, 1, tensor_parallel=own.whole_sequences(), **others)
