@@ -7,7 +7,7 @@ The forward pass computes x W^T + c. The backward pass computes dy W, which does
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,13 @@ class Columns:
     stop: int
     full: int
     largest: Callable[[Tensor], Tensor] | None = None
+
+
+class RoundedRows(NamedTuple):
+    """Rows for FP8 matmuls: codes (tokens, n) float8_e4m3fn, and the scale of each row, (tokens,) fp32."""
+
+    codes: Tensor
+    scales: Tensor
 
 
 class FrozenWeight:
@@ -66,17 +73,29 @@ class FrozenWeight:
         """Return the shape of this rank's shard."""
         return tuple(self.tensor.shape)
 
-    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    @property
+    def gradient_factors(self) -> Tensor | None:
+        """Return the factors (1, out) fp32 of gradients that are rounded for `times`. None: no rows are rounded.
+
+        With factors, both matmuls also take `RoundedRows`: `kernels.round_rows` of x, `round_scaled_rows` of dy.
+        """
+        return None
+
+    def times_transposed(
+        self, x: Tensor | RoundedRows, bias: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """Return x W^T + bias, (tokens, out), for x (tokens, in), written to `out` if given.
 
         Autograd does not record this matmul. `functional.linear` is not used, because DeepSpeed's zero.Init replaces
         that function (seen in 0.19.8).
         """
+        assert isinstance(x, Tensor)
         transposed = self.tensor.detach().t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
-    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
         """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record this."""
+        assert isinstance(grad_y, Tensor)
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
     def empty_values(self) -> Tensor:

@@ -23,7 +23,8 @@ from megatron_tiedlora.parallel.quantise import dequantise_blocks, quantise_rows
 # The number of elements of its widest argument that an uncompiled kernel processes at a time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
 # The same on a CPU, for kernels that would otherwise fall out of its cache.
-HOST_NUMBERS_AT_ONCE = dict.fromkeys(("round_rows", "round_scaled_rows", "dequantise_blocks_"), 2**19)
+_IN_CACHE = ("round_rows", "round_scaled_rows", "normalise_rounded", "gate_rounded", "gate_gradient_rounded")
+HOST_NUMBERS_AT_ONCE = dict.fromkeys((*_IN_CACHE, "dequantise_blocks_"), 2**19)
 # The memory that compiled kernels need on a CPU, in copies of their widest argument. Other kernels need none.
 COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in one more tensor
 
@@ -275,6 +276,42 @@ def round_scaled_rows(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     return round_rows(upcast(rows) * factors, rows.shape[1])
 
 
+def normalise_rounded(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float, keeps: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Return `normalise`, and `round_rows` of the normalised rows, which are None unless `keeps`."""
+    normed, root = normalise(hidden, weight, bias, eps)
+    kept, codes, scales = _rounded(normed, None, keeps)
+    return kept, root, codes, scales
+
+
+def gate_rounded(gate_up: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return `gate`, or None unless `keeps`, and `round_rows` of it."""
+    return _rounded(gate(gate_up), None, keeps)
+
+
+def gate_gradient_rounded(
+    gradient: Tensor, gate_up: Tensor, factors: Tensor, keeps: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return `gate_gradient`, or None unless `keeps`, and `round_scaled_rows` of it; factors are (1, 2 f) fp32."""
+    return _rounded(gate_gradient(gradient, gate_up), factors, keeps)
+
+
+def _rounded(values: Tensor, factors: Tensor | None, keeps: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Round `values` to fp8 after they were rounded to their own dtype, as if one kernel computed and another rounded.
+
+    Within a kernel, compilers leave out the first rounding. On a GPU an operation on the bits keeps it. On a CPU that
+    operation would not be vectorised, and the compiled code has two parts instead.
+    """
+    if torch.compiler.is_compiling() and values.itemsize == 2:
+        if values.is_cuda:
+            values = (values.view(torch.int16) & -1).view(values.dtype)
+        else:
+            torch._dynamo.graph_break()
+    rounded = round_rows(values, values.shape[1]) if factors is None else round_scaled_rows(values, factors)
+    return (values if keeps else None, *rounded)
+
+
 def transpose_(matrix: Tensor, transposed: Tensor) -> None:
     """Write `matrix`, (rows, width), to `transposed`, (width, rows)."""
     transposed.copy_(matrix.t())
@@ -312,6 +349,9 @@ class Kernels:
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
     round_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]] = round_rows
     round_scaled_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = round_scaled_rows
+    normalise_rounded: Callable[..., tuple[Tensor | None, Tensor, Tensor, Tensor]] = normalise_rounded
+    gate_rounded: Callable[[Tensor, bool], tuple[Tensor | None, Tensor, Tensor]] = gate_rounded
+    gate_gradient_rounded: Callable[..., tuple[Tensor | None, Tensor, Tensor]] = gate_gradient_rounded
     transpose_: Callable[[Tensor, Tensor], None] = transpose_
     dequantise_rows_: Callable[[Tensor, Tensor, Tensor], None] = dequantise_rows_
     dequantise_blocks_: Callable[[Tensor, Tensor, Tensor, int, Tensor], None] = dequantise_blocks_
@@ -370,16 +410,17 @@ def run_in_parts(
     size = max((at_once or NUMBERS_AT_ONCE) // max(width, 1), 1)
     if num_rows <= size:
         return kernel(*arguments)
-    results: list[Tensor] | None = None
+    results: list[Tensor | None] | None = None
     for start in range(0, num_rows, size):
         part = slice(start, start + size)
         found = kernel(*(a[part] if mine else a for a, mine in zip(arguments, has_rows, strict=True)))
         if found is None:  # it changes its arguments in place
             continue
         found = found if isinstance(found, tuple) else (found,)
-        results = results or [tensor.new_empty((num_rows, *tensor.shape[1:])) for tensor in found]
+        results = results or [t if t is None else t.new_empty((num_rows, *t.shape[1:])) for t in found]
         for result, tensor in zip(results, found, strict=True):
-            result[part] = tensor
+            if result is not None:
+                result[part] = tensor
     if results is None:
         return None
     return tuple(results) if len(results) > 1 else results[0]

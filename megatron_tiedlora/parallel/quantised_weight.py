@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, BaseFormat, LinearShape
 from megatron_tiedlora.parallel import quantise
-from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, WeightMaker, frozen_parameter
+from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, RoundedRows, WeightMaker, frozen_parameter
 from megatron_tiedlora.parallel.kernels import EAGER, NUMBERS_AT_ONCE, Kernels, as_wide_rows
 
 # The number of elements that are processed at a time on a CPU, so that their temporaries stay in its cache.
@@ -147,11 +147,13 @@ class QuantisedWeight(FrozenWeight):
         self._dequantise(out)
         return FrozenWeight(out)
 
-    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    def times_transposed(
+        self, x: Tensor | RoundedRows, bias: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """See `FrozenWeight.times_transposed`."""
         return self._dequantised().times_transposed(x, bias, out=out)
 
-    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`."""
         return self._dequantised().times(grad_y, out=out)
 
@@ -313,7 +315,7 @@ def _multiply_by_row(device: torch.device) -> None:
     rows, scales = weight[:3], torch.ones(_MULTIPLE, device=device)
     bias = torch.ones(_MULTIPLE, dtype=torch.bfloat16, device=device)
     for others in ({"bias": bias, "use_fast_accum": True}, {}):  # as in both passes
-        _multiply(rows, weight.t(), scales[:3], scales[None], bias, **others)
+        _multiply(rows, weight.t(), scales[:3], scales[None], torch.bfloat16, **others)
 
 
 def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:
@@ -354,33 +356,43 @@ class Fp8MatmulWeight(RowScaledWeight):
         if self.transposed is not None:
             self.transposed.data[:, rows].copy_(codes.t())
 
-    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    @property
+    def gradient_factors(self) -> Tensor:
+        """See `FrozenWeight.gradient_factors`. They are the scales of the weight's rows."""
+        return self.scales.view(1, -1)
+
+    def times_transposed(
+        self, x: Tensor | RoundedRows, bias: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
-        codes, scales = self.kernels.round_rows(as_wide_rows(x), x.shape[1])
-        if self._runs_in_fp8(x):
+        codes, scales = x if isinstance(x, RoundedRows) else self.kernels.round_rows(as_wide_rows(x), x.shape[1])
+        if self._runs_in_fp8:
             weight = quantise.fp8_numbers(self.tensor.detach()).t()
             # Fast accumulation keeps fewer bits of partial sums. Some kernels are known to be slow without it.
-            return _multiply(codes, weight, scales, self.scales.view(1, -1), x, bias=bias, out=out, use_fast_accum=True)
-        y = codes.to(x.dtype) @ self._levels(x.dtype).t()
-        y.mul_(scales[:, None]).mul_(self.scales.view(1, -1))
+            others = {"bias": bias, "out": out, "use_fast_accum": True}
+            return _multiply(codes, weight, scales, self.gradient_factors, self.dtype, **others)
+        y = codes.to(self.dtype) @ self._levels().t()
+        y.mul_(scales[:, None]).mul_(self.gradient_factors)
         if bias is not None:
             y += bias
         return y if out is None else out.copy_(y)
 
-    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`; dy s is rounded to fp8."""
-        codes, scales = self.kernels.round_scaled_rows(grad_y, self.scales.view(1, -1))
-        if self._runs_in_fp8(grad_y):
+        factors = self.gradient_factors
+        codes, scales = grad_y if isinstance(grad_y, RoundedRows) else self.kernels.round_scaled_rows(grad_y, factors)
+        if self._runs_in_fp8:
             weight = quantise.fp8_numbers(self._transposed_codes()).t()
-            ones = self.workspace.ones(self._local_shape[1], grad_y.device)
-            return _multiply(codes, weight, scales, ones, grad_y, out=out)
-        dx = (codes.to(grad_y.dtype) @ self._levels(grad_y.dtype)).mul_(scales[:, None])
+            ones = self.workspace.ones(self._local_shape[1], codes.device)
+            return _multiply(codes, weight, scales, ones, self.dtype, out=out)
+        dx = (codes.to(self.dtype) @ self._levels()).mul_(scales[:, None])
         return dx if out is None else out.copy_(dx)
 
-    def _runs_in_fp8(self, x: Tensor) -> bool:
-        """Return whether the GPU's FP8 matmul kernel can be used: `x` is bf16, and the weight's sizes fit."""
+    @property
+    def _runs_in_fp8(self) -> bool:
+        """Return whether the GPU's FP8 matmul kernel can be used: activations are bf16, and the weight's sizes fit."""
         fits = all(size % _MULTIPLE == 0 for size in self._local_shape)
-        return x.is_cuda and x.dtype == torch.bfloat16 and fits
+        return self.tensor.is_cuda and self.dtype == torch.bfloat16 and fits
 
     def _transposed_codes(self) -> Tensor:
         """Return the transposed codes, uint8 of shape (in, out): the stored copy, or a copy in the workspace."""
@@ -391,18 +403,20 @@ class Fp8MatmulWeight(RowScaledWeight):
         self.kernels.transpose_(self.tensor.detach(), out)
         return out
 
-    def _levels(self, dtype: torch.dtype) -> Tensor:
-        """Return the values of the codes in `dtype`, which represents them exactly, stored in the workspace."""
-        out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
+    def _levels(self) -> Tensor:
+        """Return the values of the codes in the weight's dtype, which has them all, stored in the workspace."""
+        out = self.workspace.take(*self._local_shape, dtype=self.dtype, device=self.tensor.device)
         if self.tensor.is_cuda:
             return out.copy_(quantise.fp8_numbers(self.tensor.detach()))
         _look_up_fp8(self.tensor.detach(), out, self._parts())
         return out
 
 
-def _multiply(codes: Tensor, weight: Tensor, scales: Tensor, columns: Tensor, like: Tensor, **others: Any) -> Tensor:
+def _multiply(
+    codes: Tensor, weight: Tensor, scales: Tensor, columns: Tensor, dtype: torch.dtype, **others: Any
+) -> Tensor:
     """Return the FP8 matmul of codes (n, k) and weight (k, m) with a scale for each row (n,) and column (1, m)."""
-    return torch._scaled_mm(codes, weight, scale_a=scales[:, None], scale_b=columns, out_dtype=like.dtype, **others)
+    return torch._scaled_mm(codes, weight, scale_a=scales[:, None], scale_b=columns, out_dtype=dtype, **others)
 
 
 def weight_maker(

@@ -10,6 +10,7 @@ FOLDER has a command `run` that starts another on a stand-in for the CUDA driver
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -218,6 +219,25 @@ def _narrow_kernels(**order: Any) -> float:
     return len(narrow)
 
 
+@cache
+def _rounding_kernels() -> Mapping[str, list[tuple[int, int]]]:
+    """Registers and bytes of spills of each compiled kernel that rounds to fp8, for each variant that is wide."""
+    tool = Path(importlib.import_module("triton").__file__ or "").parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found: dict[str, list[tuple[int, int]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        around = {"TORCHINDUCTOR_CACHE_DIR": folder}
+        run_rank(num_layers=2, compile="true", steps=1, environment=around, **BASES["products in fp8"])
+        for file in Path(folder).rglob("*.ptx"):
+            text = file.read_text()
+            if not is_wide(text) or ".e4m3x2." not in text:
+                continue
+            said = subprocess.run([tool, "-res-usage", file.with_suffix(".cubin")], capture_output=True, text=True)
+            used = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout)}
+            found.setdefault(file.stem, []).append((used["REG"], used["STACK"] + used["LOCAL"]))
+    assert len(found) >= 4, found
+    return found
+
+
 def is_wide(ptx: str) -> bool:
     """Whether a kernel reads or writes tensors 128 bits at a time."""
     return re.search(r"(ld|st)\.global\S*\.(v4\.b32|v2\.b64)", ptx) is not None
@@ -228,6 +248,8 @@ def divides(ptx: str) -> bool:
     return re.search(r"\b(div|rem)\.[su](32|64)", ptx) is not None
 
 
+# Which of each kernel's variants is fastest is not known: the worst of them counts.
+ROUNDING: dict[str, tuple[int, int]] = {"registers a thread": (0, 64), "bytes of spills a thread": (1, 0)}
 SHARES = {"planned": (_planned_to_allocated, 1.07, 0.93), "reserved": (_reserved_to_allocated, 1.15, 1.0)}
 
 
@@ -288,6 +310,14 @@ FIGURES = [
     Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
     Figure(
         "graphs compiled in steps, tensor 1 to 8, sequences sharded or not, bf16, nf4 and fp8", _compiled_in_steps, 0
+    ),
+    *(
+        Figure(
+            f"{name}, kernels that round to fp8",
+            lambda index=index: max(pair[index] for variants in _rounding_kernels().values() for pair in variants),
+            most,
+        )
+        for name, (index, most) in ROUNDING.items()
     ),
     *(
         Figure(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import interpreted_kernels
 import pytest
 from null_gpu_figures import FIGURES, Figure, divides, is_wide
 from support.folders import ROOT
@@ -57,3 +59,21 @@ def test_a_part_of_check_gpu(part: str, tmp_path: Path) -> None:
 )
 def test_what_counts_as_wide_and_as_a_division(ptx: str, wide: bool, divided: bool) -> None:
     assert (is_wide(ptx), divides(ptx)) == (wide, divided)
+
+
+@pytest.mark.nullgpu
+@pytest.mark.timeout(3000)
+def test_kernels_for_gpus_round_as_plain_pytorch(tmp_path: Path) -> None:
+    """Inductor's code for a GPU, run by Triton's interpreter: codes and scales are those of the 16-bit numbers."""
+    script, paths = str(Path(interpreted_kernels.__file__)), [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    around = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    around["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    around.pop("DS_ACCELERATOR", None)
+    write = [str(Path(os.environ["NULL_GPU"]) / "run"), sys.executable, script, "write", str(tmp_path)]
+    subprocess.run(write, env=around, check=True, capture_output=True, timeout=1500)
+    command = [sys.executable, script, "run", str(tmp_path)]
+    around["TRITON_INTERPRET"] = "1"
+    done = subprocess.run(command, env=around, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({row["kernel"] for row in found}) >= 4 and all(row["codes"] and row["scales"] for row in found), found

@@ -26,10 +26,12 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels, quantised_weight
-from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_linear, frozen_weights
+from megatron_tiedlora.parallel.frozen_weight import Columns, RoundedRows, frozen_linear, frozen_weights
 from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight, check_fp8_device, weight_maker
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import plan_run
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_both_passes_are_the_oracles(width: int, monkeypatch: pytest.MonkeyPatch
     assert weight.times_transposed(rows, out=memory) is memory and torch.equal(memory, y)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_kernels_round_to_the_same_bits(dtype: torch.dtype) -> None:
     """Both matmuls, of rows that stand apart and of one row, with kernels of one graph for all sizes."""
@@ -86,6 +88,52 @@ def test_compiled_kernels_round_to_the_same_bits(dtype: torch.dtype) -> None:
             grad_y = drawn(9, len(values), seed=2)[: len(x)].to(dtype)
             made_of[name] = weight.times_transposed(x), weight.times(grad_y)
         assert all(map(torch.equal, made_of["plain"], made_of["compiled"])), values.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_kernel_that_also_rounds_gives_the_bits_of_two(compiled: bool, keeps: bool, dtype: torch.dtype) -> None:
+    """After the norm, the gate and the gate's gradient; a compiler would not round to 16 bits in between."""
+    own = kernels.Kernels().compiled() if compiled else kernels.EAGER
+    for tokens, width in ((40, 96), (33, 600)):
+        hidden, gradient, gate_up = (drawn(tokens, n, seed=n).to(dtype) for n in (width, width + 1, 2 * width))
+        gradient = gradient[:, :width].contiguous()
+        hidden[3, 5] = torch.nan
+        weight, factors = drawn(3, width)[0].to(dtype), torch.rand(1, 2 * width) + 0.1
+        gated, gate_gradient = own.gate(gate_up), own.gate_gradient(gradient, gate_up)
+        calls = [
+            (own.gate_rounded(gate_up, keeps), (gated, *kernels.round_rows(gated, width))),
+            (
+                own.gate_gradient_rounded(gradient, gate_up, factors, keeps),
+                (gate_gradient, *kernels.round_scaled_rows(gate_gradient, factors)),
+            ),
+        ]
+        for bias in (None, weight):
+            normed, root = own.normalise(hidden, weight, bias, 1e-5)
+            expected = (normed, root, *kernels.round_rows(normed, width))
+            calls.append((own.normalise_rounded(hidden, weight, bias, 1e-5, keeps), expected))
+        for found, wanted in calls:
+            assert (found[0] is not None) == keeps
+            for mine, theirs in zip(found, wanted, strict=True):
+                assert mine is None or torch.equal(as_bits(mine), as_bits(theirs))
+
+
+def test_rows_that_are_rounded_already_give_the_same_bits() -> None:
+    values, x, grad_y = drawn(12, 64, dtype=torch.float32), drawn(5, 64, seed=1), drawn(5, 12, seed=2)
+    weight, bias = made(values, torch.float64), drawn(12, seed=3)
+    codes = RoundedRows(*kernels.round_rows(x, 64))
+    assert torch.equal(weight.times_transposed(codes, bias), weight.times_transposed(x, bias))
+    codes = RoundedRows(*kernels.round_scaled_rows(grad_y, weight.gradient_factors))
+    assert torch.equal(weight.times(codes), weight.times(grad_y))
+    assert torch.equal(weight.gradient_factors[0], weight.scales[:, 0])
+    assert weight_maker("fp8")(4, 4, dtype=torch.float32).gradient_factors is None
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of numbers; each NaN has the same ones."""
+    bits = tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])
+    return bits.masked_fill(tensor.float().isnan(), 1)
 
 
 def test_it_is_pytorchs_operator_within_bf16() -> None:
