@@ -119,11 +119,11 @@ def _count(case: Case, device: torch.device, patch: pytest.MonkeyPatch) -> Count
 
     plans = case.plans(distributed.get_rank(), distributed.get_world_size())
     data = {name: prepare_data(plan) for name, plan in plans.items()}
-    steps, start_engine, of_base = Attention.steps, build._start_engine, list[float]()
+    of_attention, start_engine, of_base = Attention.steps, build._start_engine, list[float]()
 
     def with_extra_message(self: Any, hidden: Any, addend: Any, context: Any, parallel: Any, **keywords: Any) -> Any:
         distributed.all_reduce(torch.zeros(1), group=parallel.group.handle)
-        return steps(self, hidden, addend, context, parallel, **keywords)
+        return of_attention(self, hidden, addend, context, parallel, **keywords)
 
     def look(given: Any, model: Any, *others: Any) -> Any:
         plan, (stage, *_) = next(iter(plans.values())), model
