@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, split_rows, tile_size
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.linears import QkvLinear, RowParallelLinear
+from megatron_tiedlora.model.regions import Steps, run_steps, steps_of
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
@@ -178,16 +180,30 @@ class Attention(nn.Module):
             cache: the cache of this rank's key and value heads, to which new keys and values are added. With several
                 adapters, there is one cache per adapter.
         """
-        qkv_update = None if update is None else update.get(shapes.QKV)
+        return run_steps(self.steps(hidden, None, context, tensor_parallel, update=update, cache=cache))[1]
+
+    def steps(
+        self,
+        hidden: Tensor,
+        addend: Tensor | None,
+        context: AttentionContext,
+        tensor_parallel: TensorParallel,
+        *,
+        update: LayerUpdate | None = None,
+        cache: AnyCache | None = None,
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        """Yield after the first step, and return hidden + addend and the result of `attend` for this sum."""
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
-        num_rows = len(context.positions)
-        query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=table)
+        given: dict[str, Any] = {"num_rows": len(context.positions), "addend": addend, "table": table}
+        given["overlap"] = tensor_parallel.overlap
+        own = (update or {}).get(shapes.QKV)
+        hidden, (query, key, value) = yield from steps_of(self.qkv, hidden, tensor_parallel, own, **given)
         if isinstance(cache, tuple):
             heads = split_rows((query, key, value), [own.positions.shape for own in context.of_segments])
             by_segment = zip(heads, context.of_segments, cache, strict=True)
             outputs = [self._attend(q, k, v, own, of_segment) for (q, k, v), own, of_segment in by_segment]
-            return torch.cat([output.flatten(0, 1) for output in outputs])[None]
-        return self._attend(query, key, value, context, cache)
+            return hidden, torch.cat([output.flatten(0, 1) for output in outputs])[None]
+        return hidden, self._attend(query, key, value, context, cache)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, cache: KeyValueCache | None

@@ -1,9 +1,11 @@
 """Define the model as one flat list of layers: embedding, L blocks, head. All code that builds a model uses this list.
 
 This module also defines the MLP of a block, which is SwiGLU after a norm: y = W_down (silu(W_gate x) * (W_up x)) with
-x = norm(hidden). Gate and up are one matmul. The norm and both linears with their updates are one autograd function. It
-saves the norm's input, gate and up, and A x of each adapted linear, r elements per token. Its backward pass recomputes
-silu(gate) * up.
+x = norm(hidden). Gate and up are one matmul. Saved are the norm's input, gate and up, and A x of each adapted linear, r
+elements per token. The backward pass recomputes silu(gate) * up.
+
+The layers of a block are a chain of steps, each of which ends with a message to the other ranks or needs no message
+before the next (`Block.steps`).
 """
 
 from collections import Counter
@@ -21,6 +23,7 @@ from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, Mo
 from megatron_tiedlora.model import linears
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
+from megatron_tiedlora.model.regions import Exit, Needs, Recompute, Steps, run_steps, steps_of
 from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
 from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
@@ -37,104 +40,112 @@ class SwiGlu(nn.Module):
         self.gate_up = gate_up
         self.down = down
 
-    def forward(
+    def forward(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        """Return the result of `steps`."""
+        return run_steps(self.steps(*arguments, **keywords))
+
+    def steps(
         self,
         hidden: Tensor,
+        addend: Tensor | None,
         tensor_parallel: groups.TensorParallel,
-        update: Mapping[str, LinearUpdate] | None = None,
+        update: LayerUpdate,
         *,
-        recomputes: bool = False,
-    ) -> Tensor:
-        """Return the output of the MLP in the shape of `hidden`, (b, s, d) or (1, b s / p, d).
+        recomputes: bool,
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        """Yield after each step of the MLP, and return its input, hidden + addend, and its output.
 
         Args:
+            hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
             update: the updates of the layer; only gate_up and down_proj are used.
             recomputes: whether gate and up are recomputed in the backward pass instead of being saved.
         """
-        gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
-        projection, operands = self.gate_up.projection(tensor_parallel, gate_up, num_rows=len(hidden))
-        step = _Step(projection, linears.Projection(self.down.frozen, down.rows), self.kernels, recomputes)
-        result: Tensor = _SwiGlu.apply(
-            *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
-            *(operands, linears.Operands(down.a, down.f), step),
+        linear, leaving = self.gate_up, self.down.exit(tensor_parallel)
+        gate_up, down = (update.get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
+        entered = linear.enter(
+            hidden, addend, tensor_parallel, gate_up, num_rows=len(hidden), recomputes=recomputes
         )
-        return self.down.total(result, tensor_parallel)
+        hidden, again, inputs = entered.hidden, None, tuple[Tensor | None, ...]()
+        if recomputes:
+            recompute = Recompute(entered.entry, linear.eps)
+            again = _GateUp(recompute, linears.Projection(linear.frozen, gate_up.rows))
+            inputs = hidden.detach(), gate_up.a, linear.norm, linear.norm_bias
+            if leaving is not None and tensor_parallel.overlap:
+                leaving.recompute = recompute
+        yield
+        (gates,) = linear.project(entered, gate_up)
+        del entered
+        yield
+        operands, projection = linears.Operands(down.a, down.f), linears.Projection(self.down.frozen, down.rows)
+        saved = (*inputs, gate_up.f, linear.bias) if recomputes else ()
+        value: Tensor = _GatedDown.apply(
+            *(gates, down.grad_a, down.grad_f, operands, projection, self.kernels, leaving, again), *saved
+        )
+        del gates
+        early = inputs if leaving is not None and leaving.recompute is not None else ()
+        partial = self.down.leave(linears.Partial(value, leaving, early))
+        yield
+        return hidden, self.down.finish(partial)
 
 
 @dataclass(frozen=True)
-class _Step:
-    gate_up: linears.Projection
-    down: linears.Projection
-    kernels: Kernels
-    recomputes: bool
+class _GateUp:
+    """Recomputes gate and up in the backward pass."""
+
+    recompute: Recompute
+    projection: linears.Projection
+
+    def again(self, *saved: Any) -> Tensor:
+        *inputs, f, bias = saved
+        x, ax = self.recompute.finish(*inputs)
+        return self.projection.forward(x, linears.Operands(None, f, bias), ax)[0]
 
 
-class _SwiGlu(torch.autograd.Function):
-    """Computes this rank's partial sum of y, (b, s, d)."""
+class _GatedDown(torch.autograd.Function):
+    """Computes this rank's partial sum of y, (b, s, d), from gate and up, (b, s, 2 f)."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        gate_up: Tensor,
         grad_a: Tensor | None,
         grad_f: Tensor | None,
-        down_grad_a: Tensor | None,
-        down_grad_f: Tensor | None,
         operands: linears.Operands,
-        of_down: linears.Operands,
-        step: _Step,
+        projection: linears.Projection,
+        kernels: Kernels,
+        leaving: Exit | None,
+        again: _GateUp | None,
+        *inputs: Tensor | None,
     ) -> Tensor:
-        gate_up, root, ax = step.gate_up.forward(hidden, operands)
-        needs, down_needs = _needs(ctx)
-        reads_gate_up = down_needs.x or down_needs.a
-        gated, shape = step.kernels.gate(as_rows(gate_up)), gate_up.shape[:-1]
-        saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
-        del gate_up  # freed before the matmul if it is not saved
-        z, _, down_ax = step.down.forward(gated, of_down)
-        reads_norm = step.gate_up.reads_input(needs)
-        ctx.step = step
-        ctx.wide = linears.gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
-        ctx.save_for_backward(
-            hidden if reads_norm or (step.recomputes and reads_gate_up) else None,
-            root if reads_norm and not step.recomputes else None,
-            saved_gate_up,
-            ax if needs.f else None,
-            down_ax if down_needs.f else None,
-            *(*of_down[:2], *operands),
-        )
-        return z.view(*shape, -1)
+        ctx.set_materialize_grads(False)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        reads = needs.x or needs.a
+        z, ax = projection.forward(kernels.gate(as_rows(gate_up)), operands)
+        ctx.needs, ctx.projection, ctx.kernels, ctx.leaving = needs, projection, kernels, leaving
+        ctx.again = again if reads else None
+        ctx.wide = linears.gradient_dtype(grad_a, grad_f)
+        saved = (gate_up,) if again is None else inputs
+        ctx.save_for_backward(ax if needs.f else None, *operands[:2], *(saved if reads else (None,)))
+        return z.view(*gate_up.shape[:-1], -1)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, root, gate_up, ax, down_ax, down_a, down_f, *others = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        ax, a, f, *saved = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # so that gate and up can be freed below; else autograd holds them to the end
-        needs, down_needs = _needs(ctx)
-        step: _Step = ctx.step
-        operands = linears.Operands(*others)
-        if step.recomputes and hidden is not None:
-            gate_up, root, _ = step.gate_up.forward(hidden, operands, ax=ax)
-        gated = step.kernels.gate(as_rows(gate_up)) if down_needs.a else None
-        grad_gated, *of_down_factors = step.down.backward(
-            grad_z.flatten(0, -2), gated, None, down_ax, linears.Operands(down_a, down_f), down_needs, ctx.wide
-        )
-        del gated
-        if step.gate_up.tensor_parallel.sequence_parts > 1:
-            # `grad_z` was gathered only for this function, but autograd would keep its d elements per token in memory.
-            grad_z.untyped_storage().resize_(0)
-        found: tuple[Tensor | None, ...] = (None, None, None)
+        needs, num_inputs = ctx.needs, len(ctx.needs_input_grad)
+        if ctx.leaving is not None:
+            gradient = ctx.leaving.receive_gradient(gradient)
+        assert gradient is not None
+        gate_up = saved[0] if ctx.again is None else ctx.again.again(*saved)
+        del saved
+        gated = ctx.kernels.gate(as_rows(gate_up)) if needs.a else None
+        operands, rows = linears.Operands(a, f), gradient.flatten(0, -2)
+        grad_gated, *of_factors = ctx.projection.backward(rows, gated, ax, operands, needs, ctx.wide)
+        del gated, gradient, rows
         if grad_gated is not None:
-            grad_gate_up = step.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
-            del grad_gated, gate_up
-            found = step.gate_up.backward(grad_gate_up, hidden, root, ax, operands, needs, ctx.wide)
-        return *found, *of_down_factors, *(None,) * 3
-
-
-def _needs(ctx: Any) -> tuple[linears.Needs, linears.Needs]:
-    """Return which gradients gate_up and down_proj need. The input of down_proj needs one if gate_up needs any."""
-    hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
-    needs = linears.Needs(hidden, a, f)
-    return needs, linears.Needs(any(needs), down_a, down_f)
+            grad_gated = ctx.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
+        return grad_gated, *of_factors, *(None,) * (num_inputs - 3)
 
 
 # The number of supervised rows whose logits are in memory at once (1,024 rows of 49,152 logits are 0.2 GB in fp32).
@@ -156,19 +167,37 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def forward(
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        """Return the block's output in the shape of `hidden`; see `steps` for the arguments after `addend`."""
+        hidden, output = run_steps(self.steps(hidden, None, *arguments, **keywords))
+        return hidden + output
+
+    def steps(
         self,
         hidden: Tensor,
+        addend: Tensor | None,
         context: AttentionContext,
         tensor_parallel: groups.TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
-    ) -> Tensor:
-        """Return the block's output in the shape of `hidden`, (b, s, d) or (1, b s / p, d). See `Attention.attend`."""
-        attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
-        joined = self.add_attention(hidden, attention_output, tensor_parallel, update)
-        return self.add_mlp(joined, tensor_parallel, update)
+    ) -> Steps[tuple[Tensor, Tensor]]:
+        """Yield after each step of the block, and return two tensors. Their sum is the block's output.
+
+        Args:
+            hidden, addend: two tensors whose sum is the block's input, (b, s, d) or (1, b s / p, d). The sum is
+                computed together with the norm.
+            context, cache: see `Attention.attend`.
+        """
+        hidden, output = yield from self.attention.steps(
+            hidden, addend, context, tensor_parallel, update=update, cache=cache
+        )
+        yield
+        own, overlap = (update or {}).get(OUTPUT), tensor_parallel.overlap
+        addend = yield from steps_of(self.attention.output, output, tensor_parallel, own, overlap=overlap)
+        del output
+        given = hidden, addend, tensor_parallel, update or {}
+        return (yield from steps_of(self.mlp, *given, recomputes=self.recomputes_gate, overlap=overlap))
 
     def add_attention(
         self,
@@ -183,7 +212,8 @@ class Block(nn.Module):
             hidden: the block's input, (b, s, d) or (1, b s / p, d).
             attention_output: (b, s, local heads * head_dim).
         """
-        return hidden + self.attention.output(attention_output, tensor_parallel, (update or {}).get(OUTPUT))
+        output: Tensor = self.attention.output(attention_output, tensor_parallel, (update or {}).get(OUTPUT))
+        return hidden + output
 
     def add_mlp(
         self,
@@ -199,7 +229,8 @@ class Block(nn.Module):
             recomputes: False to always save gate and up, because the backward pass follows immediately.
         """
         recomputes = recomputes and self.recomputes_gate
-        return hidden + self.mlp(hidden, tensor_parallel, update, recomputes=recomputes)
+        hidden, output = self.mlp(hidden, None, tensor_parallel, update or {}, recomputes=recomputes)
+        return hidden + output
 
 
 class Head(nn.Module):

@@ -3,30 +3,30 @@
     column-parallel, after a norm     z = W x + c + F A x                x = norm(hidden), or hidden without a norm
     row-parallel, before a norm       y = norm(sum_i z_i + c)            z_i = W_i x_i + F A_i x_i
 
-The backward pass needs the norm's input, one element per token for the norm, and A x, r elements per token. It
-recomputes x. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`, and
-the adapter provides A and F. The MLP, whose linears are one autograd function, is in `layer_specs.py`.
+`model/regions.py` computes x and A x of a column-parallel linear and exchanges them between ranks. The backward pass
+needs the norm's input, one element per token for the norm, and A x, r elements per token. It recomputes x. Gradients of
+frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`, and the adapter provides A and
+F. The gate of the MLP, with the linear after it, is in `layer_specs.py`.
 
-Under sequence parallelism each rank computes A x of a column-parallel linear from its shard of the sequence. A x is
-sent in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every
-rank has its own features x_i. Each rank's partial sum includes the update, so that the update needs no message of its
-own. A is sharded like the columns of W, so each rank computes the complete gradient of its shard. F is not sharded, and
-each rank computes a partial sum of its gradient.
+In a row-parallel linear every rank has its own features x_i. Each rank's partial sum includes the update, so that the
+update needs no message of its own. A is sharded like the columns of W, so each rank computes the complete gradient of
+its shard. F is not sharded, and each rank computes a partial sum of its gradient.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside, flat
+from megatron_tiedlora.adapters.low_rank import AllRows, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
+from megatron_tiedlora.model.regions import Entered, Entry, Exit, Needs, Steps, enter, run_steps
 from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, as_wide_rows, detached
+from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
 from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
@@ -61,7 +61,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, root = ctx.saved_tensors
         rows = (as_rows(gradient), as_rows(hidden))
-        found = ctx.kernels.norm_gradient(*rows, weight.detach(), detached(bias), root)
+        found = ctx.kernels.norm_gradient(*rows, weight.detach(), detached(bias), root, None)
         return found.view(hidden.shape), None, None, None, None
 
 
@@ -98,12 +98,34 @@ class NormedLinear(nn.Module):
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
-    def projection(
-        self, tensor_parallel: groups.TensorParallel, update: LinearUpdate, *, num_rows: int
-    ) -> "tuple[Projection, Operands]":
-        """Return the `Projection` for one call with (num_rows, s) tokens, and its operands."""
-        projection = Projection(self.frozen, update.rows, self.eps, num_rows, tensor_parallel, self.kernels)
-        return projection, Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
+    def enter(
+        self,
+        hidden: Tensor,
+        addend: Tensor | None,
+        tensor_parallel: groups.TensorParallel,
+        update: LinearUpdate,
+        *,
+        num_rows: int,
+        recomputes: bool = False,
+    ) -> Entered:
+        """Return hidden + addend, and the input of the linear for (num_rows, s) tokens, which is being sent.
+
+        Args:
+            hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
+            recomputes: whether the input is recomputed before the backward pass of the linear.
+        """
+        entry = Entry(update.rows, num_rows, tensor_parallel, self.kernels, recomputes)
+        factors = {"a": update.a, "grad_a": update.grad_a}
+        return enter(hidden, addend, entry, **factors, norm=self.norm, norm_bias=self.norm_bias, eps=self.eps)
+
+    def project(self, entered: Entered, update: LinearUpdate, split: "SplitHeads | None" = None) -> tuple[Tensor, ...]:
+        """Return z, (b, s, local out), or with `split` its parts, from the result of `enter`."""
+        operands, projection = Operands(update.a, update.f, self.bias), Projection(self.frozen, update.rows)
+        _, normed, ax, entry = entered
+        found: tuple[Tensor, ...] = _Projected.apply(
+            *(normed, ax, None, update.grad_f), operands, projection, entry, split
+        )
+        return found
 
 
 class Operands(NamedTuple):
@@ -111,23 +133,12 @@ class Operands(NamedTuple):
 
     Attributes:
         a, f: the factors of the update, A (r, local in) and F (local out, r).
-        norm, norm_bias: the norm's weight and bias.
         bias: the bias of the linear.
     """
 
     a: Tensor | None = None
     f: Tensor | None = None
-    norm: Tensor | None = None
-    norm_bias: Tensor | None = None
     bias: Tensor | None = None
-
-
-class Needs(NamedTuple):
-    """Flags for the gradients that a backward pass returns: of the input, of A and of F."""
-
-    x: bool
-    a: bool
-    f: bool
 
 
 def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
@@ -137,173 +148,128 @@ def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Projection:
-    """Computes z from the hidden states, and the gradients from dz. Autograd does not record these operations.
+    """Computes z from x on one rank, and the gradients from dz. Autograd does not record these operations.
 
     Attributes:
         rows: the tokens to which the factors of the update apply.
-        eps: the epsilon of the norm; None if there is no norm.
-        num_rows: the number b of (b, s) tokens, needed if activations are sharded along the sequence.
-        tensor_parallel: the ranks that have the same hidden states, or shards of them; by default only this rank.
     """
 
     weight: FrozenWeight
     rows: AllRows
-    eps: float | None = None
-    num_rows: int = 0
-    tensor_parallel: groups.TensorParallel = field(default_factory=groups.TensorParallel)
-    kernels: Kernels = EAGER
 
-    @property
-    def _in_parts(self) -> bool:
-        """Return whether the hidden states are sharded along the sequence."""
-        return self.tensor_parallel.sequence_parts > 1
-
-    def reads_input(self, needs: Needs) -> bool:
-        """Return whether `backward` needs the hidden states and the norm's 1 / sqrt(mean(x^2) + eps), its `root`."""
-        return needs.a or (needs.x and self.eps is not None)
-
-    def forward(
-        self, hidden: Tensor, operands: Operands, *, ax: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return z (b, s, local out), the norm's root (..., 1) (see `kernels.normalise`), and A x (b, s, r).
-
-        Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d); or this rank's features, (..., local in).
-            ax: A x, if an earlier call returned it.
-        """
-        a, f, norm, norm_bias, bias = operands
-        normed, root = hidden, None
-        if norm is not None:
-            normed, root = self.kernels.normalise(as_rows(hidden), norm.detach(), detached(norm_bias), self.eps)
-            normed = normed.view(hidden.shape)
-        known = ax is not None
-        if a is not None and not known:
-            ax = self.rows.reduce_input(normed, a, local=self._in_parts)
-        normed, gathered = self._enter(normed, None if known else ax)
-        ax = ax if known else gathered
-        projected = self.weight.times_transposed(normed.flatten(0, -2), bias).view(*normed.shape[:-1], -1)
+    def forward(self, x: Tensor, operands: Operands, ax: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return z (..., local out) from x (..., local in), and A x (..., r), unless `ax` is already A x."""
+        a, f, bias = operands
+        if a is not None and ax is None:
+            ax = self.rows.reduce_input(x, a, local=False)
+        projected = self.weight.times_transposed(x.flatten(0, -2), bias).view(*x.shape[:-1], -1)
         if ax is not None and f is not None:
             self.rows.add_update_(flat(projected), ax, f)
-        return projected, root, ax
+        return projected, ax
 
-    def backward(
-        self,
-        grad_projected: Tensor,
-        hidden: Tensor | None,
-        root: Tensor | None,
-        ax: Tensor | None,
-        operands: Operands,
-        needs: Needs,
-        wide: torch.dtype | None,
+    def gradients(
+        self, grad_z: Tensor, ax: Tensor | None, f: Tensor | None, needs: Needs, wide: torch.dtype | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of `hidden`, A and F.
+        """Return the gradients of x without that of the update, of A x, and of F, from dz (..., local out).
 
         Args:
-            hidden, root: see `reads_input`.
             ax: A x; needed for the gradient of F.
-            wide: the dtype of the gradients of A and F.
+            wide: the dtype of the gradient of F.
         """
-        a, f, norm, norm_bias, _ = operands
-        rows = grad_projected.flatten(0, -2)
-        grad_a = grad_f = grad_ax = None
+        rows = grad_z.flatten(0, -2)
+        grad_f = grad_ax = None
         if needs.f:
             assert ax is not None and wide is not None
             grad_f = self.rows.gradient_of_f(rows, ax, wide)
         if f is not None and (needs.x or needs.a):
             grad_ax = self.rows.gradient_of_ax(rows, f)
-        grad_normed = self.weight.times(rows).view(*grad_projected.shape[:-1], -1) if needs.x else None
-        grad_normed, grad_ax = self._leave(grad_normed, grad_ax, a, needs_ax=needs.a)
+        grad_x = self.weight.times(rows).view(*grad_z.shape[:-1], -1) if needs.x else None
+        return grad_x, grad_ax, grad_f
+
+    def backward(
+        self,
+        grad_z: Tensor,
+        x: Tensor | None,
+        ax: Tensor | None,
+        operands: Operands,
+        needs: Needs,
+        wide: torch.dtype | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of x, A and F of a row-parallel linear. The gradient of A needs x, (..., local in)."""
+        grad_x, grad_ax, grad_f = self.gradients(grad_z, ax, operands.f, needs, wide)
+        grad_a = None
         if needs.a:
-            assert grad_ax is not None and hidden is not None and wide is not None
-            normed = as_rows(hidden)
-            if norm is not None:
-                normed = self.kernels.apply_norm(normed, norm.detach(), detached(norm_bias), root)
-            grad_a = self.rows.gradient_of_a(grad_ax, normed, wide, local=self._in_parts)
-        if norm is None or grad_normed is None:
-            return grad_normed, grad_a, grad_f
-        assert hidden is not None
-        inputs = (as_wide_rows(grad_normed), as_rows(hidden))
-        grad_hidden = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root).view(hidden.shape)
-        return grad_hidden, grad_a, grad_f
-
-    def _enter(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return x and A x of complete sequences, (b, s, n), on every rank. Shards are gathered in one message."""
-        if not self._in_parts:
-            return normed, ax
-        narrow = None if ax is None else self.rows.columns(ax, local=True)
-        joined = normed if narrow is None else beside(normed, narrow)
-        whole = groups.all_gather(joined, self.tensor_parallel.group, groups.SEQUENCE_DIM)[0].unflatten(
-            0, (self.num_rows, -1)
-        )
-        if narrow is None:
-            return whole, None
-        whole, narrow = apart(whole, narrow.shape[-1])
-        # This is a copy, because A x is saved, and a view would keep x in memory.
-        return whole, self.rows.of_columns(narrow.contiguous(), local=False)
-
-    def _leave(
-        self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of x and A x. The gradient of x is summed over ranks and includes that of the update.
-
-        Under sequence parallelism, the results are for this rank's shard of the sequence. With `needs_ax`, the gradient
-        of A x is summed in the same message. A's gradient is then computed from this rank's shard of x. Without
-        sequence parallelism, A's gradient is this rank's partial sum, from all of x. In both cases, the gather of A
-        sums A's gradient over ranks in its backward pass.
-        """
-        group, in_parts = self.tensor_parallel.group, self._in_parts
-        if in_parts and grad_normed is not None:
-            grad_normed = groups.end_to_end(grad_normed)
-        if in_parts and needs_ax:
-            assert grad_ax is not None
-            narrow = self.rows.columns(grad_ax, local=False)
-            if grad_normed is None:
-                return None, self.rows.of_columns(groups.reduce_scatter(narrow, group, groups.SEQUENCE_DIM), local=True)
-            joined = groups.reduce_scatter(beside(grad_normed, narrow), group, groups.SEQUENCE_DIM)
-            grad_normed, narrow = apart(joined, narrow.shape[-1])
-            grad_ax = self.rows.of_columns(narrow, local=True)
-            return self.rows.add_input_gradient_(grad_normed, grad_ax, a, local=True), grad_ax
-        if grad_normed is None:
-            return None, grad_ax
-        grad_normed = self.rows.add_input_gradient_(grad_normed, grad_ax, a, local=False)
-        if in_parts:
-            return groups.reduce_scatter(grad_normed, group, groups.SEQUENCE_DIM), grad_ax
-        return groups.all_reduce(grad_normed, group), grad_ax
+            assert grad_ax is not None and x is not None and wide is not None
+            grad_a = self.rows.gradient_of_a(grad_ax, as_rows(x), wide, local=False)
+        if grad_x is not None:
+            grad_x = self.rows.add_input_gradient_(grad_x, grad_ax, operands.a, local=False)
+        return grad_x, grad_a, grad_f
 
 
 class _Projected(torch.autograd.Function):
-    """Computes z, or with `split` the queries, keys and values from z."""
+    """Computes z, or with `split` the queries, keys and values from z.
+
+    A column-parallel linear receives x and A x through an `Entry`. A row-parallel linear has its own x, and leaves
+    through an `Exit` if there are other ranks.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        x: Tensor,
+        ax: Tensor | None,
         grad_a: Tensor | None,
         grad_f: Tensor | None,
         operands: Operands,
         projection: Projection,
+        region: Entry | Exit | None,
         split: "SplitHeads | None",
     ) -> tuple[Tensor, ...]:
-        projected, root, ax = projection.forward(hidden, operands)
+        ctx.set_materialize_grads(split is not None)
+        needs = Needs(*(ctx.needs_input_grad[index] for index in (0, 2, 3)))
+        if isinstance(region, Entry):
+            x, ax = region.receive(x, ax)
+            needs = region.needs._replace(f=needs.f)
+        projected, ax = projection.forward(x, operands, ax)
+        if isinstance(region, Entry) and region.recomputes and needs.f:
+            region.ax = detached(ax)
+        ctx.shape = x.shape
+        saved_x = x if needs.a and not isinstance(region, Entry) else None
+        del x
         results, saved = ((projected,), ()) if split is None else split.forward(projected)
-        needs = Needs(*ctx.needs_input_grad[:3])
-        ctx.projection, ctx.split = projection, split
+        ctx.projection, ctx.region, ctx.split, ctx.needs = projection, region, split, needs
         ctx.wide = gradient_dtype(grad_a, grad_f)
-        ctx.save_for_backward(
-            *((hidden, root) if projection.reads_input(needs) else (None, None)),
-            ax if needs.f else None,
-            *(*operands[:4], *saved),
-        )
+        ctx.save_for_backward(saved_x, ax if needs.f else None, *operands[:2], *saved)
         return results
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
-        needs, operands = Needs(*ctx.needs_input_grad[:3]), Operands(a, f, norm, norm_bias)
-        grad_projected = gradients[0] if ctx.split is None else ctx.split.backward(gradients, *saved)
-        found = ctx.projection.backward(grad_projected, hidden, root, ax, operands, needs, ctx.wide)
-        return *found, *(None,) * 3
+        x, ax, a, f, *saved = ctx.saved_tensors
+        region, found = ctx.region, gradients[0]
+        if isinstance(region, Exit):
+            found = region.receive_gradient(found)
+        grad_z = found if ctx.split is None else ctx.split.backward(gradients, *saved)
+        if isinstance(region, Entry):
+            grad_x, grad_ax, grad_f = ctx.projection.gradients(grad_z, ax, f, ctx.needs, ctx.wide)
+            region.send_gradients(grad_x, grad_ax, a)
+            return None, None, None, grad_f, *(None,) * 4
+        grad_x, grad_a, grad_f = ctx.projection.backward(grad_z, x, ax, Operands(a, f), ctx.needs, ctx.wide)
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
+        return grad_x, None, grad_a, grad_f, *(None,) * 4
+
+
+class Partial(NamedTuple):
+    """This rank's partial sum of the output of a row-parallel linear, (b, s, out), which is being summed over ranks.
+
+    Attributes:
+        exit: the messages; None if there are no other ranks.
+        tensors: the arguments of `Recompute.start`, if it sends a message before its result is needed.
+    """
+
+    value: Tensor
+    exit: Exit | None
+    tensors: tuple[Tensor | None, ...] = ()
 
 
 class RowParallelLinear(nn.Module):
@@ -318,21 +284,42 @@ class RowParallelLinear(nn.Module):
         self.register_parameter("bias", bias)
         self.norm = norm
 
-    def forward(
-        self, local_hidden: Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
-    ) -> Tensor:
-        """Return activations between layers, (b, s, out) or (1, b s / p, out), from local features (..., local in)."""
-        update = update or LinearUpdate()
-        operands, projection = Operands(update.a, update.f), Projection(self.frozen, update.rows)
-        (addend,) = _Projected.apply(local_hidden, update.grad_a, update.grad_f, operands, projection, None)
-        return self.total(addend, tensor_parallel)
+    def forward(self, *arguments: Any) -> Tensor:
+        """Return the result of `steps`."""
+        return run_steps(self.steps(*arguments))
 
-    def total(self, addend: Tensor, tensor_parallel: groups.TensorParallel) -> Tensor:
-        """Return y from the ranks' partial sums (b, s, out), as activations between layers. The bias is added once.
+    def steps(
+        self, local_hidden: Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
+    ) -> Steps[Tensor]:
+        """Yield when the partial sum is being sent. Return y from this rank's local features (..., local in)."""
+        update = update or LinearUpdate()
+        leaving = self.exit(tensor_parallel)
+        operands, projection = Operands(update.a, update.f), Projection(self.frozen, update.rows)
+        slots = update.grad_a, update.grad_f
+        (value,) = _Projected.apply(local_hidden, None, *slots, operands, projection, leaving, None)
+        partial = self.leave(Partial(value, leaving))
+        del local_hidden, value
+        yield
+        return self.finish(partial)
+
+    @staticmethod
+    def exit(tensor_parallel: groups.TensorParallel) -> Exit | None:
+        """Return an object for the messages of one call, or None if there are no other ranks."""
+        return Exit(tensor_parallel) if tensor_parallel.group.size > 1 else None
+
+    @staticmethod
+    def leave(partial: Partial) -> Partial:
+        """Start to sum `partial` over the ranks, and return it."""
+        if partial.exit is not None:
+            partial.exit.send(partial.value)
+        return partial
+
+    def finish(self, partial: Partial) -> Tensor:
+        """Return y from the result of `leave`, as activations between layers. The bias is added once.
 
         Under sequence parallelism, the norm is computed on this rank's shard of the sequence.
         """
-        output = groups.leave_tensor_parallel_region(addend, tensor_parallel)
+        output = partial.value if partial.exit is None else partial.exit.receive(partial.value, *partial.tensors)
         output = output if self.bias is None else output + self.bias
         return output if self.norm is None else self.norm(output)
 
@@ -364,28 +351,37 @@ class QkvLinear(NormedLinear):
         for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
             self.register_parameter(name, None if norm is None else frozen_parameter(norm.size, dtype=dtype))
 
-    def forward(
+    def forward(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the result of `steps`."""
+        return run_steps(self.steps(*arguments, **keywords))
+
+    def steps(
         self,
         hidden: Tensor,
         tensor_parallel: groups.TensorParallel,
         update: LinearUpdate | None = None,
         *,
         num_rows: int,
+        addend: Tensor | None = None,
         table: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, ...]:
-        """Return queries, keys and values, each (b, heads, s, head_dim), as views of one tensor.
+    ) -> Steps[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Yield when x is being sent. Return hidden + addend, and queries, keys and values as views of one tensor.
 
         Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
+            hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
             num_rows: the number of rows b.
             table: the cos and sin of the tokens' positions if heads are rotated; see `rotation_table`.
+
+        Returns:
+            the sum, and the heads, each (b, heads, s, head_dim).
         """
         update = update or LinearUpdate()
-        projection, operands = self.projection(tensor_parallel, update, num_rows=num_rows)
+        entered = self.enter(hidden, addend, tensor_parallel, update, num_rows=num_rows)
+        hidden = entered.hidden
+        yield
         norms = tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
         split = SplitHeads(self.heads, self.kernels, table, norms, tensor_parallel.group)
-        heads: tuple[Tensor, ...] = _Projected.apply(hidden, update.grad_a, update.grad_f, operands, projection, split)
-        return heads
+        return hidden, self.project(entered, update, split)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head, LayerSpec
+from megatron_tiedlora.model.regions import Steps, alternate, run_steps
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 from megatron_tiedlora.parallel.loss import RowSpan, run_with_early_backward, spans_between
@@ -44,6 +45,22 @@ class Attended(NamedTuple):
     attention_output: Tensor
     update: LayerUpdate | None = None
     zero_gradients: tuple[Tensor, ...] = ()
+
+
+class Half(NamedTuple):
+    """A micro-batch, or one of the two halves of its rows that are computed alternately.
+
+    Attributes:
+        hidden: activations between layers, (b, s, d) or (1, b s / p, d).
+        updates: the result of `Stage.read_adapter`.
+    """
+
+    hidden: Tensor
+    context: AttentionContext
+    updates: Mapping[int, LayerUpdate]
+
+
+Halves = tuple[Attended, Attended]
 
 
 @dataclass(frozen=True)
@@ -238,19 +255,20 @@ class Stage(nn.Module):
         self,
         inputs: Tensor,
         positions: Tensor,
-        labels: Tensor | Supervised | None = None,
+        labels: Tensor | Supervised | Sequence[Supervised] | None = None,
         *,
         documents: Tensor | None = None,
         token_index: Tensor | None = None,
         segments: AdapterSegments = (),
         prediction: Callable[[], Tensor] | None = None,
-    ) -> Tensor | Attended:
+    ) -> Tensor | Attended | Halves:
         """Run the forward pass for training; for predictions call `predict`.
 
         Args:
             inputs: tokens (b, s) int64 if the stage has the embedding, otherwise activations between layers.
             positions: (b, s) int64.
-            labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, computed on the host.
+            labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, computed on the host, or
+                one result for each of the `num_halves`.
             documents: (b, s) int64, document ids; None if each row is one document.
             token_index: (b, s) int64, see `MicroBatch`; None if there is no dropout.
             segments: the adapters of the micro-batch; by default the only adapter. If there are several, b is 1, and
@@ -259,29 +277,58 @@ class Stage(nn.Module):
 
         Returns:
             activations between layers. A stage with the head returns the summed loss over supervised positions, or one
-            loss per adapter if there are several. Without `labels`, such a stage returns the input of its `tail`.
+            loss per adapter if there are several. Without `labels`, such a stage returns the input of its `tail`, or
+            two of them for two halves.
         """
         if prediction is not None:
             return prediction()
-        if self.embedding is not None:
-            hidden = self.embed(inputs, self.tensor_parallel)
-        else:
-            hidden = inputs if self.needs_input_gradient else inputs.detach()
+        number = self.num_halves(len(positions), segments)
+        tensor_parallel = replace(self.tensor_parallel, overlap=number > 1)
+        first = inputs if self.embedding is not None or self.needs_input_gradient else inputs.detach()
+        dim = int(self.embedding is None and tensor_parallel.sequence_parallel)
         updates = self.read_adapter(segments)
-        if token_index is not None and self.adapter_group is not None:
-            updates = self.adapter_group.with_dropout(updates, token_index, segments, self.tensor_parallel)
-        context = self.context(positions, hidden.dtype, documents=documents, segments=segments)
-        output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
+        halves = list[Half]()
+        of_rows = (positions, documents, token_index)
+        for own, *rows in zip(first.chunk(number, dim), *(_in_halves(ids, number) for ids in of_rows), strict=True):
+            hidden = own if self.embedding is None else self.embed(own, tensor_parallel)
+            own_positions, own_documents, own_index = rows
+            own_updates: Mapping[int, LayerUpdate] = updates
+            if own_index is not None and self.adapter_group is not None:
+                own_updates = self.adapter_group.with_dropout(updates, own_index, segments, tensor_parallel)
+            assert own_positions is not None
+            context = self.context(own_positions, hidden.dtype, documents=own_documents, segments=segments)
+            halves.append(Half(hidden, context, own_updates))
+        del first, own, hidden
+        outputs = self.run_blocks(halves, tensor_parallel)
         unused: tuple[Tensor, ...] = () if self.anchor is None else (self.anchor,)
         if self.embedding is None and not self.needs_input_gradient:
             unused += (inputs,)
         unused = unused if torch.is_grad_enabled() else ()
-        if isinstance(output, Tensor):
-            return _with_zero_gradients(output, unused)
+        if not isinstance(outputs[0], Attended):
+            joined = outputs[0] if number == 1 else torch.cat(outputs, int(tensor_parallel.sequence_parallel))
+            return _with_zero_gradients(joined, unused)
         if unused:  # an empty tensor, so that the pipeline's buffer of outputs does not keep `unused`
             zero = with_adjoint(lambda first, *_: first.new_zeros(0), _zeros_like(unused), *unused)
-            output = output._replace(zero_gradients=(zero,))
-        return output if labels is None else self.tail.loss(output, labels)
+            outputs[0] = outputs[0]._replace(zero_gradients=(zero,))
+        attended = outputs[0] if number == 1 else tuple(outputs)
+        return attended if labels is None else self.loss(attended, labels)
+
+    def num_halves(self, num_rows: int, segments: AdapterSegments = ()) -> int:
+        """Return 2 if a micro-batch of `num_rows` rows is computed in two halves of its rows, otherwise 1."""
+        return 1 + (self.tensor_parallel.overlap and num_rows % 2 == 0 and len(segments) <= 1)
+
+    def loss(
+        self, attended: Attended | Halves, labels: Tensor | Supervised | Sequence[Supervised]
+    ) -> Tensor:
+        """Return the summed loss from the result of `forward`, with the same `labels`."""
+        outputs = [attended] if isinstance(attended, Attended) else attended
+        of_outputs: Any = labels
+        if isinstance(labels, Supervised):
+            of_outputs = [labels]
+        elif isinstance(labels, Tensor):
+            of_outputs = labels.chunk(len(outputs))
+        losses = [self.tail.loss(own, of_own) for own, of_own in zip(outputs, of_outputs, strict=True)]
+        return losses[0] if len(losses) == 1 else losses[0] + losses[1]
 
     def predict(
         self,
@@ -311,10 +358,11 @@ class Stage(nn.Module):
 
         def logits_or_losses() -> Tensor:
             tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
+            tensor_parallel = replace(tensor_parallel, overlap=False)
             hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
             context = self.context(positions, hidden.dtype, documents=documents, caches=caches, segments=segments)
             found = self.read_adapter(segments) if updates is None else updates
-            output = self.run_blocks(hidden, context, tensor_parallel, found, caches=caches)
+            (output,) = self.run_blocks([Half(hidden, context, found)], tensor_parallel, caches=caches)
             if isinstance(output, Tensor):
                 return output
             tail = replace(self.tail, tensor_parallel=tensor_parallel)
@@ -364,31 +412,66 @@ class Stage(nn.Module):
 
     def run_blocks(
         self,
-        hidden: Tensor,
-        context: AttentionContext,
+        halves: Sequence[Half],
         tensor_parallel: TensorParallel,
-        updates: Mapping[int, LayerUpdate],
         *,
         caches: Sequence[AnyCache] | None = None,
-    ) -> Tensor | Attended:
+    ) -> list[Any]:
         """Run every block of the stage in order. If the stage has the head, run only the attention of the last block.
 
         Args:
-            updates: the result of `read_adapter`.
+            halves: the micro-batch, or its two halves, whose steps are then run alternately.
+
+        Returns:
+            the activations between layers or the `Attended` of each half.
         """
-        for number, index in enumerate(self.blocks):
+        if self.recompute != "full":
+            return _run([self._steps(half, self.blocks, tensor_parallel, caches) for half in halves])
+        outputs: list[Any] = [half.hidden for half in halves]
+        for index in self.blocks:
+
+            def call(*hidden: Tensor, index: int = index) -> list[Any]:
+                own = [half._replace(hidden=one) for half, one in zip(halves, hidden, strict=True)]
+                return _run([self._steps(half, [index], tensor_parallel, caches) for half in own])
+
+            update = halves[0].updates.get(index, {})
+            targets = ATTENTION_TARGETS if self._stops(index) else TARGET_NAMES
+            linears = [linear for name, linear in update.items() if name in targets]
+            slots = [slot for linear in linears for slot in (linear.grad_a, linear.grad_f)]
+            if outputs[0].requires_grad or any(slot is not None for slot in slots):
+                outputs = checkpoint(call, *outputs, use_reentrant=False)  # saves only the arguments of the call
+            else:
+                outputs = call(*outputs)
+        return outputs
+
+    def _stops(self, index: int) -> bool:
+        """Return whether only the attention of this block is run."""
+        return self.head is not None and index == self.blocks[-1]
+
+    def _steps(
+        self,
+        half: Half,
+        blocks: Sequence[int],
+        tensor_parallel: TensorParallel,
+        caches: Sequence[AnyCache] | None,
+    ) -> Steps[Tensor | Attended]:
+        hidden, addend = half.hidden, None
+        for index in blocks:
             block: Any = self.layers[str(index)]
-            update = updates.get(index)
-            stops = self.head is not None and index == self.blocks[-1]
-            call, targets = (block.attention.attend, ATTENTION_TARGETS) if stops else (block, TARGET_NAMES)
-            if self.recompute == "full":
-                linears = [linear for name, linear in (update or {}).items() if name in targets]
-                slots = [slot for linear in linears for slot in (linear.grad_a, linear.grad_f)]
-                if hidden.requires_grad or any(slot is not None for slot in slots):
-                    call = partial(checkpoint, call, use_reentrant=False)  # this saves only the arguments of the call
-            cache = caches[number] if caches else None
-            result = call(hidden, context, tensor_parallel, update=update, cache=cache)
+            update, cache = half.updates.get(index), caches[self.blocks.index(index)] if caches else None
+            stops = self._stops(index)
+            steps = (block.attention if stops else block).steps(
+                hidden, addend, half.context, tensor_parallel, update=update, cache=cache
+            )
+            hidden, addend = yield from steps
             if stops:
-                return Attended(hidden, result, update)
-            hidden = result
-        return hidden
+                return Attended(hidden, addend, update)
+        return hidden if addend is None else hidden + addend
+
+
+def _run(steps: Sequence[Steps[Any]]) -> list[Any]:
+    return [run_steps(steps[0])] if len(steps) == 1 else alternate(*steps)
+
+
+def _in_halves(ids: Tensor | None, number: int) -> Sequence[Tensor | None]:
+    return (None,) * number if ids is None else ids.chunk(number)

@@ -99,17 +99,28 @@ class RankGroup:
     rank: int = 0
     size: int = 1
 
-    def all_reduce_(self, tensor: Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
-        """Reduce a contiguous tensor over the group in place. The reduction `op` is by default the sum."""
-        distributed.all_reduce(tensor, op=op, group=self.handle)
+    def all_reduce_(
+        self,
+        tensor: Tensor,
+        op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM,
+        *,
+        async_op: bool = False,
+    ) -> distributed.Work | None:
+        """Reduce a contiguous tensor over the group in place. The reduction `op` is by default the sum.
 
-    def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
+        With `async_op`, this and the other methods return before the result is complete; `wait` of the returned work
+        waits for it.
+        """
+        return cast("distributed.Work | None", distributed.all_reduce(tensor, op, self.handle, async_op))
+
+    def all_gather_into(self, gathered: Tensor, tensor: Tensor, *, async_op: bool = False) -> distributed.Work | None:
         """Write the contiguous tensors of all ranks to `gathered`, concatenated along the first dimension."""
-        _all_gather_into(gathered, tensor, group=self.handle)
+        return cast("distributed.Work | None", _all_gather_into(gathered, tensor, self.handle, async_op))
 
-    def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
+    def reduce_scatter_into(self, mine: Tensor, parts: Tensor, *, async_op: bool = False) -> distributed.Work | None:
         """Sum `parts` over the ranks, and write this rank's slice of the sum along dimension 0 to `mine`."""
-        _reduce_scatter_into(mine, parts, group=self.handle)
+        sum_ = distributed.ReduceOp.SUM
+        return cast("distributed.Work | None", _reduce_scatter_into(mine, parts, sum_, self.handle, async_op))
 
 
 ALONE = RankGroup()
@@ -123,10 +134,14 @@ class TensorParallel:
     and each rank has an equal, contiguous shard, so that messages need no copy. A layer gathers at its start and
     reduce-scatters at its end. Without sequence parallelism, these tensors have shape (b, s, d) on every rank, and a
     layer all-reduces at its end.
+
+    With `overlap`, layers compute the two halves of a micro-batch alternately, so that the messages of one half are
+    sent while the other half is computed.
     """
 
     group: RankGroup = ALONE
     sequence_parallel: bool = False
+    overlap: bool = False
 
     @property
     def sequence_parts(self) -> int:
@@ -135,7 +150,7 @@ class TensorParallel:
 
     def whole_sequences(self) -> "TensorParallel":
         """Return this group without sequence parallelism, for generation, where each step computes one token."""
-        return replace(self, sequence_parallel=False)
+        return replace(self, sequence_parallel=False, overlap=False)
 
 
 @dataclass(frozen=True)
@@ -169,15 +184,43 @@ class ParallelGroups:
 SEQUENCE_DIM = 1  # the dimension of the tokens in activations (1, b s, d)
 
 
+@dataclass
+class Pending:
+    """The result of a collective, which may not have arrived yet.
+
+    `wait` returns it. On a GPU, the current stream waits and not the host. The result must not be used before.
+    """
+
+    tensor: Tensor
+    work: distributed.Work | None = None
+
+    def wait(self) -> Tensor:
+        """Return the tensor when it is complete."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.tensor
+
+
 def all_reduce(
     tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
 ) -> Tensor:
     """Return `tensor` reduced over the group by `op`, bit-equal on every rank. The input is not modified."""
+    return start_all_reduce(tensor, group, op).wait()
+
+
+def start_all_reduce(
+    tensor: Tensor,
+    group: RankGroup,
+    op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM,
+    *,
+    async_op: bool = False,
+) -> Pending:
+    """Start `all_reduce`. Without `async_op`, the result is complete."""
     if group.size == 1:
-        return tensor
+        return Pending(tensor)
     total = tensor.clone(memory_format=torch.contiguous_format)
-    group.all_reduce_(total, op)
-    return total
+    return Pending(total, group.all_reduce_(total, op, async_op=async_op))
 
 
 def largest_of_all(tensor: Tensor, group: RankGroup) -> Tensor:
@@ -190,9 +233,16 @@ def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     if group.size == 1:
         return tensor
     dim %= tensor.ndim
-    gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
-    group.all_gather_into(gathered, tensor.contiguous())
+    gathered = start_all_gather(tensor, group).wait()
     return gathered.view(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def start_all_gather(tensor: Tensor, group: RankGroup, *, async_op: bool = False) -> Pending:
+    """Start an all-gather along dimension 0. Without `async_op`, the result is complete."""
+    if group.size == 1:
+        return Pending(tensor)
+    gathered = tensor.new_empty((group.size * tensor.shape[0], *tensor.shape[1:]))
+    return Pending(gathered, group.all_gather_into(gathered, tensor.contiguous(), async_op=async_op))
 
 
 def reduce_scatter(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
@@ -201,9 +251,16 @@ def reduce_scatter(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
         return tensor
     dim %= tensor.ndim
     parts = tensor.unflatten(dim, (group.size, tensor.shape[dim] // group.size)).movedim(dim, 0).contiguous()
-    mine = torch.empty_like(parts[0])
-    group.reduce_scatter_into(mine, parts.flatten(0, 1))
-    return mine
+    return start_reduce_scatter(parts.flatten(0, 1), group).wait()
+
+
+def start_reduce_scatter(tensor: Tensor, group: RankGroup, *, async_op: bool = False) -> Pending:
+    """Start a reduce-scatter along dimension 0. Without `async_op`, the result is complete."""
+    if group.size == 1:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    mine = tensor.new_empty((tensor.shape[0] // group.size, *tensor.shape[1:]))
+    return Pending(mine, group.reduce_scatter_into(mine, tensor, async_op=async_op))
 
 
 class _WithAdjoint(torch.autograd.Function):

@@ -76,6 +76,14 @@ def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
     return apply_norm(hidden, weight, bias, root), root
 
 
+def add_and_normalise(
+    hidden: Tensor, addend: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden + addend, and the results of `normalise` for this sum."""
+    total = hidden + addend
+    return total, *normalise(total, weight, bias, eps)
+
+
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
     """Return the normalised rows from a known root, rounded as in transformers.
 
@@ -88,14 +96,18 @@ def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor
     return (normed * weight + bias).to(hidden.dtype)
 
 
-def norm_gradient(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
+def norm_gradient(
+    gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor, addend: Tensor | None
+) -> Tensor:
     """Return the gradient of x, (T, d), from the gradient of the norm's output, whose further columns are ignored.
 
     With n = x root and g = weight * dy, the result is dx = (g - n mean(g n)) root. For LayerNorm, n is
-    (x - mean(x)) root, and the mean of dx is subtracted.
+    (x - mean(x)) root, and the mean of dx is subtracted. `addend` (T, d) is added, the gradient of x from its other
+    uses.
     """
     gradient = gradient[:, : hidden.shape[1]]
-    return _norm_gradient(upcast(gradient) * weight, _centred(hidden, bias) * root, root, bias).to(hidden.dtype)
+    found = _norm_gradient(upcast(gradient) * weight, _centred(hidden, bias) * root, root, bias).to(hidden.dtype)
+    return found if addend is None else addend + found
 
 
 def _norm_gradient(
@@ -332,6 +344,7 @@ class Kernels:
     """The functions of this module that layers call, uncompiled or compiled."""
 
     normalise: Callable[..., tuple[Tensor, Tensor]] = normalise
+    add_and_normalise: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_and_normalise
     apply_norm: Callable[..., Tensor] = apply_norm
     norm_gradient: Callable[..., Tensor] = norm_gradient
     gate: Callable[[Tensor], Tensor] = gate

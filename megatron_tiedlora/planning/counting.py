@@ -171,15 +171,15 @@ class CountingGroup(groups.RankGroup):
         self.counts.found["messages", groups.TENSOR, kind] += 1
         self.counts.found["bytes", groups.TENSOR, kind] += tensor.nbytes
 
-    def all_reduce_(self, tensor: Tensor, op: Any = None) -> None:
+    def all_reduce_(self, tensor: Tensor, op: Any = None, *, async_op: bool = False) -> None:
         """Count an all-reduce of `tensor`."""
         self._sent("all-reduce", tensor)
 
-    def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
+    def all_gather_into(self, gathered: Tensor, tensor: Tensor, *, async_op: bool = False) -> None:
         """Count an all-gather into `gathered`."""
         self._sent("all-gather", gathered)
 
-    def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
+    def reduce_scatter_into(self, mine: Tensor, parts: Tensor, *, async_op: bool = False) -> None:
         """Count a reduce-scatter of `parts`."""
         self._sent("reduce-scatter", parts)
 

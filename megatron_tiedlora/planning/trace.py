@@ -24,7 +24,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model import attention, fused_attention
 from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
-from megatron_tiedlora.model.stage import Attended, Stage
+from megatron_tiedlora.model.stage import Attended, Half, Stage
 from megatron_tiedlora.parallel import frozen_weight, loss
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
 from megatron_tiedlora.planning import counting
@@ -252,7 +252,7 @@ class Tracer:
                 # The input from the previous block; its gradient is not kept.
                 begin = anchor if kind.earlier else anchor.detach()
                 hidden = with_adjoint(lambda one: one.new_empty(size), lambda _gradient: None, begin)
-                output: Any = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
+                (output,) = stage.run_blocks([Half(hidden, context, updates)], self.tensor_parallel)
                 del hidden
                 if isinstance(output, Attended):
                     head: Any = stage.layers[str(stage.head)]

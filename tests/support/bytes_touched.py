@@ -120,7 +120,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         outputs = [
             head
             for hidden, update in zip(inputs, updates, strict=True)
-            for head in layer(hidden, TensorParallel(), update, num_rows=len(hidden), table=table)
+            for head in layer(hidden, TensorParallel(), update, num_rows=len(hidden), table=table)[1]
         ]
         # Attention gives gradients of their own storage for each of the three, on a GPU by tokens.
         gradients = [torch.empty_like(head.transpose(1, 2)).contiguous().transpose(1, 2) for head in outputs]

@@ -21,7 +21,7 @@ SUM = f"{RUNNING}.sum_gradients_"
 MARK = "megatron_tiedlora.engine.engine.mark_parameters"
 COUNTS = "megatron_tiedlora.engine.engine.gradient_norm_counts"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
-NORMED_LINEAR = "megatron_tiedlora.model.linears"
+REGIONS = "megatron_tiedlora.model.regions"
 STEP = "megatron_tiedlora.training.step"
 
 
@@ -118,19 +118,23 @@ def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
     """What the rank's rows of B give to the gradient of the layer's input is not summed; the frozen product's is."""
-    leave = importlib.import_module(NORMED_LINEAR).Projection._leave
+    entry = importlib.import_module(REGIONS).Entry
+    send, receive = entry.send_gradients, entry.receive_gradients
 
-    def leave_apart(projection: Any, of_normed: Any, of_low: Any, a: Any, **keywords: Any) -> Any:
-        if a is None:  # a linear without an update
-            return leave(projection, of_normed, of_low, a, **keywords)
-        tensor_parallel = projection.tensor_parallel
-        summed, low = leave(projection, of_normed, of_low, torch.zeros_like(a), **keywords)
-        if summed is not None:
-            parts = (of_low @ a.to(of_low.dtype)).flatten(0, 1).chunk(tensor_parallel.sequence_parts)
-            summed = summed + parts[tensor_parallel.group.rank % len(parts)].view(summed.shape)
+    def send_apart(self: Any, of_normed: Any, of_low: Any, a: Any) -> None:
+        own = None if a is None or of_normed is None else (of_low @ a.to(of_low.dtype)).flatten(0, 1)
+        send(self, of_normed, of_low, None if a is None else torch.zeros_like(a))
+        self.own = own
+
+    def receive_apart(self: Any, a: Any) -> Any:
+        summed, low = receive(self, None if a is None else torch.zeros_like(a))
+        if self.own is not None:
+            parts = self.own.chunk(self.tensor_parallel.sequence_parts)
+            summed = summed + parts[self.tensor_parallel.group.rank % len(parts)].view(summed.shape)
         return summed, low
 
-    patch.setattr(f"{NORMED_LINEAR}.Projection._leave", leave_apart)
+    patch.setattr(f"{REGIONS}.Entry.send_gradients", send_apart)
+    patch.setattr(f"{REGIONS}.Entry.receive_gradients", receive_apart)
 
 
 # The norm ---------------------------------------------------------------------------------------------------------

@@ -119,11 +119,11 @@ def _count(case: Case, device: torch.device, patch: pytest.MonkeyPatch) -> Count
 
     plans = case.plans(distributed.get_rank(), distributed.get_world_size())
     data = {name: prepare_data(plan) for name, plan in plans.items()}
-    attend, start_engine, of_base = Attention.attend, build._start_engine, list[float]()
+    of_attention, start_engine, of_base = Attention.steps, build._start_engine, list[float]()
 
-    def with_extra_message(self: Any, hidden: Any, positions: Any, tensor_parallel: Any, **keywords: Any) -> Any:
-        distributed.all_reduce(torch.zeros(1), group=tensor_parallel.group.handle)
-        return attend(self, hidden, positions, tensor_parallel, **keywords)
+    def with_extra_message(self: Any, hidden: Any, addend: Any, context: Any, parallel: Any, **keywords: Any) -> Any:
+        distributed.all_reduce(torch.zeros(1), group=parallel.group.handle)
+        return of_attention(self, hidden, addend, context, parallel, **keywords)
 
     def look(given: Any, model: Any, *others: Any) -> Any:
         plan, (stage, *_) = next(iter(plans.values())), model
@@ -141,7 +141,7 @@ def _count(case: Case, device: torch.device, patch: pytest.MonkeyPatch) -> Count
     if case.head_rows is not None:
         patch.setattr(layer_specs, "HEAD_ROWS", case.head_rows)
     if case.extra_message:
-        patch.setattr(Attention, "attend", with_extra_message)
+        patch.setattr(Attention, "steps", with_extra_message)
     with set_checkpoint_early_stop(case.early_stop):
         runner = build.build_model(plans, device).runner
         # On a busy machine the step before may have been a long one, after which ranks send a little more.

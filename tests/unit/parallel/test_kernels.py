@@ -76,7 +76,9 @@ def test_each_compiled_kernel_rounds_no_worse() -> None:
     calls: dict[str, Any] = {
         "normalise": lambda kernels, wide: kernels.normalise(wide(rows), wide(weight), None, 1e-5)[0],
         "apply_norm": lambda kernels, wide: kernels.apply_norm(wide(rows), wide(weight), None, root),
-        "norm_gradient": lambda kernels, wide: kernels.norm_gradient(wide(more), wide(rows), wide(weight), None, root),
+        "norm_gradient": lambda kernels, wide: kernels.norm_gradient(
+            *(wide(more), wide(rows), wide(weight), None, root, wide(rows))
+        ),
         "gate": lambda kernels, wide: kernels.gate(wide(rows)),
         "gate_gradient": lambda kernels, wide: kernels.gate_gradient(wide(more)[:, :48].contiguous(), wide(rows)),
         "rotate": lambda kernels, wide: kernels.rotate(wide(heads), wide(cos), wide(sin), 3),
@@ -201,7 +203,9 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     return {
         "normalise": (rows, weight, None, 1e-5),
         "apply_norm": (rows, weight, None, root),
-        "norm_gradient": (drawn(ROWS, 24), rows, weight, None, root),
+        "norm_gradient": (drawn(ROWS, 24), rows, weight, None, root, None),
+        "norm_gradient with an addend": (drawn(ROWS, 24), rows, weight, None, root, drawn(ROWS, 24)),
+        "add_and_normalise": (rows, drawn(ROWS, 24), weight, None, 1e-5),
         "gate": (rows,),
         "gate_gradient": (drawn(ROWS, 12), rows),
         "rotate": (heads, *table, 3),
