@@ -23,8 +23,9 @@ from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, Mo
 from megatron_tiedlora.model import linears
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
-from megatron_tiedlora.model.regions import Exit, Needs, Recompute, Steps, run_steps, steps_of
+from megatron_tiedlora.model.regions import Entry, Exit, Needs, Recompute, Steps, run_steps, steps_of
 from megatron_tiedlora.parallel import frozen_weight, groups
+from megatron_tiedlora.parallel.frozen_weight import RoundedRows
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
 from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
@@ -74,12 +75,13 @@ class SwiGlu(nn.Module):
                 leaving.recompute = recompute
         yield
         (gates,) = linear.project(entered, gate_up)
+        of_gates = _GatesGradient(entered.entry, gate_up.f is not None)
         del entered
         yield
         operands, projection = linears.Operands(down.a, down.f), linears.Projection(self.down.frozen, down.rows)
         saved = (*inputs, gate_up.f, linear.bias) if recomputes else ()
         value: Tensor = _GatedDown.apply(
-            *(gates, down.grad_a, down.grad_f, operands, projection, self.kernels, leaving, again), *saved
+            *(gates, down.grad_a, down.grad_f, operands, projection, of_gates, leaving, again), *saved
         )
         del gates
         early = inputs if leaving is not None and leaving.recompute is not None else ()
@@ -98,7 +100,29 @@ class _GateUp:
     def again(self, *saved: Any) -> Tensor:
         *inputs, f, bias = saved
         x, ax = self.recompute.finish(*inputs)
-        return self.projection.forward(x, linears.Operands(None, f, bias), ax)[0]
+        rounded = self.recompute.entry.take_rounded()
+        return self.projection.forward(x, linears.Operands(None, f, bias), ax, rounded)[0]
+
+
+@dataclass(frozen=True)
+class _GatesGradient:
+    """Computes the gradient of gate and up for the linear before, rounded if its matmul reads rounded rows.
+
+    Attributes:
+        keeps: whether the linear has an update, which needs a gradient that is not rounded.
+    """
+
+    entry: Entry
+    keeps: bool
+
+    def from_gated(self, grad_gated: Tensor, gate_up: Tensor) -> Tensor | None:
+        """Return the gradient for autograd, (b, s, 2 f), or None if only rounded rows are needed."""
+        rows, factors = (as_rows(grad_gated), as_rows(gate_up)), self.entry.weight.gradient_factors
+        if factors is None:
+            return self.entry.kernels.gate_gradient(*rows).view(gate_up.shape)
+        found = RoundedRows(*self.entry.kernels.gate_gradient_rounded(*rows, factors, self.keeps))
+        self.entry.rounded = found
+        return None if found.values is None else found.values.view(gate_up.shape)
 
 
 class _GatedDown(torch.autograd.Function):
@@ -112,7 +136,7 @@ class _GatedDown(torch.autograd.Function):
         grad_f: Tensor | None,
         operands: linears.Operands,
         projection: linears.Projection,
-        kernels: Kernels,
+        of_gates: _GatesGradient,
         leaving: Exit | None,
         again: _GateUp | None,
         *inputs: Tensor | None,
@@ -120,8 +144,14 @@ class _GatedDown(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs = Needs(*ctx.needs_input_grad[:3])
         reads = needs.x or needs.a
-        z, ax = projection.forward(kernels.gate(as_rows(gate_up)), operands)
-        ctx.needs, ctx.projection, ctx.kernels, ctx.leaving = needs, projection, kernels, leaving
+        rows, kernels, rounded = as_rows(gate_up), of_gates.entry.kernels, None
+        if projection.weight.gradient_factors is None:
+            gated = kernels.gate(rows)
+        else:
+            rounded = RoundedRows(*kernels.gate_rounded(rows, operands.a is not None))
+            gated = rounded.rows
+        z, ax = projection.forward(gated, operands, None, rounded)
+        ctx.needs, ctx.projection, ctx.of_gates, ctx.leaving = needs, projection, of_gates, leaving
         ctx.again = again if reads else None
         ctx.wide = linears.gradient_dtype(grad_a, grad_f)
         saved = (gate_up,) if again is None else inputs
@@ -139,12 +169,12 @@ class _GatedDown(torch.autograd.Function):
         assert gradient is not None
         gate_up = saved[0] if ctx.again is None else ctx.again.again(*saved)
         del saved
-        gated = ctx.kernels.gate(as_rows(gate_up)) if needs.a else None
+        gated = ctx.of_gates.entry.kernels.gate(as_rows(gate_up)) if needs.a else None
         operands, rows = linears.Operands(a, f), gradient.flatten(0, -2)
         grad_gated, *of_factors = ctx.projection.backward(rows, gated, ax, operands, needs, ctx.wide)
         del gated, gradient, rows
         if grad_gated is not None:
-            grad_gated = ctx.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
+            grad_gated = ctx.of_gates.from_gated(grad_gated, gate_up)
         return grad_gated, *of_factors, *(None,) * (num_inputs - 3)
 
 

@@ -25,7 +25,7 @@ from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.regions import Entered, Entry, Exit, Needs, Steps, enter, run_steps
 from megatron_tiedlora.parallel import groups
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows, frozen_parameter, register
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
 from megatron_tiedlora.parallel.loss import first_derivative_only
 
@@ -114,7 +114,7 @@ class NormedLinear(nn.Module):
             hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
             recomputes: whether the input is recomputed before the backward pass of the linear.
         """
-        entry = Entry(update.rows, num_rows, tensor_parallel, self.kernels, recomputes)
+        entry = Entry(self.frozen, update.rows, num_rows, tensor_parallel, self.kernels, recomputes)
         factors = {"a": update.a, "grad_a": update.grad_a}
         return enter(hidden, addend, entry, **factors, norm=self.norm, norm_bias=self.norm_bias, eps=self.eps)
 
@@ -157,23 +157,36 @@ class Projection:
     weight: FrozenWeight
     rows: AllRows
 
-    def forward(self, x: Tensor, operands: Operands, ax: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return z (..., local out) from x (..., local in), and A x (..., r), unless `ax` is already A x."""
+    def forward(
+        self, x: Tensor, operands: Operands, ax: Tensor | None = None, rounded: RoundedRows | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return z (..., local out) from x (..., local in), and A x (..., r), unless `ax` is already A x.
+
+        Args:
+            rounded: x for FP8 matmuls, if a kernel has rounded it; `x` may then be `rounded.rows`.
+        """
         a, f, bias = operands
         if a is not None and ax is None:
             ax = self.rows.reduce_input(x, a, local=False)
-        projected = self.weight.times_transposed(x.flatten(0, -2), bias).view(*x.shape[:-1], -1)
+        projected = self.weight.times_transposed(rounded or x.flatten(0, -2), bias).view(*x.shape[:-1], -1)
         if ax is not None and f is not None:
             self.rows.add_update_(flat(projected), ax, f)
         return projected, ax
 
     def gradients(
-        self, grad_z: Tensor, ax: Tensor | None, f: Tensor | None, needs: Needs, wide: torch.dtype | None
+        self,
+        grad_z: Tensor,
+        ax: Tensor | None,
+        f: Tensor | None,
+        needs: Needs,
+        wide: torch.dtype | None,
+        rounded: RoundedRows | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x without that of the update, of A x, and of F, from dz (..., local out).
 
         Args:
             ax: A x; needed for the gradient of F.
+            rounded: dz for FP8 matmuls, as x in `forward`.
             wide: the dtype of the gradient of F.
         """
         rows = grad_z.flatten(0, -2)
@@ -183,7 +196,7 @@ class Projection:
             grad_f = self.rows.gradient_of_f(rows, ax, wide)
         if f is not None and (needs.x or needs.a):
             grad_ax = self.rows.gradient_of_ax(rows, f)
-        grad_x = self.weight.times(rows).view(*grad_z.shape[:-1], -1) if needs.x else None
+        grad_x = self.weight.times(rounded or rows).view(*grad_z.shape[:-1], -1) if needs.x else None
         return grad_x, grad_ax, grad_f
 
     def backward(
@@ -227,15 +240,16 @@ class _Projected(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(split is not None)
         needs = Needs(*(ctx.needs_input_grad[index] for index in (0, 2, 3)))
+        rounded = None
         if isinstance(region, Entry):
             x, ax = region.receive(x, ax)
-            needs = region.needs._replace(f=needs.f)
-        projected, ax = projection.forward(x, operands, ax)
+            needs, rounded = region.needs._replace(f=needs.f), region.take_rounded()
+        projected, ax = projection.forward(x, operands, ax, rounded)
         if isinstance(region, Entry) and region.recomputes and needs.f:
             region.ax = detached(ax)
         ctx.shape = x.shape
         saved_x = x if needs.a and not isinstance(region, Entry) else None
-        del x
+        del x, rounded
         results, saved = ((projected,), ()) if split is None else split.forward(projected)
         ctx.projection, ctx.region, ctx.split, ctx.needs = projection, region, split, needs
         ctx.wide = gradient_dtype(grad_a, grad_f)
@@ -251,7 +265,9 @@ class _Projected(torch.autograd.Function):
             found = region.receive_gradient(found)
         grad_z = found if ctx.split is None else ctx.split.backward(gradients, *saved)
         if isinstance(region, Entry):
-            grad_x, grad_ax, grad_f = ctx.projection.gradients(grad_z, ax, f, ctx.needs, ctx.wide)
+            rounded = region.take_rounded()
+            grad_z = grad_z if rounded is None else rounded.rows.view(*ctx.shape[:-1], -1)
+            grad_x, grad_ax, grad_f = ctx.projection.gradients(grad_z, ax, f, ctx.needs, ctx.wide, rounded)
             region.send_gradients(grad_x, grad_ax, a)
             return None, None, None, grad_f, *(None,) * 4
         grad_x, grad_a, grad_f = ctx.projection.backward(grad_z, x, ax, Operands(a, f), ctx.needs, ctx.wide)

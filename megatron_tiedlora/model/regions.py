@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside
 from megatron_tiedlora.parallel import groups
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, as_wide_rows, detached
 from megatron_tiedlora.parallel.loss import first_derivative_only
 
@@ -51,8 +52,10 @@ class Entry:
         needs: which gradients the backward pass computes.
         root: the recomputed root.
         ax: A x of complete sequences, if it is saved for the gradient of F and x is recomputed.
+        rounded: x, or the gradient of z, for FP8 matmuls, from the kernel before the matmul (see `take_rounded`).
     """
 
+    weight: FrozenWeight
     rows: AllRows
     num_rows: int
     tensor_parallel: groups.TensorParallel
@@ -61,6 +64,7 @@ class Entry:
     needs: Needs = NOTHING
     root: Tensor | None = None
     ax: Tensor | None = None
+    rounded: RoundedRows | None = None
     _width: int | None = None  # the columns of A x in the message
     _sent: groups.Pending | None = None
     _gradients: tuple[groups.Pending | None, Tensor | None] = (None, None)
@@ -140,17 +144,36 @@ class Entry:
     def _overlap(self) -> bool:
         return self.tensor_parallel.overlap
 
+    def take_rounded(self) -> RoundedRows | None:
+        """Return `rounded`, which the matmul reads instead of x or of a gradient, and forget it."""
+        found, self.rounded = self.rounded, None
+        return found
+
     def normalise(
-        self, hidden: Tensor, addend: Tensor | None, norm: Tensor | None, norm_bias: Tensor | None, eps: float | None
+        self,
+        hidden: Tensor,
+        addend: Tensor | None,
+        norm: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float | None,
+        *,
+        keeps: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return y = hidden + addend, x = norm(y), and the norm's root (see `kernels.normalise`).
 
-        Without an addend y is hidden itself, and without a norm x is y.
+        Without an addend y is hidden itself, and without a norm x is y. If the matmul reads rounded rows and no message
+        is sent before it, the kernel rounds too, and x is returned only if it is needed, `keeps`.
         """
         if norm is None:
             total = hidden if addend is None else hidden + addend
             return total, total.detach(), None
         weights = norm.detach(), detached(norm_bias), eps
+        if self.weight.gradient_factors is not None and not self.in_parts:
+            more = None if addend is None else as_rows(addend)
+            total, root, *found = self.kernels.normalise_rounded(as_rows(hidden), more, *weights, keeps)
+            self.rounded = RoundedRows(*found)
+            total = hidden if total is None else total.view(hidden.shape)
+            return total, self.rounded.rows.view(hidden.shape), root
         if addend is None:
             normed, root = self.kernels.normalise(as_rows(hidden), *weights)
             return hidden, normed.view(hidden.shape), root
@@ -209,7 +232,7 @@ class _Entered(torch.autograd.Function):
         eps: float | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        total, normed, root = entry.normalise(hidden, addend, norm, norm_bias, eps)
+        total, normed, root = entry.normalise(hidden, addend, norm, norm_bias, eps, keeps=a is not None)
         ax = None if a is None else entry.rows.reduce_input(normed, a, local=entry.in_parts)
         entry.needs = needs = Needs(any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2])
         reads = needs.a or (needs.x and norm is not None)
@@ -322,8 +345,9 @@ class Recompute:
     def start(self, hidden: Tensor, a: Tensor | None, norm: Tensor | None, norm_bias: Tensor | None) -> None:
         """Compute x, and A x unless it was saved, from y, and start to send them."""
         entry, ax = self.entry, None
-        _, normed, entry.root = entry.normalise(hidden, None, norm, norm_bias, self.eps)
-        if a is not None and entry.ax is None:
+        adds = a is not None and entry.ax is None
+        _, normed, entry.root = entry.normalise(hidden, None, norm, norm_bias, self.eps, keeps=adds)
+        if a is not None and adds:
             ax = entry.rows.reduce_input(normed, a, local=entry.in_parts)
         entry.send(normed, ax)
         self._started.append((normed, ax))

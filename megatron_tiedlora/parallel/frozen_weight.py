@@ -37,10 +37,20 @@ class Columns:
 
 
 class RoundedRows(NamedTuple):
-    """Rows for FP8 matmuls: codes (tokens, n) float8_e4m3fn, and the scale of each row, (tokens,) fp32."""
+    """Rows for FP8 matmuls: codes (tokens, n) float8_e4m3fn, and the scale of each row, (tokens,) fp32.
 
+    Attributes:
+        values: the rows that were rounded, if an update needs them.
+    """
+
+    values: Tensor | None
     codes: Tensor
     scales: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Return the values, or a tensor of their shape if there are none."""
+        return self.codes if self.values is None else self.values
 
 
 class FrozenWeight:

@@ -289,12 +289,15 @@ def round_scaled_rows(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalise_rounded(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float, keeps: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Return `normalise`, and `round_rows` of the normalised rows, which are None unless `keeps`."""
-    normed, root = normalise(hidden, weight, bias, eps)
-    kept, codes, scales = _rounded(normed, None, keeps)
-    return kept, root, codes, scales
+    hidden: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, keeps: bool
+) -> tuple[Tensor | None, ...]:
+    """Return hidden + addend if there is an addend, the root of this sum's norm, the normalised rows, codes and scales.
+
+    These are the results of `add_and_normalise` or `normalise`, with the rows None unless `keeps`, and `round_rows`.
+    """
+    total = None if addend is None else hidden + addend
+    normed, root = normalise(hidden if total is None else total, weight, bias, eps)
+    return total, root, *_rounded(normed, None, keeps)
 
 
 def gate_rounded(gate_up: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -362,7 +365,7 @@ class Kernels:
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
     round_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]] = round_rows
     round_scaled_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = round_scaled_rows
-    normalise_rounded: Callable[..., tuple[Tensor | None, Tensor, Tensor, Tensor]] = normalise_rounded
+    normalise_rounded: Callable[..., tuple[Tensor | None, ...]] = normalise_rounded
     gate_rounded: Callable[[Tensor, bool], tuple[Tensor | None, Tensor, Tensor]] = gate_rounded
     gate_gradient_rounded: Callable[..., tuple[Tensor | None, Tensor, Tensor]] = gate_gradient_rounded
     transpose_: Callable[[Tensor, Tensor], None] = transpose_

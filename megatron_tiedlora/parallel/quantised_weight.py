@@ -365,7 +365,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         self, x: Tensor | RoundedRows, bias: Tensor | None = None, *, out: Tensor | None = None
     ) -> Tensor:
         """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
-        codes, scales = x if isinstance(x, RoundedRows) else self.kernels.round_rows(as_wide_rows(x), x.shape[1])
+        codes, scales = x[1:] if isinstance(x, RoundedRows) else self.kernels.round_rows(as_wide_rows(x), x.shape[1])
         if self._runs_in_fp8:
             weight = quantise.fp8_numbers(self.tensor.detach()).t()
             # Fast accumulation keeps fewer bits of partial sums. Some kernels are known to be slow without it.
@@ -380,7 +380,8 @@ class Fp8MatmulWeight(RowScaledWeight):
     def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`; dy s is rounded to fp8."""
         factors = self.gradient_factors
-        codes, scales = grad_y if isinstance(grad_y, RoundedRows) else self.kernels.round_scaled_rows(grad_y, factors)
+        given = isinstance(grad_y, RoundedRows)
+        codes, scales = grad_y[1:] if given else self.kernels.round_scaled_rows(grad_y, factors)
         if self._runs_in_fp8:
             weight = quantise.fp8_numbers(self._transposed_codes()).t()
             ones = self.workspace.ones(self._local_shape[1], codes.device)

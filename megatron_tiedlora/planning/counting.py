@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from megatron_tiedlora.parallel import frozen_weight, groups
+from megatron_tiedlora.parallel import groups
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows
 from megatron_tiedlora.parallel.kernels import Kernels, has_rows
 
 META = "meta"
@@ -150,12 +151,12 @@ def num_bytes(value: Any) -> int:
 
 def _traced_kernel(
     name: str, kernel: Callable[..., Any], arguments: Sequence[Any]
-) -> tuple[tuple[Tensor, ...], Kernel]:
+) -> tuple[tuple[Tensor | None, ...], Kernel]:
     """Run a kernel with these arguments, and return its results and its memory use."""
     with Counts() as counts:
         found = kernel(*arguments)
     results = () if found is None else found if isinstance(found, tuple) else (found,)
-    size = sum(result.nbytes for result in results)
+    size = num_bytes(results)
     most = max((moment.alive for moment in counts.moments), default=0) - size
     numbers = max(a.numel() for a in arguments if isinstance(a, Tensor))
     return results, Kernel(name, max(most, 0) / numbers, size / numbers)
@@ -184,34 +185,45 @@ class CountingGroup(groups.RankGroup):
         self._sent("reduce-scatter", parts)
 
 
-class CountedWeight(frozen_weight.FrozenWeight):
+class CountedWeight(FrozenWeight):
     """A frozen weight that counts the FLOPs of its matmuls, and the elements of W and of the input that they read.
 
-    The matmuls of the head are counted separately.
+    The matmuls of the head are counted separately. Elements of inputs that kernels have rounded are not counted.
     """
 
-    def __init__(self, tensor: Tensor, counts: Counts, *, is_head: bool) -> None:
+    def __init__(self, tensor: Tensor, counts: Counts, *, is_head: bool, rounds: bool) -> None:
         super().__init__(tensor)
         self._counts, self._is_head, self._kind = counts, is_head, "head" if is_head else "linears"
+        self._factors = tensor.new_empty(1, len(tensor), dtype=torch.float32) if rounds and not is_head else None
 
-    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    @property
+    def gradient_factors(self) -> Tensor | None:
+        """Return factors without values if the matmul is in FP8."""
+        return self._factors
+
+    def times_transposed(
+        self, x: Tensor | RoundedRows, bias: Tensor | None = None, *, out: Tensor | None = None
+    ) -> Tensor:
         """Return x W^T + bias as FrozenWeight does, and count the matmul."""
-        return self._counted("weights", x, partial(super().times_transposed, x, bias, out=out), out)
+        return self._counted("weights", x, partial(super().times_transposed, bias=bias, out=out), out)
 
-    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
         """Return grad_y W as FrozenWeight does, and count the matmul."""
-        return self._counted("weights_back", grad_y, partial(super().times, grad_y, out=out), out)
+        return self._counted("weights_back", grad_y, partial(super().times, out=out), out)
 
-    def _counted(self, name: str, x: Tensor, multiply: Callable[[], Tensor], out: Tensor | None) -> Tensor:
-        counts = self._counts
+    def _counted(
+        self, name: str, x: Tensor | RoundedRows, multiply: Callable[[Tensor], Tensor], out: Tensor | None
+    ) -> Tensor:
+        counts, rounded = self._counts, 0 if isinstance(x, RoundedRows) else x.numel()
         with counts.as_one():
-            product = multiply()
+            x = x.codes.to(self.tensor.dtype) if isinstance(x, RoundedRows) else x
+            product = multiply(x)
         if self._is_head and name == "weights":
             counts.logits(made=True)
         counts.allocated(() if out is not None else product)
         if self._is_head and name == "weights_back":
             counts.logits(made=False)
-        read: dict[Hashable, int] = {name: self.tensor.numel(), name.replace("weights", "rounded"): x.numel()}
+        read: dict[Hashable, int] = {name: self.tensor.numel(), name.replace("weights", "rounded"): rounded}
         of_head: dict[Hashable, int] = {"head_weights": self.tensor.numel()}
         counts.found.update({self._kind: 2 * len(x) * self.tensor.numel(), **(of_head if self._is_head else read)})
         return product
@@ -246,7 +258,7 @@ class CountedAttention(torch.autograd.Function):
 
 def counted_kernels(counts: Counts) -> Kernels:
     """Return the kernels, each counted as one operation that reads its arguments and writes its results."""
-    known: dict[Hashable, tuple[tuple[Tensor, ...], Kernel]] = {}
+    known: dict[Hashable, tuple[tuple[Tensor | None, ...], Kernel]] = {}
 
     def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         by_rows = has_rows(kernel)
@@ -259,7 +271,8 @@ def counted_kernels(counts: Counts) -> Kernels:
                 if key not in known:
                     known[key] = _traced_kernel(name, kernel, few)
                 results, traced = known[key]
-                given = tuple(one.new_empty(len(arguments[0]), *one.shape[1:]) for one in results)
+                rows = len(arguments[0])
+                given = tuple(one if one is None else one.new_empty(rows, *one.shape[1:]) for one in results)
             counts.found["moved"] += sum(map(num_bytes, (*arguments, *given)))
             numbers = max(a.numel() for a in arguments if isinstance(a, Tensor))
             counts.allocated(given, traced, numbers)

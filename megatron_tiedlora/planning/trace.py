@@ -138,9 +138,15 @@ class Tracer:
         tp_size: int = 1,
         sequence_parallel: bool = False,
         on_gpu: bool = False,
+        rounds: bool = False,
     ) -> None:
-        """Create the layers without data. `on_gpu` selects the attention kernel that is traced."""
-        self.shape, self.dtype, self._on_gpu = shape, dtype, on_gpu
+        """Create the layers without data.
+
+        Args:
+            on_gpu: selects the attention kernel that is traced.
+            rounds: whether the matmuls of the blocks are in FP8, so that kernels round their inputs.
+        """
+        self.shape, self.dtype, self._on_gpu, self._rounds = shape, dtype, on_gpu, rounds
         self._counts = counting.Counts()
         group = counting.CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
         self.tensor_parallel = TensorParallel(group, sequence_parallel and tp_size > 1)
@@ -156,7 +162,9 @@ class Tracer:
         for name, module in stage.named_modules():
             if isinstance(weight := getattr(module, "frozen", None), frozen_weight.FrozenWeight):
                 is_head = name.endswith(str(stage.head))
-                module.frozen = counting.CountedWeight(weight.tensor, self._counts, is_head=is_head)
+                module.frozen = counting.CountedWeight(
+                    weight.tensor, self._counts, is_head=is_head, rounds=self._rounds
+                )
         return stage
 
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:

@@ -13,6 +13,7 @@ LAST. Profiling makes the steps slower, and metrics.jsonl has the slower times.
 """
 
 import gzip
+import itertools
 import logging
 import os
 import resource
@@ -33,7 +34,7 @@ from megatron_tiedlora.adapters import tied_adapter
 from megatron_tiedlora.base.files import new_file
 from megatron_tiedlora.base.messages import UserError, first_line, show
 from megatron_tiedlora.base.output_folder import make_private_folder
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
 from megatron_tiedlora.config.fields import profiled_steps
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.batch import find_supervised
@@ -404,22 +405,27 @@ def _call_all(
     tensor_parallel: TensorParallel | None = None,
     rank: int = 4,
 ) -> None:
-    """Run a model of `shape` with zero weights on `num_rows` x `length` tokens, once for each item of `documents`.
+    """Run models of `shape` with zero weights on `num_rows` x `length` tokens, once for each item of `documents`.
 
     The backward pass runs only if gradients are enabled. Without gradients the forward pass ends at the logits.
     """
     from torch._inductor import config as inductor
 
-    targets = tied_adapter.targets_of(shape)
-    config = tied_adapter.make_adapter_config("tl6", rank=rank, layers=(1, 2), targets=targets, seed=0)
+    tensor_parallel = tensor_parallel or TensorParallel()
+    tp_size = tensor_parallel.group.size
     with device:
-        tensor_parallel = tensor_parallel or TensorParallel()
-        tp_size = tensor_parallel.group.size
-        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard(config, config.layers, 0, tp_size))
         make = FrozenWeight.empty if weight_maker is None else weight_maker(kernels)
-        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels, make_weight=make)
-        stage = Stage(specs, adapter, tensor_parallel=tensor_parallel)
-    for parameter in stage.parameters():
+        # Kernels that round keep their 16-bit result only for an adapted linear. So some layers must have each kind.
+        rounds = make(1, 1, dtype=dtype).gradient_factors is not None
+        adapted: tuple[tuple[tuple[int, ...], Sequence[str]], ...] = (((1, 2), (QKV,)),)
+        stages = []
+        for layers, names in (((2,), (QKV,)), ((1, 2), TARGET_NAMES)) if rounds else adapted:
+            targets = tied_adapter.targets_of(shape, names)
+            config = tied_adapter.make_adapter_config("tl6", rank=rank, layers=layers, targets=targets, seed=0)
+            adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard(config, layers, 0, tp_size))
+            specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels, make_weight=make)
+            stages.append(Stage(specs, adapter, tensor_parallel=tensor_parallel))
+    for parameter in (parameter for stage in stages for parameter in stage.parameters()):
         torch.nn.init.zeros_(parameter)
     ids = torch.arange(length).expand(num_rows, length)
     labels = find_supervised(ids % shape.vocab_size, tensor_parallel.sequence_parts)
@@ -431,7 +437,7 @@ def _call_all(
         # A kernel has a graph for each width and distance of rows.
         patches.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         patches.enter_context(torch.autograd.set_multithreading_enabled(False))
-        for found in documents:
+        for stage, found in itertools.product(stages, documents):
             packed = None if found is None else found.expand(num_rows, length)
             if torch.is_grad_enabled():
                 stage(tokens, positions, labels, documents=packed).backward()

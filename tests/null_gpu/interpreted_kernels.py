@@ -46,8 +46,9 @@ def calls(width: int, device: str) -> Iterator[tuple[str, bool, tuple[Any, ...]]
             elif name == "gate_gradient_rounded":
                 yield name, keeps, (gradient, gate_up, factors, keeps)
             else:
-                yield name, keeps, (hidden, weight, None, 1e-5, keeps)
-                yield f"{name} of LayerNorm", keeps, (hidden, weight, bias, 1e-5, keeps)
+                yield name, keeps, (hidden, None, weight, None, 1e-5, keeps)
+                yield f"{name} of LayerNorm", keeps, (hidden, None, weight, bias, 1e-5, keeps)
+                yield f"{name} of a sum", keeps, (hidden, hidden.clone(), weight, None, 1e-5, keeps)
 
 
 def write(folder: Path) -> None:
@@ -74,15 +75,14 @@ def run(folder: Path) -> None:
         for name, keeps, arguments in reversed(list(calls(width, "cpu"))):  # those that keep first
             code = (folder / f"{name} {width} {keeps}.py").read_text()
             plain = getattr(kernels, name.split()[0])(*arguments)
-            found: list[Any] = list(_called(code, [a for a in arguments if isinstance(a, torch.Tensor)]))
+            found: list[Any] = list(_called(code, [given for given in arguments if isinstance(given, torch.Tensor)]))
             if keeps:
-                kept[name] = found.pop(0)
-                torch.testing.assert_close(kept[name], plain[0], rtol=2**-6, atol=1e-3)
+                kept[name] = found[-3]
+                torch.testing.assert_close(kept[name], plain[-3], rtol=2**-6, atol=1e-3)
             codes, scales = _rounded(kept[name], arguments[2] if "gradient" in name else None)
-            given = {tensor.dtype: tensor for tensor in found[-2:]}
             equal = {
-                "codes": torch.equal(given[codes.dtype].view(torch.uint8), codes.view(torch.uint8)),
-                "scales": torch.equal(given[scales.dtype], scales),
+                "codes": torch.equal(found[-2].view(torch.uint8), codes.view(torch.uint8)),
+                "scales": torch.equal(found[-1], scales),
             }
             print(json.dumps({"kernel": name, "width": width, "keeps": keeps, **equal}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
     targets_of,
 )
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.shapes import FP8_CAPABILITY
+from megatron_tiedlora.base.shapes import FP8_CAPABILITY, QKV, TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.families import shape_from_hf
@@ -111,8 +112,12 @@ def test_a_kernel_that_also_rounds_gives_the_bits_of_two(compiled: bool, keeps: 
         ]
         for bias in (None, weight):
             normed, root = own.normalise(hidden, weight, bias, 1e-5)
-            expected = (normed, root, *kernels.round_rows(normed, width))
-            calls.append((own.normalise_rounded(hidden, weight, bias, 1e-5, keeps), expected))
+            _, mine, *found = own.normalise_rounded(hidden, None, weight, bias, 1e-5, keeps)
+            calls.append(((*found, mine), (normed, *kernels.round_rows(normed, width), root)))
+        total, normed, root = own.add_and_normalise(hidden, gradient, weight, None, 1e-5)
+        *sums, kept, codes, scales = own.normalise_rounded(hidden, gradient, weight, None, 1e-5, keeps)
+        expected = (normed, *kernels.round_rows(normed, width), total, root)
+        calls.append(((kept, codes, scales, *sums), expected))
         for found, wanted in calls:
             assert (found[0] is not None) == keeps
             for mine, theirs in zip(found, wanted, strict=True):
@@ -122,9 +127,9 @@ def test_a_kernel_that_also_rounds_gives_the_bits_of_two(compiled: bool, keeps: 
 def test_rows_that_are_rounded_already_give_the_same_bits() -> None:
     values, x, grad_y = drawn(12, 64, dtype=torch.float32), drawn(5, 64, seed=1), drawn(5, 12, seed=2)
     weight, bias = made(values, torch.float64), drawn(12, seed=3)
-    codes = RoundedRows(*kernels.round_rows(x, 64))
+    codes = RoundedRows(None, *kernels.round_rows(x, 64))
     assert torch.equal(weight.times_transposed(codes, bias), weight.times_transposed(x, bias))
-    codes = RoundedRows(*kernels.round_scaled_rows(grad_y, weight.gradient_factors))
+    codes = RoundedRows(None, *kernels.round_scaled_rows(grad_y, weight.gradient_factors))
     assert torch.equal(weight.times(codes), weight.times(grad_y))
     assert torch.equal(weight.gradient_factors[0], weight.scales[:, 0])
     assert weight_maker("fp8")(4, 4, dtype=torch.float32).gradient_factors is None
@@ -224,27 +229,44 @@ def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         check_fp8_device(torch.device("cuda", 0))
 
 
+def gradients_of(
+    dtype: torch.dtype,
+    make: Any,
+    *,
+    targets: tuple[str, ...] = (QKV,),
+    layers: tuple[int, ...],
+    recompute: str = "none",
+) -> dict[str, torch.Tensor]:
+    """The loss and all gradients of a model of four layers whose weights `make` creates."""
+    shape = shape_from_hf(tiny_config(hidden_size=128, num_layers=4).to_dict())
+    config = make_adapter_config("tl6", rank=8, layers=layers, targets=targets_of(shape, targets), seed=0)
+    adapter = TiedAdapter(AdapterShard.whole(config), dtype=torch.float32)
+    adapter.load_full(
+        {
+            name: torch.randn(value.shape, generator=torch.Generator().manual_seed(7)) * 0.1
+            for name, value in initial_values(config).items()
+        }
+    )
+    model = Stage(layer_specs(shape, dtype=dtype, make_weight=make), adapter)
+    model.set_recompute(recompute or "none")
+    for name, weight in frozen_weights(model).items():
+        values = torch.empty(weight.local_shape)
+        draw_(values, name=name, full_shape=values.shape, seed=sum(map(ord, name)))
+        weight.load(values.bfloat16())
+    tokens = torch.randint(3, 320, (1, 256), generator=torch.Generator().manual_seed(3))
+    loss = model(tokens, torch.arange(256)[None], tokens.roll(-1, 1))
+    loss.backward()
+    found = {name: value.grad for name, value in adapter.named_parameters() if value.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
 def test_gradients_of_a_model_are_near_those_of_wide_products() -> None:
     """A, B, u and v in bf16 against fp32 arithmetic on the same 8-bit weights: within a quarter by norm."""
-    shape = shape_from_hf(tiny_config(hidden_size=128, num_layers=4).to_dict())
-    config = make_adapter_config("tl6", rank=8, layers=(1, 2, 3, 4), targets=targets_of(shape), seed=0)
-    start = {
-        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(7)) * 0.1
-        for name, value in initial_values(config).items()
-    }
-    tokens = torch.randint(3, 320, (1, 256), generator=torch.Generator().manual_seed(3))
 
     def gradients(dtype: torch.dtype, products: str | None) -> dict[str, torch.Tensor]:
-        adapter = TiedAdapter(AdapterShard.whole(config), dtype=torch.float32)
-        adapter.load_full(start)
-        make = weight_maker("fp8", products=products)
-        model = Stage(layer_specs(shape, dtype=dtype, make_weight=make), adapter)
-        for name, weight in frozen_weights(model).items():
-            values = torch.empty(weight.local_shape)
-            draw_(values, name=name, full_shape=values.shape, seed=sum(map(ord, name)))
-            weight.load(values.bfloat16())
-        model(tokens, torch.arange(256)[None], tokens.roll(-1, 1)).backward()
-        return {name: value.grad for name, value in adapter.named_parameters() if value.grad is not None}
+        found = gradients_of(dtype, weight_maker("fp8", products=products), layers=(1, 2, 3, 4))
+        del found["loss"]
+        return found
 
     wide = gradients(torch.float32, None)
     distances = {}
@@ -255,6 +277,43 @@ def test_gradients_of_a_model_are_near_those_of_wide_products() -> None:
     assert max(distances[None].values()) < 0.08, distances
     assert all(0.02 < share < 0.25 for share in distances["fp8"].values()), distances
     assert all(share > 1.5 * distances[None][name] for name, share in distances["fp8"].items()), distances
+
+
+class RoundsItself(Fp8MatmulWeight):
+    """A weight that does not tell layers that its rows are rounded, so that a kernel of its own rounds them."""
+
+    hidden = True
+
+    @property
+    def gradient_factors(self) -> Any:
+        return None if self.hidden else self.scales.view(1, -1)
+
+    def times_transposed(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        return self._told(super().times_transposed, *arguments, **keywords)
+
+    def times(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        return self._told(super().times, *arguments, **keywords)
+
+    def _told(self, matmul: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        assert not any(isinstance(given, RoundedRows) for given in arguments)
+        self.hidden = False
+        found: torch.Tensor = matmul(*arguments, **keywords)
+        self.hidden = True
+        return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("layers", [(1, 2, 3, 4), (2, 3)])
+@pytest.mark.parametrize("targets", [(QKV,), TARGET_NAMES])
+def test_layers_round_within_their_kernels_to_the_same_bits(
+    targets: tuple[str, ...], layers: tuple[int, ...], recompute: str
+) -> None:
+    """Loss and gradients are those of weights that round all of their inputs themselves."""
+    make = weight_maker("fp8", products="fp8")
+    found = gradients_of(torch.bfloat16, make, targets=targets, layers=layers, recompute=recompute)
+    separate = partial(RoundsItself, **make.keywords)  # type: ignore[attr-defined]
+    expected = gradients_of(torch.bfloat16, separate, targets=targets, layers=layers, recompute=recompute)
+    assert found.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 SETTINGS: dict[str, Any] = {"model": "llama2-7b", "dry_run": True, "plan_for": "gpu"}
