@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_tiedlora.base.methods import Sharing
 from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, padded, wide_matmul
-from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE, as_wide_rows
 from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, first_derivative_only, span_starts
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
@@ -339,8 +339,17 @@ def _end_to_end(parts: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:
-    """Concatenate `wide` and `narrow` for one message, and pad `narrow` to a multiple of `MESSAGE_MULTIPLE` columns."""
-    missing = padded(narrow.shape[-1], MESSAGE_MULTIPLE) - narrow.shape[-1]
+    """Concatenate `wide` and `narrow` for one message, and pad `narrow` to a multiple of `MESSAGE_MULTIPLE` columns.
+
+    If as many columns follow `wide` in memory, `wide` is not copied, and `narrow` is written there unless it is there.
+    """
+    width, size = wide.shape[-1], narrow.shape[-1]
+    missing = padded(size, MESSAGE_MULTIPLE) - size
+    if (rows := as_wide_rows(wide)).shape[1] == width + size + missing:
+        place = rows[:, width : width + size].view(narrow.shape)
+        if place.data_ptr() != narrow.data_ptr():
+            place.copy_(narrow)
+        return rows.view(*wide.shape[:-1], -1)
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 

@@ -319,6 +319,10 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "compile elementwise kernels (auto: if possible, and the run is long enough to repay it)", "auto",
         other_names="torch_compile",
     )
+    adapter_in_matmul: bool = _speed(
+        "compute the adapter's update within the matmuls of qkv and gate_up, in 16 more columns of their weights: each"
+        " sum is rounded once, not twice (rank up to 16, one adapter, base not quantised, no ZeRO-3)", False,
+    )
     recompute: Literal["none", "selective", "full"] = _speed(
         "what to recompute in the backward pass instead of saving it: nothing, gate and up of the MLP, or whole layers",
         "none",

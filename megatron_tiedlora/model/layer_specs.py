@@ -100,8 +100,7 @@ class _GateUp:
     def again(self, *saved: Any) -> Tensor:
         *inputs, f, bias = saved
         x, ax = self.recompute.finish(*inputs)
-        rounded = self.recompute.entry.take_rounded()
-        return self.projection.forward(x, linears.Operands(None, f, bias), ax, rounded)[0]
+        return self.projection.forward(x, linears.Operands(None, f, bias), ax, self.recompute.entry.take())[0]
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class _GatesGradient:
         if factors is None:
             return self.entry.kernels.gate_gradient(*rows).view(gate_up.shape)
         found = RoundedRows(*self.entry.kernels.gate_gradient_rounded(*rows, factors, self.keeps))
-        self.entry.rounded = found
+        self.entry.operand = found
         return None if found.values is None else found.values.view(gate_up.shape)
 
 
@@ -349,16 +348,20 @@ def layer_specs(
     def embedding() -> nn.Module:
         return frozen_weight.VocabularyParallelEmbedding(weight(shape.embedding, frozen_weight.FrozenWeight.empty))
 
-    def weight(linear: LinearShape, make: frozen_weight.WeightMaker = make_weight) -> frozen_weight.FrozenWeight:
+    def weight(
+        linear: LinearShape, make: frozen_weight.WeightMaker = make_weight, *, after_norm: bool = False
+    ) -> frozen_weight.FrozenWeight:
         local_shape = weight_spec(linear).local_shape((linear.out_size, linear.in_size), tp_size)
-        return make(*local_shape, dtype=dtype, shards_rows=linear.sharded_dim == "row" and tp_size > 1)
+        shards_rows = linear.sharded_dim == "row" and tp_size > 1
+        return make(*local_shape, dtype=dtype, shards_rows=shards_rows, after_norm=after_norm)
 
     def bias(linear: LinearShape) -> nn.Parameter | None:
         local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)
         return frozen_weight.frozen_parameter(*local_shape, dtype=dtype) if linear.bias else None
 
     def normed(linear: LinearShape, norm: NormShape | None) -> dict[str, Any]:
-        return {"norm": norm, "bias": bias(linear), "dtype": dtype, "kernels": kernels}
+        own = weight(linear, after_norm=norm is not None)
+        return {"weight": own, "norm": norm, "bias": bias(linear), "dtype": dtype, "kernels": kernels}
 
     def row_parallel(linear: LinearShape, norm: NormShape | None) -> linears.RowParallelLinear:
         own = None if norm is None else linears.Norm(norm, dtype=dtype, kernels=kernels)
@@ -368,12 +371,12 @@ def layer_specs(
         parts, local_heads = shape.block, shape.heads.local(tp_size)
         of_qkv = normed(parts.qkv, parts.attention_norm)
         attention = Attention(
-            linears.QkvLinear(weight(parts.qkv), local_heads, rope=shape.rope_of(index), **of_qkv),
+            linears.QkvLinear(local_heads=local_heads, rope=shape.rope_of(index), **of_qkv),
             row_parallel(parts.output, parts.output_norm),
             kernels=kernels,
             deterministic=deterministic,
         )
-        gate_up = linears.NormedLinear(weight(parts.gate_up), **normed(parts.gate_up, parts.mlp_norm))
+        gate_up = linears.NormedLinear(**normed(parts.gate_up, parts.mlp_norm))
         mlp = SwiGlu(gate_up, row_parallel(parts.down, parts.down_norm), kernels=kernels)
         return Block(attention, mlp)
 
@@ -407,14 +410,14 @@ class StoredTensor(NamedTuple):
 
 @cache
 def stored_tensors(
-    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
+    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, **storage: Any
 ) -> Mapping[str, Counter[StoredTensor]]:
     """Return how many parameters of each size the embedding, a block and the head have on one rank.
 
     They are counted on modules that are built on the meta device. All blocks have the same parameters.
     """
     with torch.device("meta"):
-        maker = weight_maker(base_format, products=products, keep_transposed=transposed)
+        maker = weight_maker(base_format, **storage)
         specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, make_weight=maker)
         modules = {spec.kind: spec.build() for spec in (specs[0], specs[1], specs[-1])}
     found = {}

@@ -158,18 +158,22 @@ class Projection:
     rows: AllRows
 
     def forward(
-        self, x: Tensor, operands: Operands, ax: Tensor | None = None, rounded: RoundedRows | None = None
+        self, x: Tensor, operands: Operands, ax: Tensor | None = None, operand: Tensor | RoundedRows | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return z (..., local out) from x (..., local in), and A x (..., r), unless `ax` is already A x.
 
         Args:
-            rounded: x for FP8 matmuls, if a kernel has rounded it; `x` may then be `rounded.rows`.
+            operand: what the matmul reads instead of x, [x | A x] or x in fp8. In fp8, `x` may be `operand.rows`.
         """
         a, f, bias = operands
         if a is not None and ax is None:
             ax = self.rows.reduce_input(x, a, local=False)
-        projected = self.weight.times_transposed(rounded or x.flatten(0, -2), bias).view(*x.shape[:-1], -1)
-        if ax is not None and f is not None:
+        joins = isinstance(operand, Tensor)
+        if joins and f is not None:
+            self.weight.write_update(f)
+        rows = x.flatten(0, -2) if operand is None else operand
+        projected = self.weight.times_transposed(rows, bias).view(*x.shape[:-1], -1)
+        if ax is not None and f is not None and not joins:
             self.rows.add_update_(flat(projected), ax, f)
         return projected, ax
 
@@ -180,13 +184,13 @@ class Projection:
         f: Tensor | None,
         needs: Needs,
         wide: torch.dtype | None,
-        rounded: RoundedRows | None = None,
+        operand: Tensor | RoundedRows | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x without that of the update, of A x, and of F, from dz (..., local out).
 
         Args:
             ax: A x; needed for the gradient of F.
-            rounded: dz for FP8 matmuls, as x in `forward`.
+            operand: dz in fp8, as x in `forward`.
             wide: the dtype of the gradient of F.
         """
         rows = grad_z.flatten(0, -2)
@@ -194,9 +198,13 @@ class Projection:
         if needs.f:
             assert ax is not None and wide is not None
             grad_f = self.rows.gradient_of_f(rows, ax, wide)
+        size = self.weight.local_shape[1]
+        if self.weight.spare and f is not None and needs.x:
+            joined = self.weight.times(rows, out=rows.new_empty(len(rows), size + self.weight.spare))
+            return joined[:, :size].view(*grad_z.shape[:-1], -1), joined[:, size : size + f.shape[1]], grad_f
         if f is not None and (needs.x or needs.a):
             grad_ax = self.rows.gradient_of_ax(rows, f)
-        grad_x = self.weight.times(rounded or rows).view(*grad_z.shape[:-1], -1) if needs.x else None
+        grad_x = self.weight.times(operand or rows).view(*grad_z.shape[:-1], -1) if needs.x else None
         return grad_x, grad_ax, grad_f
 
     def backward(
@@ -240,16 +248,16 @@ class _Projected(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(split is not None)
         needs = Needs(*(ctx.needs_input_grad[index] for index in (0, 2, 3)))
-        rounded = None
+        operand = None
         if isinstance(region, Entry):
             x, ax = region.receive(x, ax)
-            needs, rounded = region.needs._replace(f=needs.f), region.take_rounded()
-        projected, ax = projection.forward(x, operands, ax, rounded)
+            needs, operand = region.needs._replace(f=needs.f), region.take()
+        projected, ax = projection.forward(x, operands, ax, operand)
         if isinstance(region, Entry) and region.recomputes and needs.f:
             region.ax = detached(ax)
         ctx.shape = x.shape
         saved_x = x if needs.a and not isinstance(region, Entry) else None
-        del x, rounded
+        del x, operand
         results, saved = ((projected,), ()) if split is None else split.forward(projected)
         ctx.projection, ctx.region, ctx.split, ctx.needs = projection, region, split, needs
         ctx.wide = gradient_dtype(grad_a, grad_f)
@@ -265,9 +273,9 @@ class _Projected(torch.autograd.Function):
             found = region.receive_gradient(found)
         grad_z = found if ctx.split is None else ctx.split.backward(gradients, *saved)
         if isinstance(region, Entry):
-            rounded = region.take_rounded()
-            grad_z = grad_z if rounded is None else rounded.rows.view(*ctx.shape[:-1], -1)
-            grad_x, grad_ax, grad_f = ctx.projection.gradients(grad_z, ax, f, ctx.needs, ctx.wide, rounded)
+            operand = region.take()
+            grad_z = operand.rows.view(*ctx.shape[:-1], -1) if isinstance(operand, RoundedRows) else grad_z
+            grad_x, grad_ax, grad_f = ctx.projection.gradients(grad_z, ax, f, ctx.needs, ctx.wide, operand)
             region.send_gradients(grad_x, grad_ax, a)
             return None, None, None, grad_f, *(None,) * 4
         grad_x, grad_a, grad_f = ctx.projection.backward(grad_z, x, ax, Operands(a, f), ctx.needs, ctx.wide)

@@ -52,7 +52,7 @@ class Entry:
         needs: which gradients the backward pass computes.
         root: the recomputed root.
         ax: A x of complete sequences, if it is saved for the gradient of F and x is recomputed.
-        rounded: x, or the gradient of z, for FP8 matmuls, from the kernel before the matmul (see `take_rounded`).
+        operand: what the matmul reads instead of x, [x | A x] or x in fp8, or instead of the gradient of z.
     """
 
     weight: FrozenWeight
@@ -64,7 +64,7 @@ class Entry:
     needs: Needs = NOTHING
     root: Tensor | None = None
     ax: Tensor | None = None
-    rounded: RoundedRows | None = None
+    operand: Tensor | RoundedRows | None = None
     _width: int | None = None  # the columns of A x in the message
     _sent: groups.Pending | None = None
     _gradients: tuple[groups.Pending | None, Tensor | None] = (None, None)
@@ -85,12 +85,17 @@ class Entry:
     def receive(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return x and A x of complete sequences, (b, s, n), from what `send` has sent. A x is kept if it was not."""
         if self._sent is None:
+            if self.weight.spare and ax is not None:
+                self.operand = beside(normed, ax)[..., : normed.shape[-1] + ax.shape[-1]].flatten(0, -2)
             return normed, ax
         whole = self._sent.wait().unflatten(0, (self.num_rows, -1))
         self._sent = None
         if self._width is None:
+            self.operand = torch.cat((whole, ax), -1).flatten(0, -2) if self.weight.spare and ax is not None else None
             return whole, ax
-        whole, narrow = apart(whole, self._width)
+        whole, narrow = apart(joined := whole, self._width)
+        if self.weight.spare:
+            self.operand = joined[..., : whole.shape[-1] + self._width].flatten(0, -2)
         # This is a copy, because A x is saved, and a view would keep x in memory.
         return whole, self.rows.of_columns(narrow.contiguous(), local=False)
 
@@ -144,9 +149,9 @@ class Entry:
     def _overlap(self) -> bool:
         return self.tensor_parallel.overlap
 
-    def take_rounded(self) -> RoundedRows | None:
-        """Return `rounded`, which the matmul reads instead of x or of a gradient, and forget it."""
-        found, self.rounded = self.rounded, None
+    def take(self) -> Tensor | RoundedRows | None:
+        """Return `operand`, and forget it."""
+        found, self.operand = self.operand, None
         return found
 
     def normalise(
@@ -171,9 +176,15 @@ class Entry:
         if self.weight.gradient_factors is not None and not self.in_parts:
             more = None if addend is None else as_rows(addend)
             total, root, *found = self.kernels.normalise_rounded(as_rows(hidden), more, *weights, keeps)
-            self.rounded = RoundedRows(*found)
+            self.operand = RoundedRows(*found)
             total = hidden if total is None else total.view(hidden.shape)
-            return total, self.rounded.rows.view(hidden.shape), root
+            return total, self.operand.rows.view(hidden.shape), root
+        if self.weight.spare and keeps:
+            more = None if addend is None else as_rows(addend)
+            joined = hidden.new_empty(*hidden.shape[:-1], hidden.shape[-1] + self.weight.spare)
+            total, root = self.kernels.normalise_into_(as_rows(hidden), more, *weights, as_rows(joined))
+            total = hidden if total is None else total.view(hidden.shape)
+            return total, joined[..., : hidden.shape[-1]].detach(), root  # not a view, whose base changes, for autograd
         if addend is None:
             normed, root = self.kernels.normalise(as_rows(hidden), *weights)
             return hidden, normed.view(hidden.shape), root

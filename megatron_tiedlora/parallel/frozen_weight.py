@@ -15,6 +15,13 @@ from torch.nn import functional
 
 from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_parallel_region, with_adjoint
 
+# Rows of matmuls are padded to a multiple of this. Fast kernels need rows of 16-bit values that start at multiples of
+# 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
+SIZE_MULTIPLE = 8
+# Columns sent in the same message as others are padded to a multiple of this. Compiled kernels read 16 bytes at a time
+# only if the distance between rows is a multiple of 16 elements.
+MESSAGE_MULTIPLE = 16
+
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """Return an uninitialised parameter that requires no gradient, on the current default device."""
@@ -57,18 +64,26 @@ class FrozenWeight:
     """A frozen weight W (out, in) of a linear, or a vector, stored as one tensor in the dtype of the activations.
 
     This class is not an nn.Module. Layers register its `parameters`, so that engines move and partition them.
+
+    Attributes:
+        spare: the number of columns after W, which have room for the factor F of an update.
     """
+
+    spare = 0
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
     @classmethod
-    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> "FrozenWeight":
+    def empty(
+        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, after_norm: bool = False
+    ) -> "FrozenWeight":
         """Return an uninitialised weight on the current default device.
 
         Args:
             dtype: the dtype of the activations.
             shards_rows: whether each row is sharded, so that the shard has only some columns of the full tensor.
+            after_norm: whether the linear's input is the result of a norm.
         """
         return cls(frozen_parameter(*local_shape, dtype=dtype))
 
@@ -81,7 +96,11 @@ class FrozenWeight:
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Return the shape of this rank's shard."""
-        return tuple(self.tensor.shape)
+        return tuple(self._values.shape)
+
+    @property
+    def _values(self) -> Tensor:
+        return self.tensor.detach()
 
     @property
     def gradient_factors(self) -> Tensor | None:
@@ -96,21 +115,24 @@ class FrozenWeight:
     ) -> Tensor:
         """Return x W^T + bias, (tokens, out), for x (tokens, in), written to `out` if given.
 
-        Autograd does not record this matmul. `functional.linear` is not used, because DeepSpeed's zero.Init replaces
-        that function (seen in 0.19.8).
+        If x has more columns, so has W (`SpareColumnsWeight`). Autograd does not record this matmul.
+        `functional.linear` is not used, because DeepSpeed's zero.Init replaces that function (seen in 0.19.8).
         """
         assert isinstance(x, Tensor)
-        transposed = self.tensor.detach().t()
+        transposed = self.tensor.detach()[:, : x.shape[1]].t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
     def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
-        """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record this."""
+        """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record this.
+
+        If `out` has more columns, so has W (`SpareColumnsWeight`).
+        """
         assert isinstance(grad_y, Tensor)
-        return torch.mm(grad_y, self.tensor.detach(), out=out)
+        return torch.mm(grad_y, self._values if out is None else self.tensor.detach()[:, : out.shape[1]], out=out)
 
     def empty_values(self) -> Tensor:
         """Return an uninitialised tensor for the values of this rank's shard, which is then passed to `load`."""
-        return torch.empty_like(self.tensor)
+        return torch.empty_like(self._values)
 
     def columns_to_read(self, columns: Columns) -> slice:
         """Return the columns of the full tensor that `load` needs for a shard with these columns."""
@@ -122,13 +144,50 @@ class FrozenWeight:
         Args:
             columns: the shard's columns of the full tensor. If given, `values` has the columns of `columns_to_read`.
         """
-        self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
+        self._values.narrow(dim, start, values.shape[dim]).copy_(values)
+
+
+class SpareColumnsWeight(FrozenWeight):
+    """A weight that is stored as [W | F], (out, in + 16), so that one matmul computes W and the update of rank r <= 16.
+
+        [x | A x] [W | F]^T = x W^T + A x F^T        dy [W | F] = [dy W | dy F]
+
+    Each sum of d + r products is accumulated and rounded once. Without spare columns, x W^T is rounded first, and its
+    sum with the update is rounded again.
+    """
+
+    spare = MESSAGE_MULTIPLE
+
+    @classmethod
+    def empty(
+        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, after_norm: bool = False
+    ) -> FrozenWeight:
+        """See `FrozenWeight.empty`. Only linears after a norm have spare columns: a kernel writes x beside A x."""
+        rows, width = local_shape
+        if not after_norm:
+            return FrozenWeight.empty(rows, width, dtype=dtype)
+        return cls(frozen_parameter(rows, width + cls.spare, dtype=dtype))
+
+    @property
+    def _values(self) -> Tensor:
+        return self.tensor.detach()[:, : -self.spare]
+
+    def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
+        """See `FrozenWeight.load`. The spare columns become 0."""
+        super().load(values, dim=dim, start=start, columns=columns)
+        self.tensor.data[:, -self.spare :] = 0
+
+    def write_update(self, f: Tensor) -> None:
+        """Write F, (out, r), beside W."""
+        self.tensor.detach()[:, -self.spare :][:, : f.shape[1]].copy_(f)
 
 
 class WeightMaker(Protocol):
     """A function that creates an uninitialised weight; see `FrozenWeight.empty`."""
 
-    def __call__(self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight: ...
+    def __call__(
+        self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, after_norm: bool = False
+    ) -> FrozenWeight: ...
 
 
 def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:
@@ -158,12 +217,6 @@ def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
 # Matmuls and the embedding --------------------------------------------------------------------------------------------
 
 
-# Rows of matmuls are padded to a multiple of this. Fast kernels need rows of 16-bit values that start at multiples of
-# 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
-SIZE_MULTIPLE = 8
-# Columns sent in the same message as others are padded to a multiple of this. Compiled kernels read 16 bytes at a time
-# only if the distance between rows is a multiple of 16 elements.
-MESSAGE_MULTIPLE = 16
 HALF = (torch.bfloat16, torch.float16)
 
 

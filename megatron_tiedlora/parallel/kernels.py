@@ -84,6 +84,19 @@ def add_and_normalise(
     return total, *normalise(total, weight, bias, eps)
 
 
+def normalise_into_(
+    hidden: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, joined: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """Write the normalised rows of hidden + addend to the first columns of `joined`, (T, m), m >= d.
+
+    Return the sum if there is an addend, and the root; see `normalise`.
+    """
+    total = None if addend is None else hidden + addend
+    normed, root = normalise(hidden if total is None else total, weight, bias, eps)
+    joined[:, : hidden.shape[1]].copy_(normed)
+    return total, root
+
+
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
     """Return the normalised rows from a known root, rounded as in transformers.
 
@@ -348,6 +361,7 @@ class Kernels:
 
     normalise: Callable[..., tuple[Tensor, Tensor]] = normalise
     add_and_normalise: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_and_normalise
+    normalise_into_: Callable[..., tuple[Tensor | None, Tensor]] = normalise_into_
     apply_norm: Callable[..., Tensor] = apply_norm
     norm_gradient: Callable[..., Tensor] = norm_gradient
     gate: Callable[[Tensor], Tensor] = gate

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, BaseFormat, LinearShape
 from megatron_tiedlora.parallel import quantise
-from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, RoundedRows, WeightMaker, frozen_parameter
+from megatron_tiedlora.parallel.frozen_weight import (
+    Columns,
+    FrozenWeight,
+    RoundedRows,
+    SpareColumnsWeight,
+    WeightMaker,
+    frozen_parameter,
+)
 from megatron_tiedlora.parallel.kernels import EAGER, NUMBERS_AT_ONCE, Kernels, as_wide_rows
 
 # The number of elements that are processed at a time on a CPU, so that their temporaries stay in its cache.
@@ -71,6 +78,7 @@ class QuantisedWeight(FrozenWeight):
         *local_shape: int,
         dtype: torch.dtype,
         shards_rows: bool = False,
+        after_norm: bool = False,
         storage: BaseFormat,
         workspace: Workspace,
         kernels: Kernels = EAGER,
@@ -421,7 +429,12 @@ def _multiply(
 
 
 def weight_maker(
-    name: str | None, *, products: str | None = None, keep_transposed: bool = False, kernels: Kernels = EAGER
+    name: str | None,
+    *,
+    products: str | None = None,
+    keep_transposed: bool = False,
+    adapter_in_matmul: bool = False,
+    kernels: Kernels = EAGER,
 ) -> WeightMaker:
     """Return a function that creates uninitialised weights in the format `name`, or plain weights if it is None.
 
@@ -430,10 +443,11 @@ def weight_maker(
     Args:
         products: "fp8" if activations and gradients are rounded to fp8 too; only for the format fp8.
         keep_transposed: whether weights for FP8 matmuls store a transposed copy of their codes.
+        adapter_in_matmul: whether plain weights have spare columns for the factor F of an update.
         kernels: the kernels that dequantise weights and round activations and gradients.
     """
     if name is None:
-        return FrozenWeight.empty
+        return SpareColumnsWeight.empty if adapter_in_matmul else FrozenWeight.empty
     storage = BASE_FORMATS[name]
     given: dict[str, Any] = {"storage": storage, "workspace": Workspace(), "kernels": kernels}
     if products is not None:

@@ -32,17 +32,19 @@ GPU_MULTIPLE = 128
 
 
 class Storage(NamedTuple):
-    """The storage and matmul format of the linears of the blocks: --base, --products, --keep_transposed.
+    """The storage and matmul format of the linears of the blocks: --base, --products and others.
 
     Attributes:
         base: the storage format, a key of `BASE_FORMATS`; None for the dtype of the base.
         products: "fp8" if the inputs of these linears are rounded to fp8 too.
         keep_transposed: whether linears with `products` keep a transposed copy of their quantised weights.
+        adapter_in_matmul: whether weights after a norm have columns for the adapter's update.
     """
 
     base: str | None = None
     products: str | None = None
     keep_transposed: bool = False
+    adapter_in_matmul: bool = False
 
     @property
     def name(self) -> str:
@@ -294,7 +296,9 @@ class StagePlan:
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """Return all stages of the model in order. The layout must fit the model (see `check_layout`)."""
     costs = weights.layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    local, full = (stored_tensors(shape, layout.dtype, size, *layout.storage) for size in (layout.tp_size, 1))
+    base, storage = layout.storage.base, layout.storage._asdict()
+    del storage["base"]
+    local, full = (stored_tensors(shape, layout.dtype, size, base, **storage) for size in (layout.tp_size, 1))
     stages = []
     for index, layers in enumerate(weights.partition(costs, layout.pp_size)):
         is_first, is_last = index == 0, index == layout.pp_size - 1

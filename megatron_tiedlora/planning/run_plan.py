@@ -70,7 +70,7 @@ class RunPlan:
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
             dtype=tensor_files.DTYPES[self.dtype_name],
-            storage=Storage(settings.base, settings.products, settings.keep_transposed),
+            storage=Storage(**{name: getattr(settings, name) for name in Storage._fields}),
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
             compiled=compiled,
@@ -170,10 +170,11 @@ class RunPlan:
         Raises:
             UserError: `device` does not support the matmuls of --products.
         """
-        base, products, keep_transposed = self.layout.storage
-        if products is not None:
+        base, *_ = storage = self.layout.storage
+        if storage.products is not None:
             quantised_weight.check_fp8_device(device)
-        return quantised_weight.weight_maker(base, products=products, keep_transposed=keep_transposed, kernels=kernels)
+        others = {name: value for name, value in storage._asdict().items() if name != "base"}
+        return quantised_weight.weight_maker(base, **others, kernels=kernels)
 
     @property
     def dtype_name(self) -> str:
@@ -272,9 +273,24 @@ def plan_run(
         raise UserError(f"{plan.rank_excess[0]}. Give at most this rank")
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
+    if settings.adapter_in_matmul:
+        check_adapter_in_matmul(settings, zero_stage=engine.zero_stage)
     if settings.products is not None and on_gpu:
         quantised_weight.check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
     return plan
+
+
+def check_adapter_in_matmul(settings: Settings, *, zero_stage: int) -> None:
+    """Raise UserError if weights cannot have columns for the update of one adapter."""
+    spare = frozen_weight.SpareColumnsWeight.spare
+    reasons = {
+        "a base that is not quantised": settings.base is not None,
+        f"a --rank of at most {spare}": settings.rank > spare,
+        "a ZeRO stage below 3 (--ds_config)": zero_stage == 3,
+        "a single adapter (no --adapters)": settings.adapters is not None,
+    }
+    if missing := next((reason for reason, found in reasons.items() if found), None):
+        raise UserError(f"--adapter_in_matmul true needs {missing}. Remove --adapter_in_matmul")
 
 
 # Lengths of samples and runs ------------------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Stora
     wanted |= {"base": base} if given_base else {}
     fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
     # If no format fits, `plan_run` gets the format in the settings and raises the error.
-    return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
+    return tuple(fits) or (Storage(**{name: getattr(settings, name) for name in Storage._fields}),)
 
 
 def divisors(number: int) -> list[int]:

@@ -227,7 +227,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
 
 def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
     """Return the terms for the time of a pass, without gathers and without messages to other stages."""
-    base, products, _ = layout.storage
+    base, products = layout.storage[:2]
     dtype, moved = DTYPES[layout.dtype.itemsize], machine["bandwidth"] * machine["elementwise"]
     of_linears = dtype if products is None else DTYPES[1]
     of_blocks, in_dtype = machine.rate("matmul", of_linears), machine.rate("matmul", dtype)

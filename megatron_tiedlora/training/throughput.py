@@ -415,11 +415,11 @@ def _call_all(
     tp_size = tensor_parallel.group.size
     with device:
         make = FrozenWeight.empty if weight_maker is None else weight_maker(kernels)
-        # Kernels that round keep their 16-bit result only for an adapted linear. So some layers must have each kind.
-        rounds = make(1, 1, dtype=dtype).gradient_factors is not None
-        adapted: tuple[tuple[tuple[int, ...], Sequence[str]], ...] = (((1, 2), (QKV,)),)
-        stages = []
-        for layers, names in (((2,), (QKV,)), ((1, 2), TARGET_NAMES)) if rounds else adapted:
+        stages, weight = [], make(1, 1, dtype=dtype, after_norm=True)
+        # If an adapted linear has other kernels than the rest, the first and the second layer must have each kind.
+        alike = weight.gradient_factors is None and not weight.spare
+        adapted: list[tuple[tuple[int, ...], Sequence[str]]] = [((1, 2), (QKV,))]
+        for layers, names in adapted if alike else [((2,), (QKV,)), ((1, 2), TARGET_NAMES)]:
             targets = tied_adapter.targets_of(shape, names)
             config = tied_adapter.make_adapter_config("tl6", rank=rank, layers=layers, targets=targets, seed=0)
             adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard(config, layers, 0, tp_size))

@@ -231,6 +231,21 @@ def test_gradients_of_every_target_equal_the_oracle(
     run_and_check(_target_cases(folders, ranks, whole=whole), answers, tmp_path, ranks)
 
 
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradients_with_the_adapter_in_the_matmul(
+    folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int
+) -> None:
+    """Also where gate and up are recomputed; olmo2 has no norm before a linear."""
+    cases = list[Case]()
+    for variant in _variants((ranks, 1, 1)):
+        given = {"adapter_in_matmul": True, "targets": ALL_TARGETS, **variant}
+        cases += [Case(folders["short"], **given | {"recompute": how}) for how in ("none", "selective", "full")]
+        cases += [Case(folders["main"], layers=(2,), packed=True, **given | {"targets": ("qkv",)})]
+        cases += [Case(folders[name], method="lora", **given) for name in ("bias", "stablelm", "olmo2", "qwen3")]
+    run_and_check(list(dict.fromkeys(cases)), answers, tmp_path, ranks)
+
+
 def run_and_check(cases: list[Case], answers: Answers, tmp_path: Path, ranks: int) -> None:
     """Run all cases, some in one start, and compare each with the oracle and with the messages that it should send."""
     for number, first in enumerate(range(0, len(cases), CASES_A_START)):

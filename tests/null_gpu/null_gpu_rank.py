@@ -67,6 +67,7 @@ class Order:
     base: str | None = None
     products: str | None = None
     keep_transposed: bool = False
+    adapter_in_matmul: bool = False
 
 
 def main(order: Order) -> dict[str, Any]:
@@ -127,6 +128,7 @@ def _built(order: Order, device: torch.device) -> Any:
     from megatron_tiedlora.training.throughput import choose_kernels
 
     same = ("model", "method", "targets", "rank", "dtype", "deterministic", "base", "products", "keep_transposed")
+    same += ("adapter_in_matmul",)
     same += ("compile", "recompute", "tensor_parallel", "pipeline_parallel", "packing", "max_length")
     same += ("sequence_parallel",)
     settings = make_settings(

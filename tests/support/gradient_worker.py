@@ -69,6 +69,7 @@ class Case:
     packed: bool = False
     dropout: float = 0.0
     base: str | None = None
+    adapter_in_matmul: bool = False
     shares: str | None = None
     seed: int = 5
     first_adapted: int | None = None
@@ -252,7 +253,7 @@ def build_stage(
         case.shape,
         dtype=DTYPE,
         tp_size=grid.tp_size,
-        make_weight=weight_maker(case.base),
+        make_weight=weight_maker(case.base, adapter_in_matmul=case.adapter_in_matmul),
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
