@@ -63,9 +63,7 @@ class SwiGlu(nn.Module):
         """
         linear, leaving = self.gate_up, self.down.exit(tensor_parallel)
         gate_up, down = (update.get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
-        entered = linear.enter(
-            hidden, addend, tensor_parallel, gate_up, num_rows=len(hidden), recomputes=recomputes
-        )
+        entered = linear.enter(hidden, addend, tensor_parallel, gate_up, num_rows=len(hidden), recomputes=recomputes)
         hidden, again, inputs = entered.hidden, None, tuple[Tensor | None, ...]()
         if recomputes:
             recompute = Recompute(entered.entry, linear.eps)
@@ -410,14 +408,14 @@ class StoredTensor(NamedTuple):
 
 @cache
 def stored_tensors(
-    shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, **storage: Any
+    shape: ModelShape, dtype: torch.dtype, tp_size: int, **storage: Any
 ) -> Mapping[str, Counter[StoredTensor]]:
     """Return how many parameters of each size the embedding, a block and the head have on one rank.
 
     They are counted on modules that are built on the meta device. All blocks have the same parameters.
     """
     with torch.device("meta"):
-        maker = weight_maker(base_format, **storage)
+        maker = weight_maker(**storage)
         specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, make_weight=maker)
         modules = {spec.kind: spec.build() for spec in (specs[0], specs[1], specs[-1])}
     found = {}

@@ -172,24 +172,18 @@ class Entry:
         if norm is None:
             total = hidden if addend is None else hidden + addend
             return total, total.detach(), None
-        weights = norm.detach(), detached(norm_bias), eps
+        rows = as_rows(hidden), None if addend is None else as_rows(addend), norm.detach(), detached(norm_bias), eps
         if self.weight.gradient_factors is not None and not self.in_parts:
-            more = None if addend is None else as_rows(addend)
-            total, root, *found = self.kernels.normalise_rounded(as_rows(hidden), more, *weights, keeps)
+            total, root, *found = self.kernels.normalise_rounded(*rows, keeps)
             self.operand = RoundedRows(*found)
-            total = hidden if total is None else total.view(hidden.shape)
-            return total, self.operand.rows.view(hidden.shape), root
-        if self.weight.spare and keeps:
-            more = None if addend is None else as_rows(addend)
-            joined = hidden.new_empty(*hidden.shape[:-1], hidden.shape[-1] + self.weight.spare)
-            total, root = self.kernels.normalise_into_(as_rows(hidden), more, *weights, as_rows(joined))
-            total = hidden if total is None else total.view(hidden.shape)
-            return total, joined[..., : hidden.shape[-1]].detach(), root  # not a view, whose base changes, for autograd
-        if addend is None:
-            normed, root = self.kernels.normalise(as_rows(hidden), *weights)
-            return hidden, normed.view(hidden.shape), root
-        total, normed, root = self.kernels.add_and_normalise(as_rows(hidden), as_rows(addend), *weights)
-        return total.view(hidden.shape), normed.view(hidden.shape), root
+            normed = self.operand.rows
+        else:
+            width, spare = hidden.shape[-1], self.weight.spare if keeps else 0
+            joined = hidden.new_empty(len(rows[0]), width + spare) if spare else None
+            total, normed, root = self.kernels.add_and_normalise(*rows, joined)
+            normed = normed if joined is None else joined[:, :width]
+        # For autograd, x is no view, because A x is written to its base.
+        return hidden if total is None else total.view(hidden.shape), normed.view(hidden.shape).detach(), root
 
 
 class Entered(NamedTuple):

@@ -15,13 +15,6 @@ from torch.nn import functional
 
 from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_parallel_region, with_adjoint
 
-# Rows of matmuls are padded to a multiple of this. Fast kernels need rows of 16-bit values that start at multiples of
-# 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
-SIZE_MULTIPLE = 8
-# Columns sent in the same message as others are padded to a multiple of this. Compiled kernels read 16 bytes at a time
-# only if the distance between rows is a multiple of 16 elements.
-MESSAGE_MULTIPLE = 16
-
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """Return an uninitialised parameter that requires no gradient, on the current default device."""
@@ -65,27 +58,32 @@ class FrozenWeight:
 
     This class is not an nn.Module. Layers register its `parameters`, so that engines move and partition them.
 
-    Attributes:
-        spare: the number of columns after W, which have room for the factor F of an update.
+    It may have spare columns for the factor F of an adapter's update. Then one matmul computes both:
+
+        [x | A x] [W | F]^T = x W^T + A x F^T        dy [W | F] = [dy W | dy F]
+
+    Each sum is accumulated and rounded once. Otherwise x W^T is rounded before the update is added and rounded again.
     """
 
-    spare = 0
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, spare: int = 0) -> None:
+        """Create the weight from W, or from a tensor with `spare` more columns."""
+        self.tensor, self.spare = tensor, spare
 
     @classmethod
     def empty(
-        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, after_norm: bool = False
+        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, after_norm: bool = False, spare: int = 0
     ) -> "FrozenWeight":
         """Return an uninitialised weight on the current default device.
 
         Args:
             dtype: the dtype of the activations.
             shards_rows: whether each row is sharded, so that the shard has only some columns of the full tensor.
-            after_norm: whether the linear's input is the result of a norm.
+            after_norm: whether a norm is before the linear, which can write x beside A x.
+            spare: the number of spare columns, if `after_norm`.
         """
-        return cls(frozen_parameter(*local_shape, dtype=dtype))
+        *rows, width = local_shape
+        spare *= after_norm
+        return cls(frozen_parameter(*rows, width + spare, dtype=dtype), spare)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -100,7 +98,8 @@ class FrozenWeight:
 
     @property
     def _values(self) -> Tensor:
-        return self.tensor.detach()
+        """Return W without spare columns."""
+        return self.tensor.detach()[..., : self.tensor.shape[-1] - self.spare]
 
     @property
     def gradient_factors(self) -> Tensor | None:
@@ -115,7 +114,7 @@ class FrozenWeight:
     ) -> Tensor:
         """Return x W^T + bias, (tokens, out), for x (tokens, in), written to `out` if given.
 
-        If x has more columns, so has W (`SpareColumnsWeight`). Autograd does not record this matmul.
+        If x has more columns, so has W (see the class). Autograd does not record this matmul.
         `functional.linear` is not used, because DeepSpeed's zero.Init replaces that function (seen in 0.19.8).
         """
         assert isinstance(x, Tensor)
@@ -125,7 +124,7 @@ class FrozenWeight:
     def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
         """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record this.
 
-        If `out` has more columns, so has W (`SpareColumnsWeight`).
+        If `out` has more columns, so has W (see the class).
         """
         assert isinstance(grad_y, Tensor)
         return torch.mm(grad_y, self._values if out is None else self.tensor.detach()[:, : out.shape[1]], out=out)
@@ -141,45 +140,18 @@ class FrozenWeight:
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Store `values`, of any float dtype and device, along dimension `dim`, beginning at index `start`.
 
+        Spare columns become 0.
+
         Args:
             columns: the shard's columns of the full tensor. If given, `values` has the columns of `columns_to_read`.
         """
         self._values.narrow(dim, start, values.shape[dim]).copy_(values)
-
-
-class SpareColumnsWeight(FrozenWeight):
-    """A weight that is stored as [W | F], (out, in + 16), so that one matmul computes W and the update of rank r <= 16.
-
-        [x | A x] [W | F]^T = x W^T + A x F^T        dy [W | F] = [dy W | dy F]
-
-    Each sum of d + r products is accumulated and rounded once. Without spare columns, x W^T is rounded first, and its
-    sum with the update is rounded again.
-    """
-
-    spare = MESSAGE_MULTIPLE
-
-    @classmethod
-    def empty(
-        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, after_norm: bool = False
-    ) -> FrozenWeight:
-        """See `FrozenWeight.empty`. Only linears after a norm have spare columns: a kernel writes x beside A x."""
-        rows, width = local_shape
-        if not after_norm:
-            return FrozenWeight.empty(rows, width, dtype=dtype)
-        return cls(frozen_parameter(rows, width + cls.spare, dtype=dtype))
-
-    @property
-    def _values(self) -> Tensor:
-        return self.tensor.detach()[:, : -self.spare]
-
-    def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
-        """See `FrozenWeight.load`. The spare columns become 0."""
-        super().load(values, dim=dim, start=start, columns=columns)
-        self.tensor.data[:, -self.spare :] = 0
+        if self.spare:
+            self.tensor.data[:, -self.spare :] = 0
 
     def write_update(self, f: Tensor) -> None:
-        """Write F, (out, r), beside W."""
-        self.tensor.detach()[:, -self.spare :][:, : f.shape[1]].copy_(f)
+        """Write F, (out, r), to the spare columns."""
+        self.tensor.data[:, -self.spare :][:, : f.shape[1]] = f
 
 
 class WeightMaker(Protocol):
@@ -217,6 +189,12 @@ def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
 # Matmuls and the embedding --------------------------------------------------------------------------------------------
 
 
+# Rows of matmuls are padded to a multiple of this. Fast kernels need rows of 16-bit values that start at multiples of
+# 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
+SIZE_MULTIPLE = 8
+# Columns sent in the same message as others are padded to a multiple of this. Compiled kernels read 16 bytes at a time
+# only if the distance between rows is a multiple of 16 elements.
+MESSAGE_MULTIPLE = 16
 HALF = (torch.bfloat16, torch.float16)
 
 

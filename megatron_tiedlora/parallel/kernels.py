@@ -77,24 +77,18 @@ def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
 
 
 def add_and_normalise(
-    hidden: Tensor, addend: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden + addend, and the results of `normalise` for this sum."""
-    total = hidden + addend
-    return total, *normalise(total, weight, bias, eps)
+    hidden: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, joined: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Return hidden + addend if there is an addend, and the results of `normalise` for this sum.
 
-
-def normalise_into_(
-    hidden: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, joined: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """Write the normalised rows of hidden + addend to the first columns of `joined`, (T, m), m >= d.
-
-    Return the sum if there is an addend, and the root; see `normalise`.
+    With `joined` (T, m), m >= d, the normalised rows are written to its first columns and not returned.
     """
     total = None if addend is None else hidden + addend
     normed, root = normalise(hidden if total is None else total, weight, bias, eps)
+    if joined is None:
+        return total, normed, root
     joined[:, : hidden.shape[1]].copy_(normed)
-    return total, root
+    return total, None, root
 
 
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
@@ -147,10 +141,14 @@ def gate_gradient(gradient: Tensor, gate_up: Tensor) -> Tensor:
 
     With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s, both computed in max(fp32, input dtype).
     """
+    return torch.cat(_gate_gradients(gradient, gate_up), dim=-1)
+
+
+def _gate_gradients(gradient: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     gates, up = (upcast(part) for part in gate_up.chunk(2, dim=-1))
     wide, sigmoid = upcast(gradient), torch.sigmoid(gates)
     grad_gates = (wide * up * sigmoid * (1 + gates * (1 - sigmoid))).to(gate_up.dtype)
-    return torch.cat((grad_gates, (wide * gates * sigmoid).to(gate_up.dtype)), dim=-1)
+    return grad_gates, (wide * gates * sigmoid).to(gate_up.dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
@@ -304,12 +302,9 @@ def round_scaled_rows(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 def normalise_rounded(
     hidden: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, keeps: bool
 ) -> tuple[Tensor | None, ...]:
-    """Return hidden + addend if there is an addend, the root of this sum's norm, the normalised rows, codes and scales.
-
-    These are the results of `add_and_normalise` or `normalise`, with the rows None unless `keeps`, and `round_rows`.
-    """
-    total = None if addend is None else hidden + addend
-    normed, root = normalise(hidden if total is None else total, weight, bias, eps)
+    """Return the sum and the root of `add_and_normalise`, the normalised rows if `keeps`, and `round_rows` of them."""
+    total, normed, root = add_and_normalise(hidden, addend, weight, bias, eps, None)
+    assert normed is not None
     return total, root, *_rounded(normed, None, keeps)
 
 
@@ -322,22 +317,33 @@ def gate_gradient_rounded(
     gradient: Tensor, gate_up: Tensor, factors: Tensor, keeps: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return `gate_gradient`, or None unless `keeps`, and `round_scaled_rows` of it; factors are (1, 2 f) fp32."""
-    return _rounded(gate_gradient(gradient, gate_up), factors, keeps)
+    if keeps:
+        return _rounded(gate_gradient(gradient, gate_up), factors, keeps)
+    # The halves are joined last. A compiler would write joined values to memory, and read them to round them.
+    halves = _in_own_dtype(*_gate_gradients(gradient, gate_up))
+    wide = [upcast(half) * by for half, by in zip(halves, factors.chunk(2, dim=-1), strict=True)]
+    maxima = torch.maximum(row_maxima(wide[0]), row_maxima(wide[1]))
+    (gates, scales), (up, _) = quantise_rows(wide[0], maxima, "fp8"), quantise_rows(wide[1], maxima, "fp8")
+    return None, torch.stack((gates, up), dim=1).flatten(1), scales
 
 
 def _rounded(values: Tensor, factors: Tensor | None, keeps: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Round `values` to fp8 after they were rounded to their own dtype, as if one kernel computed and another rounded.
-
-    Within a kernel, compilers leave out the first rounding. On a GPU an operation on the bits keeps it. On a CPU that
-    operation would not be vectorised, and the compiled code has two parts instead.
-    """
-    if torch.compiler.is_compiling() and values.itemsize == 2:
-        if values.is_cuda:
-            values = (values.view(torch.int16) & -1).view(values.dtype)
-        else:
-            torch._dynamo.graph_break()
+    (values,) = _in_own_dtype(values)
     rounded = round_rows(values, values.shape[1]) if factors is None else round_scaled_rows(values, factors)
     return (values if keeps else None, *rounded)
+
+
+def _in_own_dtype(*results: Tensor) -> tuple[Tensor, ...]:
+    """Return 16-bit results as if one kernel had computed them, and another reads them.
+
+    Within a kernel, compilers leave out the rounding to 16 bits. On a GPU an operation on the bits keeps it. On a CPU
+    that operation would not be vectorised, and the compiled code has two parts instead.
+    """
+    if torch.compiler.is_compiling() and results[0].itemsize == 2:
+        if results[0].is_cuda:
+            return tuple([(result.view(torch.int16) & -1).view(result.dtype) for result in results])
+        torch._dynamo.graph_break()
+    return results
 
 
 def transpose_(matrix: Tensor, transposed: Tensor) -> None:
@@ -360,8 +366,7 @@ class Kernels:
     """The functions of this module that layers call, uncompiled or compiled."""
 
     normalise: Callable[..., tuple[Tensor, Tensor]] = normalise
-    add_and_normalise: Callable[..., tuple[Tensor, Tensor, Tensor]] = add_and_normalise
-    normalise_into_: Callable[..., tuple[Tensor | None, Tensor]] = normalise_into_
+    add_and_normalise: Callable[..., Any] = add_and_normalise
     apply_norm: Callable[..., Tensor] = apply_norm
     norm_gradient: Callable[..., Tensor] = norm_gradient
     gate: Callable[[Tensor], Tensor] = gate
@@ -379,9 +384,9 @@ class Kernels:
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
     round_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]] = round_rows
     round_scaled_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = round_scaled_rows
-    normalise_rounded: Callable[..., tuple[Tensor | None, ...]] = normalise_rounded
-    gate_rounded: Callable[[Tensor, bool], tuple[Tensor | None, Tensor, Tensor]] = gate_rounded
-    gate_gradient_rounded: Callable[..., tuple[Tensor | None, Tensor, Tensor]] = gate_gradient_rounded
+    normalise_rounded: Callable[..., Any] = normalise_rounded
+    gate_rounded: Callable[..., Any] = gate_rounded
+    gate_gradient_rounded: Callable[..., Any] = gate_gradient_rounded
     transpose_: Callable[[Tensor, Tensor], None] = transpose_
     dequantise_rows_: Callable[[Tensor, Tensor, Tensor], None] = dequantise_rows_
     dequantise_blocks_: Callable[[Tensor, Tensor, Tensor, int, Tensor], None] = dequantise_blocks_

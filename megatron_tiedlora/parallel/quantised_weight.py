@@ -21,10 +21,10 @@ from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, BaseFormat, LinearShape
 from megatron_tiedlora.parallel import quantise
 from megatron_tiedlora.parallel.frozen_weight import (
+    MESSAGE_MULTIPLE,
     Columns,
     FrozenWeight,
     RoundedRows,
-    SpareColumnsWeight,
     WeightMaker,
     frozen_parameter,
 )
@@ -388,8 +388,8 @@ class Fp8MatmulWeight(RowScaledWeight):
     def times(self, grad_y: Tensor | RoundedRows, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`; dy s is rounded to fp8."""
         factors = self.gradient_factors
-        given = isinstance(grad_y, RoundedRows)
-        codes, scales = grad_y[1:] if given else self.kernels.round_scaled_rows(grad_y, factors)
+        given = grad_y if isinstance(grad_y, RoundedRows) else (None, *self.kernels.round_scaled_rows(grad_y, factors))
+        _, codes, scales = given
         if self._runs_in_fp8:
             weight = quantise.fp8_numbers(self._transposed_codes()).t()
             ones = self.workspace.ones(self._local_shape[1], codes.device)
@@ -429,14 +429,14 @@ def _multiply(
 
 
 def weight_maker(
-    name: str | None,
+    base: str | None,
     *,
     products: str | None = None,
     keep_transposed: bool = False,
     adapter_in_matmul: bool = False,
     kernels: Kernels = EAGER,
 ) -> WeightMaker:
-    """Return a function that creates uninitialised weights in the format `name`, or plain weights if it is None.
+    """Return a function that creates uninitialised weights in the format `base`, or plain weights if it is None.
 
     These weights share a workspace, so a rank should use the same function for all its layers.
 
@@ -446,11 +446,11 @@ def weight_maker(
         adapter_in_matmul: whether plain weights have spare columns for the factor F of an update.
         kernels: the kernels that dequantise weights and round activations and gradients.
     """
-    if name is None:
-        return SpareColumnsWeight.empty if adapter_in_matmul else FrozenWeight.empty
-    storage = BASE_FORMATS[name]
+    if base is None:
+        return partial(FrozenWeight.empty, spare=MESSAGE_MULTIPLE) if adapter_in_matmul else FrozenWeight.empty
+    storage = BASE_FORMATS[base]
     given: dict[str, Any] = {"storage": storage, "workspace": Workspace(), "kernels": kernels}
     if products is not None:
-        assert (name, products) == ("fp8", "fp8")
+        assert (base, products) == ("fp8", "fp8")
         return partial(Fp8MatmulWeight, keep_transposed=keep_transposed, **given)
     return partial(RowScaledWeight if storage.block is None else BlockScaledWeight, **given)

@@ -296,9 +296,8 @@ class StagePlan:
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """Return all stages of the model in order. The layout must fit the model (see `check_layout`)."""
     costs = weights.layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    base, storage = layout.storage.base, layout.storage._asdict()
-    del storage["base"]
-    local, full = (stored_tensors(shape, layout.dtype, size, base, **storage) for size in (layout.tp_size, 1))
+    storage = layout.storage._asdict()
+    local, full = (stored_tensors(shape, layout.dtype, size, **storage) for size in (layout.tp_size, 1))
     stages = []
     for index, layers in enumerate(weights.partition(costs, layout.pp_size)):
         is_first, is_last = index == 0, index == layout.pp_size - 1

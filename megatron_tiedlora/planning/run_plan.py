@@ -170,11 +170,9 @@ class RunPlan:
         Raises:
             UserError: `device` does not support the matmuls of --products.
         """
-        base, *_ = storage = self.layout.storage
-        if storage.products is not None:
+        if self.layout.storage.products is not None:
             quantised_weight.check_fp8_device(device)
-        others = {name: value for name, value in storage._asdict().items() if name != "base"}
-        return quantised_weight.weight_maker(base, **others, kernels=kernels)
+        return quantised_weight.weight_maker(**self.layout.storage._asdict(), kernels=kernels)
 
     @property
     def dtype_name(self) -> str:
@@ -282,7 +280,7 @@ def plan_run(
 
 def check_adapter_in_matmul(settings: Settings, *, zero_stage: int) -> None:
     """Raise UserError if weights cannot have columns for the update of one adapter."""
-    spare = frozen_weight.SpareColumnsWeight.spare
+    spare = frozen_weight.MESSAGE_MULTIPLE
     reasons = {
         "a base that is not quantised": settings.base is not None,
         f"a --rank of at most {spare}": settings.rank > spare,

@@ -30,7 +30,7 @@ INTERFACE = {
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
     "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size columns train_on"
     " chat_template add_bos special_tokens_in_text",
-    "speed": "packing compile recompute",
+    "speed": "packing compile adapter_in_matmul recompute",
     "optimisation": "global_batch_size micro_batch_size max_steps epochs learning_rate weight_decay warmup_steps"
     " schedule beta1 beta2 gradient_clipping eval_interval eval_metric eval_samples patience save_interval"
     " save_interval_minutes",

@@ -114,7 +114,7 @@ def test_a_kernel_that_also_rounds_gives_the_bits_of_two(compiled: bool, keeps: 
             normed, root = own.normalise(hidden, weight, bias, 1e-5)
             _, mine, *found = own.normalise_rounded(hidden, None, weight, bias, 1e-5, keeps)
             calls.append(((*found, mine), (normed, *kernels.round_rows(normed, width), root)))
-        total, normed, root = own.add_and_normalise(hidden, gradient, weight, None, 1e-5)
+        total, normed, root = own.add_and_normalise(hidden, gradient, weight, None, 1e-5, None)
         *sums, kept, codes, scales = own.normalise_rounded(hidden, gradient, weight, None, 1e-5, keeps)
         expected = (normed, *kernels.round_rows(normed, width), total, root)
         calls.append(((kept, codes, scales, *sums), expected))
