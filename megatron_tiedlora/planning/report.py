@@ -237,6 +237,7 @@ def partition_lines(planned: Planned) -> list[str]:
     """Return a table with the layers of each stage, its fraction of the work, and its base weights."""
     shape, layout = planned.step.shape, planned.layout
     cut = "" if layout.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
+    cut += ", micro-batches in two halves" if layout.overlap else ""
     rows = []
     for stage in planned.stages:
         names = ["embedding"] * stage.is_first + [ranges(stage.blocks)] + ["head"] * stage.is_last

@@ -66,6 +66,7 @@ class RunPlan:
             pp_size=grid.pp_size,
             dp_size=grid.dp_size,
             shards_sequences=settings.sequence_parallel,
+            overlap=settings.overlap == "halves",
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
@@ -252,6 +253,8 @@ def plan_run(
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     batch.resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
+    if settings.overlap == "halves":
+        _check_halves(grid, batches, zero_stage=engine.zero_stage)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:
         raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}. Use only these")
@@ -275,6 +278,20 @@ def plan_run(
     if settings.products is not None and on_gpu:
         quantised_weight.check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
     return plan
+
+
+def _check_halves(grid: groups.Grid, sizes: batch.BatchPlan, *, zero_stage: int) -> None:
+    """Raise UserError if micro-batches cannot be computed in halves, or if that would hide no messages."""
+    if grid.tp_size == 1:
+        raise UserError("--overlap halves hides the messages of --tensor_parallel, which is 1. Omit --overlap")
+    if zero_stage == 3:
+        raise UserError("--overlap halves cannot be combined with ZeRO-3, which gathers each layer's weights for one"
+                        " pass at a time. Give --ds_config zero1.json")
+    if sizes.micro_batch_size % 2:
+        raise UserError(
+            f"--overlap halves divides the rows of a micro-batch by 2, and there are {sizes.micro_batch_size}. Give an"
+            " even --micro_batch_size"
+        )
 
 
 # Lengths of samples and runs ------------------------------------------------------------------------------------------
