@@ -7,9 +7,8 @@ batch is divided into at most as many chunks as there are stages, so that stages
 time. Hidden states go from stage to stage. The last stage sends the generated tokens to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
-padding. Prompts of similar length are computed together, so that little padding is computed.
-
-On a GPU, steps that compute one token of each sequence are replayed as CUDA graphs where possible (`step_graphs`).
+padding. Prompts of similar length are computed together, so that little padding is computed. On a GPU, the steps after
+the prompts are replayed as CUDA graphs where possible (`step_graphs`).
 """
 
 import itertools
@@ -69,7 +68,7 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
         self.graphs = find_step_graphs(self.device, groups, calls_together=calls_together)
-        self._idle: list[list[KeyValueCache]] = []  # caches that the next batch can use
+        self.idle: list[list[KeyValueCache]] = []  # caches of finished batches, for the next batch
         self._updates: dict[int, LayerUpdate] = {}
         self._read: tuple[str, ...] = ()  # the adapters that these updates belong to
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
@@ -80,9 +79,9 @@ class Decoder:
         return self.pipeline.rank == self.pipeline.size - 1
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence. Graphs
-        and caches that were given back are freed first."""
-        self._idle.clear()
+        """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence. Idle
+        caches are freed first, and all graphs."""
+        self.idle.clear()
         if self.graphs is not None:
             self.graphs.clear()
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
@@ -92,18 +91,13 @@ class Decoder:
         return [KeyValueCache.empty(*shape, like, self.granularity) for _ in self.stage.blocks]
 
     def take_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Return caches as `new_caches` does, or larger ones that were given back, whose graphs can be replayed."""
-        for index, caches in enumerate(self._idle):
-            if len(caches[0].keys) == batch and caches[0].capacity >= capacity:
+        """Return caches as `new_caches` does, or `idle` ones that are large enough, whose graphs can be replayed."""
+        for index, caches in enumerate(self.idle):
+            if len(caches[0].keys) == batch and caches[0].keys.shape[2] >= capacity:
                 for cache in caches:
                     cache.clear()
-                return self._idle.pop(index)
+                return self.idle.pop(index)
         return self.new_caches(batch, capacity)
-
-    def give_back(self, caches: list[KeyValueCache]) -> None:
-        """Keep the caches of a finished batch for the next batch, if there are graphs that use them."""
-        if self.graphs:
-            self._idle.append(caches)
 
     @torch.no_grad()
     def forward(
@@ -140,7 +134,7 @@ class Decoder:
         predict = partial(
             self.stage.predict, segments=segments, caches=all_caches, updates=self._updates_of(segments), wanted=picked
         )
-        if self.graphs is not None and caches[0].filled and of_tokens is picked is None:
+        if self.graphs is not None and caches[0].filled and wanted is None and labels is None:
             firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
             read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
             output = self.graphs.run((segments, *read), predict, inputs, positions)
@@ -272,8 +266,8 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
         decoder.finish()
         if agree(all(part.is_done for part in parts)):
             break
-    for batch in itertools.chain.from_iterable(batches):
-        decoder.give_back(batch.caches)
+    if decoder.graphs:
+        decoder.idle += [batch.caches for some in batches for batch in some]
     return [[row for batch in some for row in batch.in_given_order()] for some in batches]
 
 

@@ -1,14 +1,15 @@
-"""Replays the steps of decoding as CUDA graphs. One launch per step takes the place of about 46 launches per layer, for
-which a GPU would wait: reading the weights takes less time.
+"""Replays the steps of greedy decoding as CUDA graphs. One launch per step replaces about 46 launches per layer, which
+take Python longer than reading the weights takes a GPU.
 
 A graph runs the same kernels at the same addresses. So it has its own tensors for tokens and positions, batches reuse
 caches, and the number of keys that attention reads changes only once per `KEYS_READ_TOGETHER` tokens.
 """
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,7 @@ _LOGGER = logging.getLogger(__name__)
 # Attention on a GPU reads a multiple of this number of keys. Fewer would need more graphs; more would read more padding
 # (128: at most 1 GB per token for 16 sequences of a 7B model, whose weights are 13 GB).
 KEYS_READ_TOGETHER = 128
-MOST_GRAPHS = 32  # kept by a decoder; each takes some megabytes of the driver's memory
-
+MOST_GRAPHS = 16  # of a decoder; each takes about 10 MB of the driver's memory for 32 layers
 Step = Callable[..., Tensor]
 
 
@@ -51,6 +51,10 @@ class StepGraphs:
     def __bool__(self) -> bool:
         """Return whether there are graphs to replay."""
         return any(self._seen.values())
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
 
     def run(self, key: Hashable, step: Step, *inputs: Tensor) -> Tensor:
         """Return `step(*inputs)`, a new tensor.
@@ -92,34 +96,26 @@ class StepGraphs:
 
     def _warm_up(self, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
         """Run a step uncaptured on the stream of captures, so that libraries load kernels and prepare workspaces."""
-        current, aside = torch.cuda.current_stream(self._device), _capture_stream(self._device)
-        aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             output = step(*inputs)
-        current.wait_stream(aside)
+        current.wait_stream(self._stream)
         return output
 
     def _capture(self, step: Step, inputs: tuple[Tensor, ...]) -> CapturedStep:
-        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
         pool = next((found.graph.pool() for found in self._seen.values() if found is not None), None)
         # Other threads may call CUDA meanwhile. The outer context leaves the stream, which a failed capture does not.
-        capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(stream), capture:
+        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._stream), capture:
             output = step(*inputs)
         return CapturedStep(graph, inputs, output, step)
 
 
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 def find_step_graphs(device: torch.device, groups: ParallelGroups, *, calls_together: bool) -> StepGraphs | None:
-    """Return an object that replays steps on a GPU, or None where this is not possible, and log why.
-
-    Args:
-        calls_together: whether each call gathers weights (ZeRO-3).
-    """
+    """Return an object that replays steps on a GPU, or None where this is not possible, and log why. With
+    `calls_together`, each call gathers weights."""
     if device.type != "cuda":
         return None
     tensor, reason = groups.tensor, ""
@@ -127,6 +123,8 @@ def find_step_graphs(device: torch.device, groups: ParallelGroups, *, calls_toge
         reason = "ZeRO-3 gathers the weights in every step"
     elif tensor.size > 1 and "nccl" not in (backend := distributed.get_backend(tensor.handle)):
         reason = f"tensor-parallel messages go over {backend}, and only those of NCCL can be captured"
+    elif tensor.size > 1 and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+        reason = "NCCL_GRAPH_REGISTER is not 0, so NCCL may access memory illegally; export NCCL_GRAPH_REGISTER=0"
     if not reason:
         return StepGraphs(device)
     if tensor.rank == groups.pipeline.rank == groups.data.rank == 0:
@@ -136,5 +134,4 @@ def find_step_graphs(device: torch.device, groups: ParallelGroups, *, calls_toge
 
 @cache
 def _tell(reason: str) -> None:
-    """Log once why steps are not replayed."""
-    _LOGGER.info("decoding without CUDA graphs, several times slower for few sequences: %s", reason)
+    _LOGGER.info("generating without CUDA graphs, which is several times slower for few sequences: %s", reason)

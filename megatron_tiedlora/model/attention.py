@@ -48,14 +48,9 @@ class KeyValueCache:
         shape = (batch, local_kv_heads, capacity, head_dim)
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape), granularity=granularity)
 
-    @property
-    def capacity(self) -> int:
-        """Return the number of tokens per sequence for which there is room."""
-        return self.keys.shape[2]
-
     def num_read(self, length: int) -> int:
         """Return the number of keys that a call with `length` new tokens per sequence reads."""
-        return min(padded(self.filled + length, self.granularity), self.capacity)
+        return min(padded(self.filled + length, self.granularity), self.keys.shape[2])
 
     def clear(self) -> None:
         """Empty the cache for other sequences."""
@@ -246,9 +241,7 @@ def _tiled_segments(segments: AdapterSegments, documents: Tensor | None, size: i
 
 
 def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
-    """Return the attention output of new tokens, (b, heads, s, head_dim), over a cache that includes their keys.
-
-    As many keys are read as `mask` has columns.
+    """Return the attention output of new tokens, (b, heads, s, head_dim), over the keys for which `mask` has columns.
 
     Query heads that share a key-value head are stacked as tokens of one head, so that keys are not copied. In fp32
     (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is optimised for many

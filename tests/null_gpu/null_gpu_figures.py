@@ -165,8 +165,9 @@ def _launches_of_a_token(*, parts: int = 1, **order: Any) -> float:
     """Of each part of a batch: the graph's and those beside it. The second batch has the graphs of the first."""
     found = run_rank(**{"measure": "decode", "rows": 4, "steps": 24} | order | {"lengths": [16, 16]})
     assert not found["told"], found["told"]  # a stand-in needs stream capture (cudaStreamBeginCapture)
+    assert found["captures"] == [parts, 0], found["captures"]
     counts = found["batches"][-1]
-    assert all(count["cudaGraphLaunch"] == parts * found["tokens"] for count in counts), counts
+    assert all(count.get("cudaGraphLaunch") == parts * found["tokens"] for count in counts), counts
     return max(map(launches, counts)) / parts / found["tokens"]
 
 

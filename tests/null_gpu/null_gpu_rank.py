@@ -158,7 +158,7 @@ def _train_step(plan: Any, runner: Any) -> Any:
 
 
 def _decoding(order: Order, device: torch.device) -> dict[str, Any]:
-    """The counts of two batches, each a list with those between two agreements, without the first; what was logged."""
+    """The counts of two batches, each a list with those of as many tokens; all captures of each; what was logged."""
     from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Decoder, Prompts, generate
 
     _believe_all_numbers()
@@ -184,7 +184,8 @@ def _decoding(order: Order, device: torch.device) -> dict[str, Any]:
         found.append([])
         generate(decoder, [prompts], agree=agree)
     every = 1 if together else TOKENS_BETWEEN_AGREEMENTS
-    return {"tokens": every, "batches": [some[1:] for some in found], "told": told}
+    captures = [sum(counts.get("cudaStreamBeginCapture", 0) for counts in some) for some in found]
+    return {"tokens": every, "batches": [some[1:] for some in found], "captures": captures, "told": told}
 
 
 def _global_batch(order: Order) -> int:

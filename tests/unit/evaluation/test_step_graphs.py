@@ -98,8 +98,8 @@ def test_later_batches_have_the_graphs_of_the_first(folder: Path) -> None:
     plain, ours = (build(folder, grid=ALONE) for _ in range(2))
     graphs = recorded(ours, granularity=64)
     assert decode(ours, prompts(0)) == decode(plain, prompts(0))
-    assert len(graphs.captured) == 1 and len(ours._idle) == 1
-    for cache in ours._idle[0]:
+    assert len(graphs.captured) == 1 and len(ours.idle) == 1
+    for cache in ours.idle[0]:
         cache.keys.fill_(torch.nan)
         cache.values.fill_(torch.nan)
     replays = graphs.num_replays
@@ -118,9 +118,9 @@ def test_a_batch_of_another_shape_frees_what_it_cannot_use(folder: Path, other: 
     batch = prompts(2, **other)
     assert decode(ours, batch) == decode(plain, batch)
     assert len(graphs.captured) == 1 and graphs.captured[0].inputs[0] is not first.inputs[0]
-    assert len(ours._idle) == 1 and len(ours._idle[0][0].keys) == len(batch) and graphs.num_kept == 1
+    assert len(ours.idle) == 1 and len(ours.idle[0][0].keys) == len(batch) and graphs.num_kept == 1
     ending_log_likelihoods(ours, [([5, 6, 7], [[8, 9]])])
-    assert not ours._idle and not graphs
+    assert not ours.idle and not graphs
 
 
 def test_few_graphs_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_decoder_and_its_graphs_are_freed_at_once(folder: Path) -> None:
     graphs = recorded(decoder, granularity=64)
     decode(decoder, prompts(0))
     graphs.captured.clear()
-    caches = weakref.ref(decoder._idle[0][0].keys)
+    caches = weakref.ref(decoder.idle[0][0].keys)
     gc.disable()
     try:
         del decoder, graphs
@@ -197,7 +197,7 @@ def test_a_step_that_cannot_be_captured(
     with calls_of(plain) as usual, calls_of(ours) as calls, caplog.at_level(logging.INFO, logger="megatron_tiedlora"):
         for _ in range(2):
             assert decode(ours, prompts(0)) == decode(plain, prompts(0))
-            assert graphs.num_kept == 0 and not ours._idle
+            assert graphs.num_kept == 0 and not ours.idle
     (line,) = caplog.messages
     assert "without CUDA graphs" in line and "_local_scalar_dense" in line and "\n" not in line
     assert len(calls) == len(usual) + 1
@@ -221,13 +221,25 @@ def test_the_frequencies_of_a_rotation_come_from_the_host_only_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("calls_together", "backend", "reason"),
-    [(True, "nccl", "ZeRO-3"), (False, "gloo", "go over gloo"), (False, "nccl", ""), (False, "cpu:gloo,cuda:nccl", "")],
+    ("calls_together", "backend", "register", "reason"),
+    [
+        (True, "nccl", "0", "ZeRO-3"),
+        (False, "gloo", "0", "go over gloo"),
+        (False, "nccl", "1", "export NCCL_GRAPH_REGISTER=0"),
+        (False, "nccl", "0", ""),
+        (False, "cpu:gloo,cuda:nccl", "0", ""),
+    ],
 )
 def test_which_gpus_capture(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, calls_together: bool, backend: str, reason: str
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    calls_together: bool,
+    backend: str,
+    register: str,
+    reason: str,
 ) -> None:
     """Others say so in one line, on one rank; a CPU says nothing."""
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", register)
     step_graphs._tell.cache_clear()
     monkeypatch.setattr(step_graphs.distributed, "get_backend", lambda _: backend)
     with caplog.at_level(logging.INFO, logger="megatron_tiedlora"):
