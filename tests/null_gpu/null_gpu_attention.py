@@ -45,7 +45,7 @@ def main() -> None:
     print("peak of attention of 70B's width in fp32, forward and backward, GB")
     unfused = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     print(f"  unfused {_peak(unfused, *heads):.2f}, chosen {_peak(_chosen, *heads):.2f}")
-    print("launches of a token of an answer, four layers of 7B")
+    print("launches of a token of an answer, four layers of 7B, uncaptured")
     print(f"  mask as it is {_decoding()}, its rows without a gap {_decoding(contiguous=True)}")
     print("bytes beside q, k, v and the result: kept, and at most in the backward pass beside the gradients of q, k, v")
     flash, efficient = fused_attention._torch_flash, fused_attention._torch_efficient
@@ -105,6 +105,8 @@ def _decoding(*, contiguous: bool = False) -> int:
         updates = stage.read_adapter()
         stage.predict(tokens, positions, caches=caches, updates=updates)
         for step in range(11, 13):  # 13 keys do not divide by 8
+            for cache in caches:
+                cache.filled = step
             nullgpu.reset()
             stage.predict(tokens[:, :1], positions[:, :1] + step, caches=caches, updates=updates)
     return launches(nullgpu.report())
