@@ -156,15 +156,17 @@ def attention_of(machine: Machine) -> str | None:
 
 
 def attending(machine: Machine, *, head_dim: int, length: int | None) -> Machine:
-    """Return the machine with the constant of the attention kernel that a run uses, unless attention was measured.
+    """Return a machine of `GPUS` with the constant of the attention kernel that a run uses; others as they are.
 
     Libraries count as installed only if they are installed on this computer, and if it has such a GPU.
 
     Args:
         length: the tokens of each row, if a row is one document; None for packed samples and rows of many lengths.
     """
-    if machine.capability is None or attention_of(machine) is None:
+    preset = GPUS.get(machine.name)
+    if preset is None or machine.constants["attention.bf16"] != preset.constants["attention.bf16"]:
         return machine
+    assert machine.capability is not None, "a GPU has a capability"
     whole = length is not None and all(length % one.multiple == 0 for one in CANDIDATES if one.multiple is not None)
     options: dict[str, Any] = {"installed": None} if is_here(machine) else {}
     kernel = attention_kernel(machine.capability, head_dim=head_dim, whole_rows=whole, **options)
