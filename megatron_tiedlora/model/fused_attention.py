@@ -44,6 +44,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
 
 Queries are (tokens, heads, head_dim). Keys and values are (tokens, kv heads, head_dim)."""
 
+Installed = Callable[[str], bool]
+"""A function that returns whether the Python module of a library is installed."""
+
 _CAUSAL = 1  # the memory-efficient kernel's mask type: a query attends to keys up to its own position
 
 
@@ -105,8 +108,7 @@ def choose_attention(
     reason = "; ".join(rejected) or none
     if first is None:
         return AttentionRoute(name, reason, attend)
-    candidate, made = first
-    return AttentionRoute(candidate.name, reason, _by_lengths(candidate, made, attend), otherwise=name)
+    return AttentionRoute(first[0].name, reason, _by_lengths(*first, attend), otherwise=name)
 
 
 def attend_within(query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: Attend) -> Tensor:
@@ -158,7 +160,8 @@ def _by_lengths(kernel: "FusedKernel", whole: Attend, packed: Attend) -> Attend:
     """Return a function that uses `whole`, the function of `kernel`, for documents that it supports, else `packed`."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
-        return (whole if kernel.supports(documents) else packed)(query, key, value, documents, scale)
+        supported = _have_one_length(documents) and documents.longest % (kernel.multiple or 1) == 0
+        return (whole if supported else packed)(query, key, value, documents, scale)
 
     return attend
 
@@ -192,17 +195,12 @@ class FusedKernel:
         return _from_library(self.kernel, deterministic) if isinstance(self.kernel, str) else self.kernel
 
     def obstacle(
-        self,
-        capability: tuple[int, int],
-        dtype: torch.dtype,
-        head_dim: int,
-        *,
-        installed: Callable[[str], bool] | None = None,
+        self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, here: Installed | None = None
     ) -> str | None:
         """Return the reason why the kernel cannot run, as words that follow its name, or None if it can run.
 
         Args:
-            installed: whether the module of a library is installed; None for the libraries of this computer.
+            here: which libraries are installed; None for those of this computer.
         """
         if dtype not in self.min_capability:
             return f"has no {str(dtype).removeprefix('torch.')}"
@@ -210,16 +208,11 @@ class FusedKernel:
             return f"is not for compute capability {capability[0]}.{capability[1]}"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"has no heads of {head_dim}"
-        if isinstance(self.kernel, str) and not (installed or is_installed)(self.kernel):
+        if isinstance(self.kernel, str) and not (here or is_installed)(self.kernel):
             return "is not installed"
-        if self.kernel is _torch_cudnn and installed is None and (torch.backends.cudnn.version() or 0) < _CUDNN:
+        if self.kernel is _torch_cudnn and here is None and (torch.backends.cudnn.version() or 0) < _CUDNN:
             return "needs cuDNN 9.15.1"
         return None
-
-    def supports(self, documents: Documents) -> bool:
-        """Return whether the kernel supports these documents."""
-        multiple = self.multiple
-        return multiple is None or (_have_one_length(documents) and documents.longest % multiple == 0)
 
 
 def is_installed(module: str) -> bool:
@@ -256,6 +249,7 @@ def _from_library(module: str, deterministic: bool) -> Attend:
 
 
 def _torch_cudnn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
+    assert _have_one_length(documents), "documents of different lengths"
     rows = (heads.unflatten(0, (-1, documents.longest)).transpose(1, 2) for heads in (query, key, value))
     result = torch.ops.aten._scaled_dot_product_cudnn_attention(*rows, None, True, 0.0, True, False, scale=scale)
     output: Tensor = result[0].transpose(1, 2).flatten(0, 1)

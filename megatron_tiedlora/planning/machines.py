@@ -5,7 +5,7 @@ memory and time from these constants and the counts of a layout. `tiedlora plan 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from megatron_tiedlora.base import files, shapes
 from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
 from megatron_tiedlora.config.settings import GPU_NAMES
-from megatron_tiedlora.model.fused_attention import CANDIDATES, AttentionRoute, FusedKernel, is_installed
+from megatron_tiedlora.model.fused_attention import CANDIDATES, AttentionRoute, FusedKernel, Installed, is_installed
 
 _KNOWN = files.read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
 _BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in shapes.BASE_NAMES]}
@@ -132,21 +132,16 @@ ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
 
 
 def attention_kernel(
-    capability: tuple[int, int],
-    *,
-    head_dim: int = 128,
-    whole_rows: bool = True,
-    installed: Callable[[str], bool] | None = lambda _module: False,
+    capability: tuple[int, int], head_dim: int = 128, *, whole: bool = True, here: Installed | None = ().__contains__
 ) -> FusedKernel:
     """Return the attention kernel that a run in 16 bits uses on a GPU of this capability.
 
     Args:
-        whole_rows: whether each row is one document, of a length that every kernel supports.
-        installed: whether the module of a library is installed. By default none is, as after `pip install` of this
-            project. None asks this computer.
+        whole: whether each row is one document, of a length that every kernel supports.
+        here: see `FusedKernel.obstacle`. By default no library is installed, as after `pip install` of this project.
     """
-    able = (one for one in CANDIDATES if whole_rows or one.multiple is None)
-    return next(one for one in able if one.obstacle(capability, torch.bfloat16, head_dim, installed=installed) is None)
+    able = (one for one in CANDIDATES if whole or one.multiple is None)
+    return next(one for one in able if one.obstacle(capability, torch.bfloat16, head_dim, here=here) is None)
 
 
 def attention_of(machine: Machine) -> str | None:
@@ -168,8 +163,8 @@ def attending(machine: Machine, *, head_dim: int, length: int | None) -> Machine
         return machine
     assert machine.capability is not None, "a GPU has a capability"
     whole = length is not None and all(length % one.multiple == 0 for one in CANDIDATES if one.multiple is not None)
-    options: dict[str, Any] = {"installed": None} if is_here(machine) else {}
-    kernel = attention_kernel(machine.capability, head_dim=head_dim, whole_rows=whole, **options)
+    options: dict[str, Any] = {"here": None} if is_here(machine) else {}
+    kernel = attention_kernel(machine.capability, head_dim, whole=whole, **options)
     share = ATTENTION[machine.capability].get(kernel.name)
     return machine if share is None else machine.changed({"attention.bf16": share})
 
@@ -178,18 +173,17 @@ def faster_attention(capability: tuple[int, int], name: str, *, head_dim: int) -
     """Return the fastest attention kernel that one command installs; None if the kernel `name` is as fast."""
     shares = {key: share.value for key, share in ATTENTION.get(capability, {}).items()}
     faster = (one for one in CANDIDATES if one.install and shares.get(one.name, 0.0) > shares.get(name, _MOST_SHARE))
-    fits = (one for one in faster if one.obstacle(capability, torch.bfloat16, head_dim, installed=bool) is None)
+    fits = (one for one in faster if one.obstacle(capability, torch.bfloat16, head_dim, here=bool) is None)
     return next(fits, None)  # the fastest is the first
 
 
-def attention_outlook(route: AttentionRoute, device: torch.device, *, head_dim: int, packing: bool) -> str:
-    """Return the share of the peak that attention should reach, and how to install a faster kernel; "" if unknown."""
+def attention_in_words(route: AttentionRoute, device: torch.device, *, head_dim: int, packing: bool) -> str:
+    """Return a run's attention kernel, its expected share of the peak, and how to install a faster one, as text."""
     if device.type != "cuda":
-        return ""
-    capability = torch.cuda.get_device_capability(device)
-    name = route.otherwise if packing and route.otherwise else route.name
+        return str(route)
+    capability, name = torch.cuda.get_device_capability(device), (packing and route.otherwise) or route.name
     known, faster = ATTENTION.get(capability, {}), faster_attention(capability, name, head_dim=head_dim)
-    words = f"{known[name].value} of the peak in bf16 is expected" if name in known else ""
+    words = f"{route}; {known[name].value} of the peak in bf16 is expected" if name in known else str(route)
     if faster is None or is_installed(str(faster.kernel)):  # a kernel that is installed does not run here
         return words
     return f"{words}, and {known[faster.name].value} with {faster.name}: {faster.install}"

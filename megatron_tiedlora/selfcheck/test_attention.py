@@ -14,14 +14,7 @@ from torch import Tensor
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.fused_attention import (
-    CANDIDATES,
-    Attend,
-    FusedKernel,
-    attend_within,
-    choose_attention,
-    one_by_one,
-)
+from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.reference import plain_attention, relative, worst_of
@@ -133,7 +126,7 @@ def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
     except Exception as error:
         if name == CHOSEN:
             raise
-        tell(name, first_line(error))
+        tell(name, first_line(error))  # such as the AssertionError of cuDNN for packed rows
         if device.type == "cuda":
             torch.cuda.synchronize()  # the device may be lost
 
@@ -197,7 +190,7 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     for candidate in CANDIDATES:
         if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
             # created when it is called, because its library may fail
-            routes[candidate.name] = lambda *heads, one=candidate: _within(one.make(False), one)(*heads)
+            routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False))(*heads)
     return routes
 
 
@@ -215,12 +208,10 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) ->
     return attend_by_tiles(query, key, value, [TiledRows(len(query), query.shape[2], blocks)], EAGER)
 
 
-def _within(attend: Attend, kernel: FusedKernel | None = None) -> AttentionCall:
+def _within(attend: Attend) -> AttentionCall:
     def route(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
         size, _, length, _ = query.shape
         documents = whole_rows(size, length, query.device) if ids is None else find_documents([ids], query.device)
-        if kernel is not None and not kernel.supports(documents):
-            raise ValueError("does not support these documents")
         return attend_within(query, key, value, documents, attend)
 
     return route

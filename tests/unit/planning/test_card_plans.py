@@ -108,7 +108,7 @@ def test_a_run_prefers_the_kernel_with_the_larger_share() -> None:
         assert all(faster.value >= slower.value for faster, slower in pairwise(shares.values()))
         assert len(set(shares.values())) == len(shares), "a share and its source name the kernel"
         for kernel in shares:
-            assert names[kernel].obstacle(capability, torch.bfloat16, 128, installed=bool) is None
+            assert names[kernel].obstacle(capability, torch.bfloat16, 128, here=bool) is None
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ GPU = torch.device("cuda:0")
 @pytest.mark.parametrize(
     ("route", "installed", "packing", "words"),
     [
-        ((FA3, ""), (), True, "0.45 of the peak in bf16 is expected"),
-        ((CUDNN, FLASH), (), False, f"0.41 of the peak in bf16 is expected, and 0.45 with {FA3}: {FA3_LINE}"),
-        ((CUDNN, FLASH), (), True, f"0.26 of the peak in bf16 is expected, and 0.45 with {FA3}: {FA3_LINE}"),
-        ((FLASH, ""), ("flash_attn_interface",), False, "0.26 of the peak in bf16 is expected"),  # it does not run
+        ((FA3, ""), (), True, "; 0.45 of the peak in bf16 is expected"),
+        ((CUDNN, FLASH), (), False, f"; 0.41 of the peak in bf16 is expected, and 0.45 with {FA3}: {FA3_LINE}"),
+        ((CUDNN, FLASH), (), True, f"; 0.26 of the peak in bf16 is expected, and 0.45 with {FA3}: {FA3_LINE}"),
+        ((FLASH, ""), ("flash_attn_interface",), False, "; 0.26 of the peak in bf16 is expected"),  # it does not run
         (("PyTorch's memory-efficient kernel", ""), (), False, ""),
     ],
 )
@@ -180,8 +180,8 @@ def test_what_a_run_says_of_its_kernel(
 ) -> None:
     on_this_computer(monkeypatch, *installed)
     chosen = AttentionRoute(route[0], "a reason", one_by_one, otherwise=route[1])
-    assert machines.attention_outlook(chosen, GPU, head_dim=128, packing=packing) == words
-    assert machines.attention_outlook(chosen, torch.device("cpu"), head_dim=128, packing=packing) == ""
+    assert machines.attention_in_words(chosen, GPU, head_dim=128, packing=packing) == f"{chosen}{words}"
+    assert machines.attention_in_words(chosen, torch.device("cpu"), head_dim=128, packing=packing) == str(chosen)
 
 
 # Storage formats ----------------------------------------------------------------------------------------------------
