@@ -170,9 +170,9 @@ def attending(machine: Machine, *, head_dim: int, length: int | None) -> Machine
 
 
 def faster_attention(capability: tuple[int, int], name: str, *, head_dim: int) -> FusedKernel | None:
-    """Return the fastest attention kernel that one command installs; None if the kernel `name` is as fast."""
+    """Return the fastest attention kernel, which one command installs; None if the kernel `name` is as fast."""
     shares = {key: share.value for key, share in ATTENTION.get(capability, {}).items()}
-    faster = (one for one in CANDIDATES if one.install and shares.get(one.name, 0.0) > shares.get(name, _MOST_SHARE))
+    faster = (one for one in CANDIDATES if shares.get(one.name, 0.0) > shares.get(name, _MOST_SHARE))
     fits = (one for one in faster if one.obstacle(capability, torch.bfloat16, head_dim, here=bool) is None)
     return next(fits, None)  # the fastest is the first
 

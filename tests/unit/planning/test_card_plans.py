@@ -107,6 +107,8 @@ def test_a_run_prefers_the_kernel_with_the_larger_share() -> None:
         assert list(shares) == [name for name in names if name in shares]
         assert all(faster.value >= slower.value for faster, slower in pairwise(shares.values()))
         assert len(set(shares.values())) == len(shares), "a share and its source name the kernel"
+        default = shares[machines.attention_kernel(capability).name].value
+        assert all(names[name].install for name, share in shares.items() if share.value > default), "one command"
         for kernel in shares:
             assert names[kernel].obstacle(capability, torch.bfloat16, 128, here=bool) is None
 
