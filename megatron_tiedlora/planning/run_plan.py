@@ -100,8 +100,7 @@ class RunPlan:
     @property
     def machine(self) -> Machine:
         """The machine whose constants are used for planning: the GPU of --gpu, or the default GPU or CPU."""
-        length = None if self.reads_data else self.settings.max_length
-        gpu = GPUS[self.settings.gpu or DEFAULT_GPU]
+        gpu, length = GPUS[self.settings.gpu or DEFAULT_GPU], None if self.reads_data else self.settings.max_length
         return attending(gpu, head_dim=self.source.shape.heads.dim, length=length) if self.on_gpu else CPU
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:

@@ -164,6 +164,11 @@ def test_packed_samples_are_planned_by_the_kernel_that_takes_them(tmp_path: Path
             assert machines.attention_of(machine) == name
 
 
+def test_a_dry_run_names_its_attention_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", ["--model=llama2-7b", "--dry_run", "--gpu=h100"]) == 0
+    assert f"measured, 8 ranks in a node, attention by {CUDNN}\n  a step of" in capsys.readouterr().out
+
+
 GPU = torch.device("cuda:0")
 
 
