@@ -15,9 +15,9 @@ the largest share of the peak (planning/machines.yaml):
     one after another           PyTorch's attention, document by document, in all other cases
 
 cuDNN builds a plan for each new shape, in about 40 ms. PyTorch keeps the plans of whole rows; multiples of 128 limit
-their number, and other lengths had wrong gradients in some versions (pytorch issues 169849 and 196678). For documents
-of different lengths, `_cudnn_attention_forward` takes offsets, but PyTorch 2.10 to 2.13 build its plan at every call
-(pytorch pull request 191576), and later versions keep one for each number of tokens.
+their number, and other lengths failed in some versions (pytorch issues 169849 and 196678). For documents of different
+lengths, `_cudnn_attention_forward` takes offsets, but PyTorch 2.10 to 2.13 build its plan at every call (pytorch pull
+request 191576), and later versions keep one for each number of tokens.
 
 PyTorch's kernels are called as operators, whose first arguments are the same in versions 2.6 to 2.15. PyTorch's public
 variable-length attention function (since 2.10) is not used, because its signature differs between versions and it may
