@@ -184,9 +184,9 @@ def shared_shape(
     if layout.overlap and len(parts) == 1 and len(rows) == 2 * half:
         plain = replace(layout, overlap=False)
         halves = [shared_shape(plain, [(adapter, own)], longest=lengths[0]) for own in (rows[:half], rows[half:])]
-        sums = [sum(own[index][0] for own in halves) for index in (1, 2)]
-        supervised = sum(own.num_supervised for own in halves)
-        return MicroBatchShape((adapter,), (sums[0],), (sums[1],), supervised, halves=tuple(halves))
+        tokens = (sum(own.num_tokens for own in halves),)
+        later, supervised = (sum(own.after[0] for own in halves),), sum(own.num_supervised for own in halves)
+        return MicroBatchShape((adapter,), tokens, later, supervised, halves=tuple(halves))
     sizes = [length * len(rows) for length, (_, rows) in zip(lengths, parts, strict=True)]
     starts = np.cumsum([0, *sizes])
     edges = np.arange(layout.sequence_parts + 1) * (starts[-1] // layout.sequence_parts)

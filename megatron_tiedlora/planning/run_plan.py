@@ -29,7 +29,7 @@ from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
 from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
-from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
+from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine, attending
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
 
@@ -101,7 +101,8 @@ class RunPlan:
     @property
     def machine(self) -> Machine:
         """The machine whose constants are used for planning: the GPU of --gpu, or the default GPU or CPU."""
-        return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
+        gpu, length = GPUS[self.settings.gpu or DEFAULT_GPU], None if self.reads_data else self.settings.max_length
+        return attending(gpu, head_dim=self.source.shape.heads.dim, length=length) if self.on_gpu else CPU
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """Return the global batch of the step that follows `consumed_samples` samples."""

@@ -276,6 +276,8 @@ def search(plan: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
     first, *_ = accepted[0]
     if any(own.reads_data for own in first.values()):
         plan.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
+    length = None if plan.data else settings.max_length
+    plan.machine = machines.attending(plan.machine, head_dim=plan.source.shape.heads.dim, length=length)
     same: dict[str, Any] = {"machine": plan.machine, "per_node": plan.per_node, "known": {}}
     plan.candidates = tuple(
         Candidate(**variant, **same, engine_file=engine_file, storage=storage)

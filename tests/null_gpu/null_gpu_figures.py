@@ -171,6 +171,15 @@ def _launches_of_a_token(*, parts: int = 1, **order: Any) -> float:
     return max(map(launches, counts)) / parts / found["tokens"]
 
 
+def _beside_cudnn() -> float:
+    """Kernels of attention by cuDNN beside its own. What PyTorch's others launch is known by name."""
+    found = run_rank(measure="attention")
+    for name, words in (("flash", "1 flash_fwd_kernel"), ("memory-efficient", "1 fmha_cutlassF_bf16")):
+        assert any(kernel.startswith(words) for kernel in found[f"PyTorch's {name} kernel"]), found
+    print(*found.items(), sep="\n", file=sys.stderr)
+    return len(found["PyTorch's cuDNN kernel"])
+
+
 def _messages_of_a_step() -> float:
     """Those of a step without a micro-batch."""
     few = _fewest(messages, micro_batches=2, **TWO_STAGES)
@@ -296,6 +305,7 @@ FIGURES = [
         for name, order in DECODED.items()
     ),
     Figure("launches a layer more for 4 rows than for 1, tensor 8", _launches_of_rows, 0, digits=1),
+    Figure("launches beside cuDNN's of attention, two rows of 2,048 tokens", _beside_cudnn, 0),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
     *(
         _share("reserved", f"150 micro-batches of 4 x 128 to 2,048, {w}", **kind, **LENGTHS)

@@ -23,6 +23,7 @@ from typing import Any
 import nullgpu  # the stand-in's own module
 import numpy as np
 import torch
+from null_gpu_attention import kernel_names
 from torch import distributed
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
 
@@ -32,6 +33,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import find_documents, whole_rows
+from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment
 from megatron_tiedlora.runtime.process_group import join_process_group, make_deterministic
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -90,6 +92,8 @@ def main(order: Order) -> dict[str, Any]:
     if order.measure == "join":
         bound = distributed.distributed_c10d._get_default_group().bound_device_id
         return {"device": str(device), "bound": str(bound), **_counts()}
+    if order.measure == "attention":
+        return {candidate.name: kernel_names(candidate) for candidate in CANDIDATES}
     _believe_all_numbers()
     plan, built = _built(order, device)
     train_step = _train_step(plan, built.runner)
