@@ -263,6 +263,11 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     sequence_parallel: bool = _layout(
         "with tensor parallel: shard activations along the sequence too", True, other_names="sp",
     )
+    overlap: Literal["none", "halves"] = _layout(
+        "halves: compute the two halves of a micro-batch alternately, so that tensor-parallel messages of one are sent"
+        " while the other is computed",
+        "none", other_names="tp_comm_overlap",
+    )
     replica_check_steps: int = _layout(
         "compare copies of the adapter bit by bit in the first N steps and at saves (0: never)", 3, ge=0,
         decides="nothing",

@@ -37,7 +37,7 @@ Check how this package works on this machine's GPUs: correct results, speed, mem
     speed      training steps at the width of --model: tokens/s, MFU, time by class of kernels
     memory     allocated and reserved memory compared with the plan of --dry_run; rows of varying lengths
     host       kernel launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
-    decode     greedy decoding: the same tokens as without a cache, milliseconds per token
+    decode     greedy decoding: the same tokens as without a cache and CUDA graphs, milliseconds per token
     ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
 
 Each part runs in its own process with a time limit. --output gets report.md, report.xml and the output of each part.

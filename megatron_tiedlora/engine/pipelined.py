@@ -13,9 +13,8 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_groups import AdapterSegments
 from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
-from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
-from megatron_tiedlora.model.stage import Attended, Stage
+from megatron_tiedlora.model.stage import Attended, Halves, Stage
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 BuildStage = Callable[[ParallelGroups, Sequence[LayerSpec]], Stage]
@@ -54,11 +53,11 @@ class PipelinedModel(PipelineModule):
         self.groups = make_groups(self._parallel_grid, self._grid)
         self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Attended:
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Attended | Halves:
         """Return hidden states, or on the last stage the input of the loss. `inputs` may omit document ids."""
         tokens_or_hidden, positions, *documents = inputs
         positions, token_index = positions.unbind() if positions.ndim == 3 else (positions, None)
-        output: Tensor | Attended = self.stage(
+        output: Tensor | Attended | Halves = self.stage(
             tokens_or_hidden,
             positions,
             documents=documents[0] if documents else None,
@@ -67,7 +66,6 @@ class PipelinedModel(PipelineModule):
         )
         return output
 
-    def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> Tensor:
-        *supervised, weighted = labels
-        loss = self.stage.tail.loss(attended, Supervised(*supervised))
-        return cast(Tensor, weighted(loss))
+    def _loss(self, attended: Attended | Halves, labels: tuple[Any, ...]) -> Tensor:
+        supervised, weighted = labels
+        return cast(Tensor, weighted(self.stage.loss(attended, supervised)))

@@ -30,7 +30,7 @@ from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import MOMENTS, AdapterLayout, gather_state, sum_gradients_
 from megatron_tiedlora.engine.engine import gradient_norms, parameter_access, reported_norm, trained_parameters
 from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.model.batch import MicroBatch, Supervised
+from megatron_tiedlora.model.batch import MicroBatch, Supervised, find_supervised
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
@@ -327,9 +327,11 @@ class Runner:
         self._score(batches, found)
         return [losses.sums(counted=self.counts_loss) for losses in found]
 
-    def _supervised(self, batch: MicroBatch) -> Supervised:
-        """Return the supervised positions of a micro-batch, computed on the host, for the last layers of the stage."""
-        return batch.supervised(self.stage.tensor_parallel.sequence_parts).moved(self._on_device)
+    def _supervised(self, batch: MicroBatch) -> list[Supervised]:
+        """Return the supervised positions of a micro-batch, or of its halves, computed on the host."""
+        parts, segments = self.stage.tensor_parallel.sequence_parts, batch.segments
+        halves = batch.labels.chunk(self.stage.num_halves(len(batch.labels), segments))
+        return [find_supervised(labels, parts, segments).moved(self._on_device) for labels in halves]
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
@@ -421,7 +423,7 @@ class PipelineRunner(Runner):
             self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._positions(batch))
         if self.stage.head is not None:
             losses = next(self._losses)
-            labels = *self._supervised(batch), lambda found: losses.weighted(found, batch.segments)
+            labels = self._supervised(batch), lambda found: losses.weighted(found, batch.segments)
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
     def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:

@@ -7,13 +7,15 @@ batch is divided into at most as many chunks as there are stages, so that stages
 time. Hidden states go from stage to stage. The last stage sends the generated tokens to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
-padding. Prompts of similar length are computed together, so that little padding is computed.
+padding. Prompts of similar length are computed together, so that little padding is computed. On a GPU, the steps after
+the prompts are replayed as CUDA graphs where possible (`step_graphs`).
 """
 
 import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +28,7 @@ from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.batch import filled
+from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, find_step_graphs
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
@@ -63,6 +66,9 @@ class Decoder:
         self.calls_together = calls_together
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
+        self.graphs = find_step_graphs(self.device, groups, calls_together=calls_together)
+        self.idle: list[list[KeyValueCache]] = []  # caches of finished batches, for the next batch
         self._updates: dict[int, LayerUpdate] = {}
         self._read: tuple[str, ...] = ()  # the adapters that these updates belong to
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
@@ -73,11 +79,25 @@ class Decoder:
         return self.pipeline.rank == self.pipeline.size - 1
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence."""
+        """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence. Idle
+        caches are freed first, and all graphs."""
+        self.idle.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
         heads = self.shape.heads
         local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
-        return [KeyValueCache.empty(batch, local_kv_heads, capacity, heads.dim, like) for _ in self.stage.blocks]
+        shape = batch, local_kv_heads, capacity, heads.dim
+        return [KeyValueCache.empty(*shape, like, self.granularity) for _ in self.stage.blocks]
+
+    def take_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
+        """Return caches as `new_caches` does, or `idle` ones that are large enough, whose graphs can be replayed."""
+        for index, caches in enumerate(self.idle):
+            if len(caches[0].keys) == batch and caches[0].keys.shape[2] >= capacity:
+                for cache in caches:
+                    cache.clear()
+                return self.idle.pop(index)
+        return self.new_caches(batch, capacity)
 
     @torch.no_grad()
     def forward(
@@ -111,10 +131,18 @@ class Decoder:
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        updates = self._updates_of(segments)
-        output = self.stage.predict(
-            inputs, positions, of_tokens, segments=segments, caches=all_caches, updates=updates, wanted=picked
+        predict = partial(
+            self.stage.predict, segments=segments, caches=all_caches, updates=self._updates_of(segments), wanted=picked
         )
+        if self.graphs is not None and caches[0].filled and wanted is None and labels is None:
+            firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
+            read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
+            output = self.graphs.run((segments, *read), predict, inputs, positions)
+        else:
+            output = predict(inputs, positions, of_tokens)
+        for some in rows:
+            for cache in some.caches:
+                cache.filled += some.tokens.shape[1]
         if self.is_last:
             return output.flatten(0, 1)
         work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
@@ -238,6 +266,8 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
         decoder.finish()
         if agree(all(part.is_done for part in parts)):
             break
+    if decoder.graphs:
+        decoder.idle += [batch.caches for some in batches for batch in some]
     return [[row for batch in some for row in batch.in_given_order()] for some in batches]
 
 
@@ -280,7 +310,7 @@ class _Batch:
         self.prompts = [prompts[index] for index in self.order]
         self.lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=decoder.device)
         self.most = num_steps if decoder.calls_together else given.max_new_tokens
-        self.caches = decoder.new_caches(len(prompts), len(self.prompts[0]) + self.most)
+        self.caches = decoder.take_caches(len(prompts), len(self.prompts[0]) + self.most)
         self.rows: list[list[int]] = [[] for _ in prompts]
         self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once it exists
         self.ended = [False] * len(prompts)
@@ -304,7 +334,8 @@ class _Batch:
 
     def newest_rows(self) -> AdapterRows:
         """Return the input for the newest token of each sequence."""
-        return AdapterRows(self.tokens, (self.lengths + self.num_chosen - 1)[:, None], self.caches, self.given.adapter)
+        positions = self.lengths[:, None] + (self.num_chosen - 1)
+        return AdapterRows(self.tokens, positions, self.caches, self.given.adapter)
 
     def take(self, chosen: torch.Tensor) -> None:
         """Append the generated tokens `chosen`, (b,), to the sequences that have not ended."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -29,18 +29,36 @@ class KeyValueCache:
     """The keys and values of one layer during generation, each (b, kv, capacity, head_dim).
 
     Sequences of a batch may have different lengths. The next token of each sequence is written at its own position, so
-    there is never padding between tokens. `filled` is the largest length of a sequence. Later positions are not read.
+    there is never padding between tokens. Tensors keep their addresses, so that a call can be replayed as a CUDA graph.
+
+    Attributes:
+        filled: the largest length of a sequence before the current call. The caller adds the call's tokens afterwards.
+        granularity: the number of keys that a call reads is a multiple of this number, or the capacity. Keys after the
+            last token are masked.
     """
 
     keys: Tensor
     values: Tensor
     filled: int = 0
+    granularity: int = 1
 
     @staticmethod
-    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> "KeyValueCache":
+    def empty(
+        batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: Tensor, granularity: int = 1
+    ) -> "KeyValueCache":
         """Return an empty cache for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
         shape = (batch, local_kv_heads, capacity, head_dim)
-        return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
+        return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape), granularity=granularity)
+
+    def num_read(self, length: int) -> int:
+        """Return the number of keys that a call with `length` new tokens per sequence reads."""
+        return min(padded(self.filled + length, self.granularity), self.keys.shape[2])
+
+    def clear(self) -> None:
+        """Empty the cache for other sequences."""
+        self.keys.zero_()
+        self.values.zero_()
+        self.filled = 0
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s), or at 0 to s - 1 in the first call."""
@@ -52,11 +70,10 @@ class KeyValueCache:
             index = positions[:, None, :, None].expand_as(keys)
             self.keys.scatter_(2, index, keys.to(self.keys.dtype))
             self.values.scatter_(2, index, values.to(self.values.dtype))
-        self.filled += length
 
     def take(self, rows: Tensor) -> "KeyValueCache":
         """Return a cache with copies of the sequences at indices `rows` (n,). An index may occur several times."""
-        return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
+        return KeyValueCache(self.keys[rows], self.values[rows], self.filled, self.granularity)
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -156,7 +173,7 @@ class Attention(nn.Module):
     def _cache_mask(self, positions: Tensor, cache: KeyValueCache) -> Tensor:
         batch, length = positions.shape
         kv_heads, group = self.qkv.heads.num_kv, self.qkv.heads.num // self.qkv.heads.num_kv
-        num_keys = cache.filled + length
+        num_keys = cache.num_read(length)
         keys = torch.arange(padded(num_keys), device=positions.device)
         hidden = keys > positions[:, :, None]  # (b, s, padded keys)
         added = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
@@ -210,9 +227,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return attention outputs (b, s, heads * head_dim) from heads (b, heads, s, head_dim)."""
         if cache is not None:
-            has_earlier = cache.filled > 0
             cache.update(key, value, context.positions)
-            if has_earlier:
+            if cache.filled:
                 return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         assert context.attend is not None, "without a filled cache, the context has a function"
         return context.attend(query, key, value)
@@ -241,7 +257,7 @@ def _tiled_segments(segments: AdapterSegments, documents: Tensor | None, size: i
 
 
 def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
-    """Return the attention output of new tokens, (b, heads, s, head_dim), over a cache that includes their keys.
+    """Return the attention output of new tokens, (b, heads, s, head_dim), over the keys for which `mask` has columns.
 
     Query heads that share a key-value head are stacked as tokens of one head, so that keys are not copied. In fp32
     (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is optimised for many
@@ -250,7 +266,7 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
     """
     assert mask is not None, "a filled cache needs a mask"
     batch, heads, length, head_dim = query.shape
-    keys, values = (tensor.flatten(0, 1)[:, : cache.filled] for tensor in (cache.keys, cache.values))
+    keys, values = (tensor.flatten(0, 1)[:, : mask.shape[-1]] for tensor in (cache.keys, cache.values))
     folded = query.to(keys.dtype).reshape(keys.shape[0], -1, head_dim)
     if keys.dtype == torch.float32:
         scores = torch.baddbmm(mask, folded, keys.transpose(1, 2), alpha=head_dim**-0.5)
@@ -272,8 +288,10 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
 # changes f_i and a.
 
 
+@lru_cache(maxsize=64)
 def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> Tensor:
-    """Return the frequencies f_i of the rotary embedding, (rotary_dim / 2,) fp32."""
+    """Return the frequencies f_i of the rotary embedding, (rotary_dim / 2,) fp32. They are computed once, because some
+    scalings have numbers from the host, which a CUDA graph cannot copy."""
     exponents = torch.arange(0, heads.rotary_dim, 2, dtype=torch.int64, device=device).float() / heads.rotary_dim
     powers, scaling = heads.rope.theta**exponents, heads.rope.scaling
     match scaling:

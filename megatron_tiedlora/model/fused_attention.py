@@ -1,20 +1,27 @@
 """Choose a fused kernel for causal attention on a GPU, and call it once for all documents of all rows.
 
-A row that is not packed is one document, so packed and unpacked rows use the same code. cuDNN, which PyTorch prefers
-on Hopper, is not a candidate, because it builds a plan for each new length. This module uses the first kernel of this
-list that supports the device, the dtype and the head dim:
+A row that is not packed is one document, so packed and unpacked rows use the same code. This module uses the first
+kernel of this list that supports the device, the dtype and the head dim. The list starts with the kernel that reaches
+the largest share of the peak (planning/machines.yaml):
 
     FlashAttention 3            16 bits, compute capability 9.x, if `flash_attn_interface` is installed
     FlashAttention 4            16 bits, 9.0 to 12.x, heads of up to 128, if `flash-attn-4` is installed
+    PyTorch's cuDNN             16 bits, 9.0 to 10.x, heads of up to 128; only for documents of one length, a multiple
+                                of 128; all others get the next kernel that supports them
     flash_attn                  16 bits, from 8.0 on, if FlashAttention 2 is installed
     PyTorch's flash             16 bits, from 8.0 on
     PyTorch's memory-efficient  fp32, and 16 bits on older GPUs or with heads of more than 256; copies keys and values
                                 for every query head that shares them
     one after another           PyTorch's attention, document by document, in all other cases
 
-PyTorch's two kernels are called as operators, whose first arguments are the same in versions 2.6 to 2.15. PyTorch's
-public variable-length attention function (since 2.10) is not used, because its signature differs between versions and
-it may choose cuDNN. CPUs use `cpu_attention.py`.
+cuDNN builds a plan for each new shape, in about 40 ms. PyTorch keeps the plans of whole rows; multiples of 128 limit
+their number, and other lengths failed in some versions (pytorch issues 169849 and 196678). For documents of different
+lengths, `_cudnn_attention_forward` takes offsets, but PyTorch 2.10 to 2.13 build its plan at every call (pytorch pull
+request 191576), and later versions keep one for each number of tokens.
+
+PyTorch's kernels are called as operators, whose first arguments are the same in versions 2.6 to 2.15. PyTorch's public
+variable-length attention function (since 2.10) is not used, because its signature differs between versions and it may
+choose cuDNN. CPUs use `cpu_attention.py`.
 """
 
 import importlib
@@ -37,6 +44,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
 
 Queries are (tokens, heads, head_dim). Keys and values are (tokens, kv heads, head_dim)."""
 
+Installed = Callable[[str], bool]
+"""A function that returns whether the Python module of a library is installed."""
+
 _CAUSAL = 1  # the memory-efficient kernel's mask type: a query attends to keys up to its own position
 
 
@@ -48,14 +58,16 @@ class AttentionRoute:
         name: the name that is shown to the user.
         reason: the reason why no earlier candidate was chosen.
         attend: the function; None on a CPU, where `cpu_attention.attend_by_tiles` is used.
+        otherwise: the name of the kernel for rows that the first one does not support; "" if it supports all.
     """
 
     name: str
     reason: str
     attend: Attend | None
+    otherwise: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+        return f"{self.name}{self.otherwise and f', {self.otherwise} for packed rows'} ({self.reason})"
 
 
 @cache
@@ -66,26 +78,37 @@ def choose_attention(
 
     Args:
         deterministic: whether gradients must be bit-equal in every run. flash_attn gets this as an argument and is not
-            chosen if it rejects the argument. PyTorch's kernels follow torch.use_deterministic_algorithms, which the
-            caller sets.
+            chosen if it rejects the argument. cuDNN is not chosen. PyTorch's other kernels follow
+            torch.use_deterministic_algorithms, which the caller sets.
     """
     if device.type == "cpu":
         return AttentionRoute("tiles of queries", "a CPU", None)
     rejected: list[str] = []
+    first: tuple[FusedKernel, Attend] | None = None  # a kernel that supports only some rows
+    attend: Attend = one_by_one
+    name = "PyTorch's attention, one document after another"
     for candidate in CANDIDATES if device.type == "cuda" else ():
         obstacle = candidate.obstacle(torch.cuda.get_device_capability(device), dtype, head_dim)
         if obstacle is None:
             try:
-                attend = candidate.make(deterministic)
-                _try(attend, device, dtype, head_dim)
-                return AttentionRoute(candidate.name, "; ".join(rejected) or "the first choice", attend)
+                made = candidate.make(deterministic)
+                _try(made, device, dtype, head_dim, candidate.multiple)
             except torch.OutOfMemoryError:  # this is no fault of the kernel
                 raise
             except Exception as error:  # a library built for another torch or GPU can raise anything
                 obstacle = f"does not run here: {type(error).__name__}: {first_line(error)}"
+            else:
+                if candidate.multiple is None:
+                    name, attend = candidate.name, made
+                    break
+                first = candidate, made
+                continue
         rejected.append(f"{candidate.name} {obstacle}")
-    reason = "; ".join(rejected) or f"fused kernels are for CUDA, not for {device.type}"
-    return AttentionRoute("PyTorch's attention, one document after another", reason, one_by_one)
+    none = "the first choice" if device.type == "cuda" else f"fused kernels are for CUDA, not for {device.type}"
+    reason = "; ".join(rejected) or none
+    if first is None:
+        return AttentionRoute(name, reason, attend)
+    return AttentionRoute(first[0].name, reason, _by_lengths(*first, attend), otherwise=name)
 
 
 def attend_within(query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: Attend) -> Tensor:
@@ -120,13 +143,27 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, 
         )
         return output.transpose(1, 2).flatten(0, 1)
 
-    if (len(documents.bounds) - 1) * documents.longest == len(query):
+    if _have_one_length(documents):
         return within(documents.longest, query, key, value)
     parts = (
         within(stop - start, query[start:stop], key[start:stop], value[start:stop])
         for start, stop in pairwise(documents.bounds)
     )
     return torch.cat(list(parts))
+
+
+def _have_one_length(documents: Documents) -> bool:
+    return (len(documents.bounds) - 1) * documents.longest == documents.bounds[-1]
+
+
+def _by_lengths(kernel: "FusedKernel", whole: Attend, packed: Attend) -> Attend:
+    """Return a function that uses `whole`, the function of `kernel`, for documents that it supports, else `packed`."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
+        supported = _have_one_length(documents) and documents.longest % (kernel.multiple or 1) == 0
+        return (whole if supported else packed)(query, key, value, documents, scale)
+
+    return attend
 
 
 @dataclass(frozen=True)
@@ -138,6 +175,9 @@ class FusedKernel:
         min_capability: the lowest compute capability by dtype; other dtypes are not supported.
         below: the lowest compute capability that is too new; None if there is no such limit.
         max_head_dim: the largest head dim; None if there is no limit.
+        install: the command that installs the library; "" if a compiler is needed, or for PyTorch's kernels.
+        multiple: the kernel supports only documents of one length, which must be a multiple of this; None if it
+            supports all documents.
     """
 
     name: str
@@ -145,25 +185,37 @@ class FusedKernel:
     min_capability: dict[torch.dtype, tuple[int, int]]
     below: tuple[int, int] | None = None
     max_head_dim: int | None = None
+    install: str = ""
+    multiple: int | None = None
 
     def make(self, deterministic: bool) -> Attend:
-        """Return the kernel's function. PyTorch's kernels ignore `deterministic`; see `choose_attention`."""
+        """Return the kernel's function; see `choose_attention`. Raises ValueError if it cannot be deterministic."""
+        if deterministic and self.kernel is _torch_cudnn:
+            raise ValueError("its gradients differ from run to run")
         return _from_library(self.kernel, deterministic) if isinstance(self.kernel, str) else self.kernel
 
-    def obstacle(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
-        """Return the reason why the kernel cannot run, as words that follow its name, or None if it can run."""
+    def obstacle(
+        self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, here: Installed | None = None
+    ) -> str | None:
+        """Return the reason why the kernel cannot run, as words that follow its name, or None if it can run.
+
+        Args:
+            here: which libraries are installed; None for those of this computer.
+        """
         if dtype not in self.min_capability:
             return f"has no {str(dtype).removeprefix('torch.')}"
         if capability < self.min_capability[dtype] or (self.below is not None and capability >= self.below):
             return f"is not for compute capability {capability[0]}.{capability[1]}"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"has no heads of {head_dim}"
-        if isinstance(self.kernel, str) and not _is_installed(self.kernel):
+        if isinstance(self.kernel, str) and not (here or is_installed)(self.kernel):
             return "is not installed"
+        if self.kernel is _torch_cudnn and here is None and (torch.backends.cudnn.version() or 0) < _CUDNN:
+            return "needs cuDNN 9.15.1"
         return None
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     """Return whether a module with code is installed. A folder without code, which has no origin, does not count."""
     try:
         found = find_spec(module)
@@ -196,6 +248,16 @@ def _from_library(module: str, deterministic: bool) -> Attend:
     return attend
 
 
+def _torch_cudnn(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
+    assert _have_one_length(documents), "documents of different lengths"
+    rows = (heads.unflatten(0, (-1, documents.longest)).transpose(1, 2) for heads in (query, key, value))
+    result = torch.ops.aten._scaled_dot_product_cudnn_attention(*rows, None, True, 0.0, True, False, scale=scale)
+    output: Tensor = result[0].transpose(1, 2).flatten(0, 1)
+    if output.requires_grad:  # PyTorch finds a plan by the strides of q, k and v alone, and not of the gradient
+        output.register_hook(Tensor.contiguous)
+    return output
+
+
 def _torch_flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
     offsets, longest = documents.offsets, documents.longest
     output: Tensor = torch.ops.aten._flash_attention_forward(
@@ -216,24 +278,29 @@ def _torch_efficient(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     return output.squeeze(0)
 
 
+_CUDNN = 91501  # earlier versions read beyond rows whose length is no multiple of 128
 _HOPPER, _AMPERE = dict.fromkeys(HALF, (9, 0)), dict.fromkeys(HALF, (8, 0))
 _ALL = {torch.float32: (5, 0), torch.float16: (5, 0), torch.bfloat16: (8, 0)}
+# FlashAttention 3 has wheels for CUDA 12.6 and 13.0.
+_FA3 = "pip install flash-attn-3 --extra-index-url https://download.pytorch.org/whl/cu130"
 CANDIDATES = (
-    FusedKernel("FlashAttention 3", "flash_attn_interface", _HOPPER, below=(10, 0), max_head_dim=256),
-    FusedKernel("FlashAttention 4", "flash_attn.cute", _HOPPER, below=(13, 0), max_head_dim=128),
+    FusedKernel("FlashAttention 3", "flash_attn_interface", _HOPPER, (10, 0), max_head_dim=256, install=_FA3),
+    FusedKernel("FlashAttention 4", "flash_attn.cute", _HOPPER, (13, 0), 128, install="pip install flash-attn-4"),
+    FusedKernel("PyTorch's cuDNN kernel", _torch_cudnn, _HOPPER, (11, 0), max_head_dim=128, multiple=128),
     FusedKernel("flash_attn", "flash_attn", _AMPERE, max_head_dim=256),
     FusedKernel("PyTorch's flash kernel", _torch_flash, _AMPERE, max_head_dim=256),
     FusedKernel("PyTorch's memory-efficient kernel", _torch_efficient, _ALL),
 )
 
 
-def _try(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Run the forward and backward pass on two short documents with grouped queries. Errors are not caught."""
-    documents = Documents([0, 3, 8], torch.tensor([0, 3, 8], dtype=torch.int32, device=device), 5)
+def _try(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, multiple: int | None = None) -> None:
+    """Run the forward and backward pass on two documents with grouped queries. Errors are not caught."""
+    bounds = [0, 3, 8] if multiple is None else [0, multiple, 2 * multiple]
+    documents = Documents(bounds, torch.tensor(bounds, dtype=torch.int32, device=device), bounds[2] - bounds[1])
     with torch.enable_grad():
         query, key, value = (
-            torch.zeros(8, num_heads, padded(head_dim), dtype=dtype, device=device, requires_grad=True)
-            for num_heads in (2, 1, 1)
+            torch.zeros(bounds[2], num, padded(head_dim), dtype=dtype, device=device, requires_grad=True)
+            for num in (2, 1, 1)
         )
         attend(query, key, value, documents, 1.0).sum().backward()
     if query.is_cuda:

@@ -237,7 +237,7 @@ class Stage(nn.Module):
         """Return the layers after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
-        return SupervisedTail(block, head, self.tensor_parallel)
+        return SupervisedTail(block, head, replace(self.tensor_parallel, overlap=False))
 
     @property
     def attention(self) -> Attention:
@@ -296,7 +296,8 @@ class Stage(nn.Module):
             if own_index is not None and self.adapter_group is not None:
                 own_updates = self.adapter_group.with_dropout(updates, own_index, segments, tensor_parallel)
             assert own_positions is not None
-            context = self.context(own_positions, hidden.dtype, documents=own_documents, segments=segments)
+            owned = [segment._replace(num_rows=segment.num_rows // number) for segment in segments]
+            context = self.context(own_positions, hidden.dtype, documents=own_documents, segments=owned)
             halves.append(Half(hidden, context, own_updates))
         del first, own, hidden
         outputs = self.run_blocks(halves, tensor_parallel)

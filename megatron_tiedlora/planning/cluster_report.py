@@ -384,14 +384,16 @@ def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
 
 
 def _kernels(best: Candidate) -> Iterator[str]:
-    """Yield a hint about the assumed attention kernel, and about the speed with a faster one."""
+    """Yield a hint about the assumed attention kernel, and about the speed with the best installation."""
     machine, kernel = best.machine, machines.attention_of(best.machine)
     if kernel is not None and best.dtype == "bf16":
         assert machine.capability is not None, "only a GPU has a known attention kernel"
-        words = f"attention is planned by {kernel}, which a run uses unless another kernel is installed"
-        known = machines.ATTENTION[machine.capability]
-        name = max(known, key=lambda name: known[name].value)
-        faster = best.changed({"attention.bf16": known[name]})
-        if _ratio(faster, best) >= 1 + _GAIN:
-            words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(faster)}"
+        known, where = machines.ATTENTION[machine.capability], "pip install of this project gives"
+        where = "this computer has" if machines.is_here(machine) else where
+        words = f"attention is planned by {kernel} ({known[kernel].value} of the peak), which {where}"
+        faster = machines.faster_attention(machine.capability, kernel, head_dim=best.step.shape.heads.dim)
+        if faster is not None:
+            share = known[faster.name]
+            rate = _rate(best.changed({"attention.bf16": share}))
+            words += f"; with {faster.name} ({share.value}; {faster.install}) {best.name} would do {rate}"
         yield words

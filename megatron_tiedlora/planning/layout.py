@@ -68,6 +68,7 @@ class Layout:
         micro_batches: the maximum number of micro-batches of a rank in one step.
         tp_size, pp_size, dp_size: the degrees of tensor, pipeline and data parallelism.
         shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
+        overlap: whether micro-batches are computed in two halves, so that messages overlap with computation.
         zero_stage: the ZeRO stage, 0 to 3.
         live_parameters: the number of gathered elements above which ZeRO-3 gathers no more base weights.
         overlaps_gathers: whether ZeRO-3 gathers weights during computation.
@@ -88,6 +89,7 @@ class Layout:
     pp_size: int = 1
     dp_size: int = 1
     shards_sequences: bool = True
+    overlap: bool = False
     zero_stage: int = 0
     live_parameters: int = 1_000_000_000
     overlaps_gathers: bool = False
@@ -151,6 +153,7 @@ class MicroBatchShape(NamedTuple):
         tokens: the number of positions of each of these adapters, padding included.
         after: for each of these adapters, the positions that are computed after the last attention; see `Supervised`.
         squared_lengths: the sum of s^2 over all documents of s tokens, which determines the FLOPs of attention.
+        halves: the two halves of its rows, if they are computed alternately.
     """
 
     adapters: tuple[int, ...]
@@ -158,6 +161,7 @@ class MicroBatchShape(NamedTuple):
     after: tuple[int, ...]
     num_supervised: int
     squared_lengths: int = 0
+    halves: "tuple[MicroBatchShape, ...]" = ()
 
     @property
     def num_tokens(self) -> int:
@@ -165,7 +169,9 @@ class MicroBatchShape(NamedTuple):
         return sum(self.tokens)
 
 
-def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
+def shared_shape(
+    layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]], *, longest: int = 1
+) -> MicroBatchShape:
     """Return the shape of a micro-batch with rows of several adapters. The position before a token predicts the token.
 
     In each shard of the sequence, the supervised positions of each adapter are padded. Then the last adapter of each
@@ -173,8 +179,16 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
 
     Args:
         parts: the index of each adapter in the layout, and its rows.
+        longest: the least length of a row.
     """
-    lengths = [padded(max(1, *map(len, rows)), layout.pad_multiple) for _, rows in parts]
+    lengths = [padded(max(longest, *map(len, rows)), layout.pad_multiple) for _, rows in parts]
+    (adapter, rows), half = parts[0], len(parts[0][1]) // 2
+    if layout.overlap and len(parts) == 1 and len(rows) == 2 * half:
+        plain = replace(layout, overlap=False)
+        halves = [shared_shape(plain, [(adapter, own)], longest=lengths[0]) for own in (rows[:half], rows[half:])]
+        tokens = (sum(own.num_tokens for own in halves),)
+        later, supervised = (sum(own.after[0] for own in halves),), sum(own.num_supervised for own in halves)
+        return MicroBatchShape((adapter,), tokens, later, supervised, halves=tuple(halves))
     sizes = [length * len(rows) for length, (_, rows) in zip(lengths, parts, strict=True)]
     starts = np.cumsum([0, *sizes])
     edges = np.arange(layout.sequence_parts + 1) * (starts[-1] // layout.sequence_parts)

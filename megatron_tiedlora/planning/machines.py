@@ -15,7 +15,7 @@ import torch
 from megatron_tiedlora.base import files, shapes
 from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
 from megatron_tiedlora.config.settings import GPU_NAMES
-from megatron_tiedlora.model.fused_attention import CANDIDATES
+from megatron_tiedlora.model.fused_attention import CANDIDATES, AttentionRoute, FusedKernel, Installed, is_installed
 
 _KNOWN = files.read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
 _BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in shapes.BASE_NAMES]}
@@ -120,23 +120,85 @@ def read_machine(path: Path) -> Machine:
 # Machines by name -----------------------------------------------------------------------------------------------------
 
 
-# The fraction of the bf16 peak that attention reaches, by compute capability and by the names of CANDIDATES.
+# The fraction of the bf16 peak that attention reaches, by compute capability and by the names of CANDIDATES. Kernels
+# with equal fractions differ in their sources.
 ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
-    tuple(map(int, capability.split("."))): {name: Constant(*share) for name, share in kernels.items()}
-    for capability, kernels in _KNOWN["attention"].items()
+    tuple(map(int, capability.split("."))): {
+        name: Constant(share, f"{name}: {source}") for name, (share, source) in kernels.items()
+    }
+    for capabilities, kernels in _KNOWN["attention"].items()
+    for capability in capabilities.split(", ")
 }
 
 
-def default_attention(capability: tuple[int, int]) -> str:
-    """Return the attention kernel that a bf16 run uses on a GPU of this capability if only PyTorch is installed."""
-    of_torch = (candidate for candidate in CANDIDATES if callable(candidate.kernel))
-    return next(one.name for one in of_torch if one.obstacle(capability, torch.bfloat16, 128) is None)
+def attention_kernel(
+    capability: tuple[int, int], head_dim: int = 128, *, whole: bool = True, here: Installed | None = ().__contains__
+) -> FusedKernel:
+    """Return the attention kernel that a run in 16 bits uses on a GPU of this capability.
+
+    Args:
+        whole: whether each row is one document, of a length that every kernel supports.
+        here: see `FusedKernel.obstacle`. By default no library is installed, as after `pip install` of this project.
+    """
+    able = (one for one in CANDIDATES if whole or one.multiple is None)
+    return next(one for one in able if one.obstacle(capability, torch.bfloat16, head_dim, here=here) is None)
 
 
 def attention_of(machine: Machine) -> str | None:
     """Return the attention kernel that a machine's constants assume; None if attention was measured, or on a CPU."""
     known = {} if machine.capability is None else ATTENTION.get(machine.capability, {})
     return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
+
+
+def attending(machine: Machine, *, head_dim: int, length: int | None) -> Machine:
+    """Return a machine of `GPUS` with the constant of the attention kernel that a run uses; others as they are.
+
+    Libraries count as installed only if they are installed on this computer, and if it has such a GPU.
+
+    Args:
+        length: the tokens of each row, if a row is one document; None for packed samples and rows of many lengths.
+    """
+    preset = GPUS.get(machine.name)
+    if preset is None or machine.constants["attention.bf16"] != preset.constants["attention.bf16"]:
+        return machine
+    assert machine.capability is not None, "a GPU has a capability"
+    whole = length is not None and all(length % one.multiple == 0 for one in CANDIDATES if one.multiple is not None)
+    options: dict[str, Any] = {"here": None} if is_here(machine) else {}
+    kernel = attention_kernel(machine.capability, head_dim, whole=whole, **options)
+    share = ATTENTION[machine.capability].get(kernel.name)
+    return machine if share is None else machine.changed({"attention.bf16": share})
+
+
+def faster_attention(capability: tuple[int, int], name: str, *, head_dim: int) -> FusedKernel | None:
+    """Return the fastest attention kernel, which one command installs; None if the kernel `name` is as fast."""
+    shares = {key: share.value for key, share in ATTENTION.get(capability, {}).items()}
+    faster = (one for one in CANDIDATES if shares.get(one.name, 0.0) > shares.get(name, _MOST_SHARE))
+    fits = (one for one in faster if one.obstacle(capability, torch.bfloat16, head_dim, here=bool) is None)
+    return next(fits, None)  # the fastest is the first
+
+
+def attention_in_words(route: AttentionRoute, device: torch.device, *, head_dim: int, packing: bool) -> str:
+    """Return a run's attention kernel, its expected share of the peak, and how to install a faster one, as text."""
+    if device.type != "cuda":
+        return str(route)
+    capability, name = torch.cuda.get_device_capability(device), (packing and route.otherwise) or route.name
+    known, faster = ATTENTION.get(capability, {}), faster_attention(capability, name, head_dim=head_dim)
+    words = f"{route}; {known[name].value} of the peak in bf16 is expected" if name in known else str(route)
+    if faster is None or is_installed(str(faster.kernel)):  # a kernel that is installed does not run here
+        return words
+    return f"{words}, and {known[faster.name].value} with {faster.name}: {faster.install}"
+
+
+def is_here(machine: Machine) -> bool:
+    """Return whether this computer has a GPU of this kind."""
+    return torch.cuda.is_available() and known_gpu(torch.cuda.get_device_name()) == machine.name
+
+
+def known_gpu(device: str) -> str | None:
+    """Return the name in `GPUS` of a device; None for unknown devices."""
+    words, peak = set(re.split(r"[\s-]+", device)), listed_peak(device)
+    alike = (card for card in GPUS.values() if set(card.title.split()) <= words and card["peak.bf16"] == peak)
+    return next((card.name for card in alike), None)
 
 
 def listed_peak(name: str) -> float | None:
@@ -155,7 +217,7 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
     constants = _BY_BYTES | {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
     constants |= {key: Constant(float(value), "data sheet") for key, value in of_sheet.items()}
     constants["memory"] = Constant(facts["gib"] * 2**30, "total capacity in PyTorch's messages on this card")
-    constants["attention.bf16"] = ATTENTION[major, minor][default_attention((major, minor))]
+    constants["attention.bf16"] = ATTENTION[major, minor][attention_kernel((major, minor)).name]
     return Machine(name, facts["title"], True, {key: constants[key] for key in CONSTANTS}, (major, minor))
 
 

@@ -68,10 +68,14 @@ class StageWork(NamedTuple):
 def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
     """Return the work of a rank of the stage for one micro-batch."""
     owned = stage.for_adapters(batch.adapters)
-    found = _block_work(owned, _sizes(batch), batch.squared_lengths)
-    forward, backward, _ = found
-    if stage.is_first:
-        forward.add(tracer_of(stage.shape, stage.layout).embedding(batch.num_tokens))
+    found = forward, backward, _ = StageWork(PassWork(), PassWork(), PassWork())
+    parts = batch.halves or (batch,)
+    for part in parts:
+        squared = batch.squared_lengths / len(parts)
+        for work, more in zip(found, _block_work(owned, _sizes(part, len(parts)), squared), strict=True):
+            work.add(more, times=1 / len(parts))  # counts are affine functions of the sizes
+        if stage.is_first:
+            forward.add(tracer_of(stage.shape, stage.layout).embedding(part.num_tokens))
     reading = _reading(owned)
     forward.add(reading.forward)
     backward.add(reading.backward)
@@ -84,11 +88,13 @@ def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
     return found
 
 
-def _sizes(batch: MicroBatchShape) -> Sizes:
-    return Sizes(batch.tokens, batch.after, padded(batch.num_supervised), HEAD_ROWS)
+def _sizes(batch: MicroBatchShape, halves: int = 1) -> Sizes:
+    """Return the sizes of a micro-batch, or of `halves` that are each as large as `batch`."""
+    tokens, after = (tuple(halves * size for size in sizes) for sizes in (batch.tokens, batch.after))
+    return Sizes(tokens, after, halves * padded(batch.num_supervised), HEAD_ROWS, halves)
 
 
-def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWork:
+def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: float) -> StageWork:
     """Return the work of the stage's blocks, and of the head if the stage has it."""
     found = forward, backward, again = StageWork(PassWork(), PassWork(), PassWork())
     both = zip(traces(stage, sizes), traces(stage, sizes, "none"), strict=True)

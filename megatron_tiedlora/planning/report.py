@@ -26,6 +26,7 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning import adapter_plans, memory, run_plan, step_time
+from megatron_tiedlora.planning.machines import attention_of
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned, StepPlan
 from megatron_tiedlora.runtime import run_folder, stopping
@@ -237,6 +238,7 @@ def partition_lines(planned: Planned) -> list[str]:
     """Return a table with the layers of each stage, its fraction of the work, and its base weights."""
     shape, layout = planned.step.shape, planned.layout
     cut = "" if layout.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
+    cut += ", micro-batches in two halves" if layout.overlap else ""
     rows = []
     for stage in planned.stages:
         names = ["embedding"] * stage.is_first + [ranges(stage.blocks)] + ["head"] * stage.is_last
@@ -345,10 +347,12 @@ def time_lines(planned: Planned) -> list[str]:
         (time_text(spent.outside), "loader, agreements, optimizer"),
     ]
     first = f"stage {index} works longest; its forward pass of a micro-batch of {batch.num_tokens:,} tokens"
+    kernel = attention_of(planned.machine) or ""
     tables = {first: [*_terms(forward)], "its backward pass": [*_terms(backward)], "in a step": of_step}
     times = iter(aligned_lines(list(itertools.chain(*tables.values())), align="><", indent="    "))
     return [
-        f"speed on {planned.machine.name}, planned and not measured, {planned.per_node} ranks in a node",
+        f"speed on {planned.machine.name}, planned and not measured, {planned.per_node} ranks in a node"
+        f"{kernel and f', attention by {kernel}'}",
         f"  a step of {work.tokens:,} tokens takes {time_text(spent.total)}: {planned.tokens_per_second:,.0f} tokens/s"
         f" of each rank, MFU {planned.mfu:.1%}",
         f"  {', '.join(f'{name} {part / spent.total:.1%}' for name, part in spent._asdict().items() if part)}",

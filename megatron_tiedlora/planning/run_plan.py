@@ -29,7 +29,7 @@ from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
 from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
-from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
+from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine, attending
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
 
@@ -66,6 +66,7 @@ class RunPlan:
             pp_size=grid.pp_size,
             dp_size=grid.dp_size,
             shards_sequences=settings.sequence_parallel,
+            overlap=settings.overlap == "halves",
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
@@ -100,7 +101,8 @@ class RunPlan:
     @property
     def machine(self) -> Machine:
         """The machine whose constants are used for planning: the GPU of --gpu, or the default GPU or CPU."""
-        return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
+        gpu, length = GPUS[self.settings.gpu or DEFAULT_GPU], None if self.reads_data else self.settings.max_length
+        return attending(gpu, head_dim=self.source.shape.heads.dim, length=length) if self.on_gpu else CPU
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """Return the global batch of the step that follows `consumed_samples` samples."""
@@ -251,6 +253,8 @@ def plan_run(
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     batch.resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
+    if settings.overlap == "halves":
+        _check_halves(grid, batches, zero_stage=engine.zero_stage)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:
         raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}. Use only these")
@@ -289,6 +293,20 @@ def check_adapter_in_matmul(settings: Settings, *, zero_stage: int) -> None:
     }
     if missing := next((reason for reason, found in reasons.items() if found), None):
         raise UserError(f"--adapter_in_matmul true needs {missing}. Remove --adapter_in_matmul")
+
+
+def _check_halves(grid: groups.Grid, sizes: batch.BatchPlan, *, zero_stage: int) -> None:
+    """Raise UserError if micro-batches cannot be computed in halves, or if that would hide no messages."""
+    if grid.tp_size == 1:
+        raise UserError("--overlap halves hides the messages of --tensor_parallel, which is 1. Omit --overlap")
+    if zero_stage == 3:
+        raise UserError("--overlap halves cannot be combined with ZeRO-3, which gathers each layer's weights for one"
+                        " pass at a time. Give --ds_config zero1.json")
+    if sizes.micro_batch_size % 2:
+        raise UserError(
+            f"--overlap halves divides the rows of a micro-batch by 2, and there are {sizes.micro_batch_size}. Give an"
+            " even --micro_batch_size"
+        )
 
 
 # Lengths of samples and runs ------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class Candidate(Planned):
         layout, zero = self.layout, self.engine_file.removesuffix(".json")
         words = [f"t{layout.tp_size}p{layout.pp_size}d{layout.dp_size}-b{layout.rows}-{zero}"]
         words += ["wholeseq"] if layout.tp_size > 1 and not layout.shards_sequences else []
+        words += ["halves"] if layout.overlap else []
         words += [layout.recompute] if layout.recompute != "none" else []
         words += [self.storage.name] if self.storage != PLAIN_STORAGE else []
         return "-".join(words)
@@ -62,6 +63,7 @@ class Candidate(Planned):
             "tensor_parallel": layout.tp_size,
             "pipeline_parallel": layout.pp_size,
             "sequence_parallel": layout.shards_sequences,
+            **({"overlap": "halves"} if layout.overlap else {}),
             "micro_batch_size": layout.rows,
             "recompute": layout.recompute,
             "ds_config": self.engine_file,
@@ -197,7 +199,8 @@ class ClusterPlan:
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
         assumed = [self.settings.global_batch_size] if self.assumes("global_batch_size") else []
         share, rest = divmod(math.gcd(*(own.global_batch_size for own in given), *assumed), max(dp_size, 1))
-        return [1] if rest else divisors(share)
+        least = 2 if self.settings.overlap == "halves" else 1
+        return [least] if rest or share % least else [least * size for size in divisors(share // least)]
 
     def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> adapter_plans.Plans:
         """Return the plans of `plan_run` for a layout, by adapter name.
@@ -273,6 +276,8 @@ def search(plan: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
     first, *_ = accepted[0]
     if any(own.reads_data for own in first.values()):
         plan.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
+    length = None if plan.data else settings.max_length
+    plan.machine = machines.attending(plan.machine, head_dim=plan.source.shape.heads.dim, length=length)
     same: dict[str, Any] = {"machine": plan.machine, "per_node": plan.per_node, "known": {}}
     plan.candidates = tuple(
         Candidate(**variant, **same, engine_file=engine_file, storage=storage)

@@ -202,6 +202,9 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
     """Return the terms for the time of the forward and of the backward pass of a micro-batch."""
     layout = stage.layout
     forward, backward, again = (pass_terms(each, layout, links, machine) for each in work)
+    if layout.overlap:
+        for terms in (forward, backward, again):
+            terms.append(_hidden(terms, stage, machine))
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
     gathers = []
     if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each sharded parameter
@@ -250,6 +253,21 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
         launches -= sum(term.seconds for term in found)
     found.append(Term("launches", "the host launches kernels", work["blocks"], 0.0, "blocks", fixed=max(0.0, launches)))
     return found + links.terms(work.sent, machine, purpose="tensor")
+
+
+def _hidden(terms: Sequence[Term], stage: StagePlan, machine: Machine) -> Term:
+    """Return the term for the time that the tensor-parallel messages of one half save beside the other half.
+
+    Each of the four linears of a block, the first one with attention, is computed beside one message.
+    """
+    spent, sizes = Seconds.of(terms), {name: linear.num_weights for name, linear in stage.shape.block.adaptable.items()}
+    computed, message = spent.matmuls + spent.elementwise + spent.dequantised, spent.tensor / len(sizes)
+    beside = [
+        computed * size / sum(sizes.values()) + (spent.attention if name == shapes.QKV else 0.0)
+        for name, size in sizes.items()
+    ]
+    saved = machine["hidden"] * sum(min(message, seconds) for seconds in beside)
+    return Term("tensor", "hidden beside the other half", 0.0, 0.0, "s", fixed=-saved)
 
 
 def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:

@@ -59,12 +59,14 @@ class Sizes(NamedTuple):
     Attributes:
         tokens, after: for each adapter, the number of tokens, and of positions computed after the last attention.
         supervised, at_once: the number of rows of logits, and how many of them are in memory at the same time.
+        halves: 2 if the micro-batch is computed in two equal halves, alternately.
     """
 
     tokens: tuple[int, ...]
     after: tuple[int, ...]
     supervised: int
     at_once: int = HEAD_ROWS
+    halves: int = 1
 
 
 class Trace(NamedTuple):
@@ -175,7 +177,7 @@ class Tracer:
         """
         if len(sizes.tokens) > 1:
             return self.trace(kind, sizes, recompute=recompute)
-        first, coefficients = self._solved(kind, recompute)
+        first, coefficients = self._solved(kind, recompute, sizes.halves)
         values = iter((_features(kind, sizes) @ coefficients).tolist())
         forward, backward = ({key: next(values) for key in counts} for counts in (first.forward, first.backward))
         moments = tuple(
@@ -187,13 +189,16 @@ class Tracer:
         )
 
     @_remembers
-    def _solved(self, kind: Kind, recompute: str) -> tuple[Trace, Any]:
+    def _solved(self, kind: Kind, recompute: str, halves: int) -> tuple[Trace, Any]:
         """Return the first trace, and the coefficients of the affine functions as an array (features, values)."""
-        one = 8 * self.tensor_parallel.group.size
+        one = 8 * self.tensor_parallel.group.size * halves
         given = [(2, 1, 8, 8), (4, 1, 8, 8)]
         if kind.ends:
             given = [(4, 4, 16, 8), (8, 4, 16, 8), (4, 8, 16, 8), (4, 4, 24, 8), (4, 4, 32, 16), (4, 4, 16, 16)]
-        sizes = [Sizes((tokens * one,), (after * one,), rows, at_once) for tokens, after, rows, at_once in given]
+        sizes = [
+            Sizes((tokens * one,), (after * one,), rows * halves, at_once, halves)
+            for tokens, after, rows, at_once in given
+        ]
         traces = [self.trace(kind, some, recompute=recompute) for some in sizes]
         features = np.array([_features(kind, some) for some in sizes])
         return traces[0], np.linalg.solve(features, np.array([trace.numbers for trace in traces], dtype=float))
@@ -245,8 +250,9 @@ class Tracer:
         gradients, saved = list[torch.Tensor](), dict[int, int]()
         anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=counting.META)
         updates, factors = self._updates(kind, index, sizes, anchor, gradients)
-        context = self._context(stage, sum(sizes.tokens))
-        size = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
+        tokens, parallel = sum(sizes.tokens) // sizes.halves, replace(self.tensor_parallel, overlap=sizes.halves > 1)
+        context = self._context(stage, tokens)
+        size = (1, tokens // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
         counts = self._counts
         counts.restart()
 
@@ -259,24 +265,27 @@ class Tracer:
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
                 # The input from the previous block; its gradient is not kept.
                 begin = anchor if kind.earlier else anchor.detach()
-                hidden = with_adjoint(lambda one: one.new_empty(size), lambda _gradient: None, begin)
-                (output,) = stage.run_blocks([Half(hidden, context, updates)], self.tensor_parallel)
-                del hidden
-                if isinstance(output, Attended):
+                halves = [
+                    Half(with_adjoint(lambda one: one.new_empty(size), lambda _gradient: None, begin), context, updates)
+                    for _ in range(sizes.halves)
+                ]
+                outputs = stage.run_blocks(halves, parallel)
+                del halves
+                if isinstance(outputs[0], Attended):
                     head: Any = stage.layers[str(stage.head)]
                     head.rows_at_once = sizes.at_once
-                    output = stage.tail.loss(output, _supervised(sizes))
+                    outputs = [stage.tail.loss(outputs.pop(0), _supervised(sizes)) for _ in range(sizes.halves)]
             del updates
-            kept = counts.alive - output.untyped_storage().nbytes()
+            kept = counts.alive - sum(output.untyped_storage().nbytes() for output in outputs)
             kept_factors = {name: storage for name, factor in factors.items() if (storage := factor()) is not None}
             saved_factors = frozenset(name for name, storage in kept_factors.items() if storage._cdata in saved)
             saved_bytes = sum(size for key, size in saved.items() if key in counts.storages)
             attends = sum(sums() is not None for sums in counts.attended)
             forward, middle = dict(counts.found), len(counts.moments)
             counts.found.clear()
-            if output.requires_grad:
-                end = output.sum() if kind.ends else _end(output)
-                del output
+            if outputs[0].requires_grad:
+                end = torch.stack([output.sum() for output in outputs]).sum() if kind.ends else _end(outputs)
+                del outputs
                 end.backward()
         moments, of_factors = (counts.moments[:middle], counts.moments[middle:]), sum(one.nbytes for one in gradients)
         both = saved_factors, frozenset(kept_factors)
@@ -335,14 +344,16 @@ class Tracer:
         return attention.AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
 
 
-def _end(output: torch.Tensor) -> torch.Tensor:
-    """Return a scalar from which the backward pass starts. The gradient of `output` exists only in this pass."""
-    shape = output.shape
-    return with_adjoint(lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape), output)
+def _end(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a scalar from which the backward pass starts. The gradients of `outputs` exist only in this pass."""
+    shapes = [output.shape for output in outputs]
+    return with_adjoint(
+        lambda one, *_: one.new_empty(()), lambda gradient: tuple(gradient.new_empty(s) for s in shapes), *outputs
+    )
 
 
 def _supervised(sizes: Sizes) -> Supervised:
-    given = sum(sizes.after), sizes.supervised
+    given = sum(sizes.after) // sizes.halves, sizes.supervised // sizes.halves
     rows, chosen = (torch.empty(size, dtype=torch.int64, device=counting.META) for size in given)
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
@@ -359,7 +370,8 @@ def _features(kind: Kind, sizes: Sizes) -> list[float]:
     They are the constant 1 and the tokens. With the head, the positions after the last attention and the rows of logits
     follow. The last values are the number of chunks of these rows, and the rows of the first chunk.
     """
-    (tokens,), (after,), rows, at_once = sizes
+    (tokens,), (after,), rows, at_once, halves = sizes
     if not kind.ends:
         return [1.0, tokens]
-    return [1.0, tokens, after, rows, -(-rows // at_once), min(rows, at_once)]
+    of_half = rows // halves
+    return [1.0, tokens, after, rows, halves * -(-of_half // at_once), halves * min(of_half, at_once)]

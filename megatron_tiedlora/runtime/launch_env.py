@@ -40,6 +40,8 @@ _DEFAULT_PORT = 29500  # the default of DeepSpeed and torch
 _CUDA_DEFAULTS = {
     # Without this setting, rows of varying lengths fragment the memory, and torch reserves twice as much.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # NCCL would register the memory of CUDA graphs, whose access fails in expandable segments (as Megatron-LM notes).
+    "NCCL_GRAPH_REGISTER": "0",
     # For every new shape, cuDNN's attention makes a plan, which takes tens of milliseconds. Lengths often change here.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     # NCCL's watchdog would abort the process before it can report a reason. With this value it aborts only the

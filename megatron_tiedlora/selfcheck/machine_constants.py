@@ -34,7 +34,7 @@ from megatron_tiedlora.model import batch, families, fused_attention
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
-from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, listed_peak
+from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, known_gpu
 from megatron_tiedlora.runtime.process_group import ranks_by_host
 from megatron_tiedlora.selfcheck.step_bench import MeasuredStep, measured_step
 from megatron_tiedlora.selfcheck.timing import idle_bytes
@@ -96,10 +96,8 @@ class _Measure:
         """The preset of this GPU; None for a CPU, or if the GPU has no preset."""
         if self.device.type == "cpu":
             return None
-        name = torch.cuda.get_device_name(self.device)
-        words, peak = set(name.replace("-", " ").split()), listed_peak(name)
-        alike = (card for card in GPUS.values() if set(card.title.split()) <= words and card["peak.bf16"] == peak)
-        return next(alike, None)
+        name = known_gpu(torch.cuda.get_device_name(self.device))
+        return None if name is None else GPUS[name]
 
     @cached_property
     def _kernels(self) -> Kernels:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import find_documents, whole_rows
@@ -30,7 +28,7 @@ AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 int64 on the CPU or None. It returns the attention output, (b, s, heads * head_dim)."""
 
 CHOSEN = "chosen by the package"  # an error of any other kernel does not fail a test
-ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
+ONE_BY_ONE = "one document after another"
 # Relative errors (2-norms) due to rounding. A mask that is wrong by one token has an error of at least 0.3.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 LEAST_SEEN = 0.05
@@ -56,7 +54,6 @@ class Heads(NamedTuple):
 
 
 CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4, 64), Heads("GQA d80", 4, 2, 80))
-_NONE = "No available kernel"  # torch's message if a backend does not support the shapes
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
 
@@ -104,8 +101,6 @@ def compare(
 ) -> None:
     """Compare the output and the gradients of a kernel with fp64, on two rows of documents with these `lengths`."""
     packed = len(lengths) > 1
-    if packed and name == CUDNN:  # cuDNN does not support packed rows
-        return
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
     heads = random_heads(case, ids.shape[1], device=device, dtype=dtype)
     weight = torch.randn(2, ids.shape[1], case.heads * case.head_dim, device=device, dtype=dtype)
@@ -131,7 +126,7 @@ def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
     except Exception as error:
         if name == CHOSEN:
             raise
-        tell(name, "no such kernel for these shapes" if _NONE in str(error) else first_line(error))
+        tell(name, first_line(error))  # such as the AssertionError of cuDNN for packed rows
         if device.type == "cuda":
             torch.cuda.synchronize()  # the device may be lost
 
@@ -158,9 +153,8 @@ def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
     length = TIMED[2]
     ids = torch.arange(length)[None] // DOCUMENT_LENGTH if packed else None
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
-        if not packed or name != CUDNN:
-            with optional(tell, name, gpu):
-                tell(f"{name}: ms", 1e3 * min(_seconds(route, length, ids, gpu) for _ in range(5)))
+        with optional(tell, name, gpu):
+            tell(f"{name}: ms", 1e3 * min(_seconds(route, length, ids, gpu) for _ in range(5)))
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
@@ -197,7 +191,7 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
             # created when it is called, because its library may fail
             routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False))(*heads)
-    return {**routes, CUDNN: _by_cudnn}
+    return routes
 
 
 def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
@@ -221,13 +215,3 @@ def _within(attend: Attend) -> AttentionCall:
         return attend_within(query, key, value, documents, attend)
 
     return route
-
-
-def _by_cudnn(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    """Return the attention output of cuDNN, which PyTorch prefers on Hopper. The package never uses it to train."""
-    assert ids is None
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        output = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    return output.transpose(1, 2).flatten(2)

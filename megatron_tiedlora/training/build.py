@@ -169,7 +169,7 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
     )
 
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
-        tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel)
+        tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel, plan.layout.overlap)
         recompute = plan.settings.recompute
         return Stage(
             specs, adapter_group, tensor_parallel=tensor_parallel, recompute=recompute, is_engines=engine_steps

@@ -32,6 +32,7 @@ from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.planning.adapter_plans import shared_plan
+from megatron_tiedlora.planning.machines import attention_in_words
 from megatron_tiedlora.planning.run_plan import RunPlan, steps_in_words
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
@@ -199,7 +200,7 @@ def run_headline(
 ) -> list[str]:
     """Return the lines that a run prints before the progress bar: shared settings, and a summary of each adapter."""
     plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
-    settings = plan.settings
+    settings, route, head_dim = plan.settings, attention.route(device, plan.dtype), plan.source.shape.heads.dim
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
     model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
@@ -219,7 +220,7 @@ def run_headline(
         *([("layout", layout)] if plan.grid.tp_size * plan.grid.pp_size > 1 else []),
         ("read", f"{read} of base weights per rank{stored}"),
         ("kernels", chosen.description),
-        ("attention", str(attention.route(device, plan.dtype))),
+        ("attention", attention_in_words(route, device, head_dim=head_dim, packing=settings.packing)),
         *(_all_starts(start, trainer, built) if run is None else _one_start(run, start, built)),
     ]
     return aligned_lines(rows, align="<")

@@ -6,7 +6,7 @@ Here nothing hides an error of 1e-9: what is summed, gathered, cut and sent is e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -203,7 +203,7 @@ class Answers:
         return self._gradients[key]
 
     def logits(self, case: Case) -> torch.Tensor:
-        batch = case.micro_batches[2]
+        batch = case.micro_batches[-1]
         return oracle_logits(
             *self.weights(case), case.adapter, batch.input_ids, None, batch.positions, documents=batch.documents
         )
@@ -243,7 +243,33 @@ def test_gradients_with_the_adapter_in_the_matmul(
         cases += [Case(folders["short"], **given | {"recompute": how}) for how in ("none", "selective", "full")]
         cases += [Case(folders["main"], layers=(2,), packed=True, **given | {"targets": ("qkv",)})]
         cases += [Case(folders[name], method="lora", **given) for name in ("bias", "stablelm", "olmo2", "qwen3")]
+    if ranks == 2:
+        cases += [replace(case, overlap=True) for case in cases if case.folder == folders["short"]]
     run_and_check(list(dict.fromkeys(cases)), answers, tmp_path, ranks)
+
+
+def _half_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:
+    """Micro-batches in two halves that are computed alternately, with each kind of recompute, of messages and rows."""
+    cases = list[Case]()
+    for layout in {2: [(2, 1, 1)], 4: [(2, 2, 1), (4, 1, 1)]}[ranks]:
+        short = folders["wide" if layout[0] == 4 else "short"]
+        for cut, recompute in product((True, False), ("none", "selective", "full")):
+            given: dict[str, Any] = {"sequence_parallel": cut, "recompute": recompute, "overlap": True}
+            cases += [Case(short, layout, targets=targets, **given) for targets in (("qkv",), ALL_TARGETS)]
+            cases += [Case(short, layout, method="lora", layers=(2,), targets=ALL_TARGETS, **given)]
+            cases += [Case(short, layout, packed=True, dropout=0.25, targets=ALL_TARGETS, **given)]
+            cases += [Case(folders["olmo2"], layout, targets=ALL_TARGETS, **given)] if layout[0] == 2 else []
+    if whole:
+        return cases
+    return part_of(cases, lambda case: (case.way, case.recompute), lambda case: (case.way, case.targets, case.packed))
+
+
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradients_of_two_halves_equal_the_oracle(
+    folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int, whole: bool
+) -> None:
+    run_and_check(_half_cases(folders, ranks, whole=whole), answers, tmp_path, ranks)
 
 
 def run_and_check(cases: list[Case], answers: Answers, tmp_path: Path, ranks: int) -> None:
@@ -343,7 +369,7 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
     learns = TRAINED_TENSORS[case.method]
     gathered = {"qkv": "A", "gate_up": "A", "o_proj": "Bv", "down_proj": "Bv"}
     for batch in case.micro_batches[grid.dp_rank :: grid.dp_size]:
-        for layer in stage:
+        for half, layer in product(halves_of(case, batch.labels), stage):
             if layer == 0:
                 count[leave] += 1
             elif layer <= shape.num_layers:
@@ -369,11 +395,16 @@ def tensor_messages(case: Case, grid: Grid) -> Counter[str]:
             else:
                 count[enter] += 1
                 count[enter_back] += 1
-                count["all-gather"] += batch.num_supervised > 0  # of the loss
+                count["all-gather"] += bool((half != -100).any())  # of the loss
         if case.part(grid).layers and any(set(gathered[target]) & set(learns) for target in case.targets):
             count["all-gather"] += 1
             count["reduce-scatter"] += 1
     return count
+
+
+def halves_of(case: Case, labels: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The labels of what is computed at once: half of a micro-batch, if it has an even number of rows."""
+    return labels.chunk(2) if case.overlap and len(labels) % 2 == 0 else [labels]
 
 
 def grids(case: Case) -> list[Grid]:

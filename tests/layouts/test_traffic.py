@@ -54,6 +54,7 @@ BOTH = {**TP, **PP}
 ALONE = {**TP, "micro_batch_size": 4}  # two micro-batches are enough where no stage waits for another
 FIVE = {"model": "five"}  # where it matters which layer it is; else the model has three
 WHOLE = {"sequence_parallel": False}
+HALVES = {"overlap": "halves", "micro_batch_size": 4, "packing": False}
 FULL = {"recompute": "full"}
 PACKED = {"packing": True, "micro_batch_size": 1, "global_batch_size": 24}
 ONE_LAYER = {"method": "lora", "layers": (3,)}
@@ -84,6 +85,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp, one layer": {**ALONE, **ONE_LAYER},
         "tp, short head": {**ALONE, "head_rows": 16, "ds_config": "zero0.json"},
         "tp, packed": {**ALONE, **PACKED},
+        "tp, halves, recompute": {**TP, **HALVES, **FULL},
+        "tp whole, halves": {**TP, **HALVES, **WHOLE, "recompute": "selective"},
         "dp zero2, packed": {**PACKED, "ds_config": "zero2.json"},
         "pp, packed": {**PP, **PACKED, **LATER},
         "tp, mutated": {**ALONE, "extra_message": True},
@@ -96,6 +99,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp x pp, packed": {**BOTH, **PACKED},
         "tp x dp, packed": {**TP, **PACKED, "ds_config": "zero2.json"},
         "tp x pp vera": {**BOTH, "method": "vera"},
+        "tp x pp, halves": {**BOTH, **HALVES, "micro_batch_size": 2, **FIVE},
         "tp x pp whole": {**BOTH, **WHOLE, **LATER},
         "tp x pp, layer of the first stage": {**BOTH, "method": "lora", "layers": (2,), **FIVE},
         "tp x pp, layer of the last stage": {**BOTH, **WHOLE, **FULL, "method": "lora", "layers": (5,), **FIVE},

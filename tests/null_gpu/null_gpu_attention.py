@@ -3,13 +3,16 @@
     $NULL_GPU/run python tests/null_gpu/null_gpu_attention.py
 
 NULL_GPU and the CUDA build of PyTorch are as in null_gpu_figures.py. "One by one" is the last route, which a run takes
-where no fused kernel runs; "unfused" is PyTorch's attention of whole rows with grouped queries in fp32.
+where no fused kernel runs; "unfused" is PyTorch's attention of whole rows with grouped queries in fp32. cuDNN brings a
+CUDA runtime of its own, which the stand-in cannot start: its operator is replaced by one that launches nothing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import nullgpu  # the stand-in's own module
@@ -22,7 +25,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.batch import Documents, whole_rows
-from megatron_tiedlora.model.fused_attention import Attend, attend_within, choose_attention
+from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, FusedKernel, attend_within, choose_attention
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 
@@ -45,7 +48,10 @@ def main() -> None:
     print("peak of attention of 70B's width in fp32, forward and backward, GB")
     unfused = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     print(f"  unfused {_peak(unfused, *heads):.2f}, chosen {_peak(_chosen, *heads):.2f}")
-    print("launches of a token of an answer, four layers of 7B")
+    print("kernels of two rows of 2,048 tokens, heads of 70B, forward and backward")
+    for candidate in CANDIDATES:
+        print(f"  {candidate.name}: {', '.join(kernel_names(candidate)) or 'none'}")
+    print("launches of a token of an answer, four layers of 7B, uncaptured")
     print(f"  mask as it is {_decoding()}, its rows without a gap {_decoding(contiguous=True)}")
     print("bytes beside q, k, v and the result: kept, and at most in the backward pass beside the gradients of q, k, v")
     flash, efficient = fused_attention._torch_flash, fused_attention._torch_efficient
@@ -93,6 +99,38 @@ def _peak(function: Callable[..., torch.Tensor], num_heads: int, kv_heads: int, 
     return torch.cuda.max_memory_allocated() / 1e9
 
 
+class NothingLaunched(torch.autograd.Function):
+    """Results and gradients as cuDNN's operator allocates them."""
+
+    @staticmethod
+    def forward(context: Any, *heads: torch.Tensor) -> torch.Tensor:
+        context.save_for_backward(*heads)
+        return torch.empty_like(heads[0])
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        assert gradient.stride() == context.saved_tensors[0].stride()
+        return tuple(map(torch.empty_like, context.saved_tensors))
+
+
+def kernel_names(candidate: FusedKernel) -> list[str]:
+    """The kernels that a candidate launches, beside cuDNN's own; or why it is not chosen."""
+    capability, name = torch.cuda.get_device_capability(), "_scaled_dot_product_cudnn_attention"
+    if obstacle := candidate.obstacle(capability, torch.bfloat16, 128):
+        return [obstacle]
+    parts = [torch.zeros(1, n, 4096, 128, device=GPU, dtype=torch.bfloat16, requires_grad=True) for n in (64, 8, 8)]
+    parts = [part.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for part in parts]
+    documents = Documents([0, 2048, 4096], torch.tensor([0, 2048, 4096], dtype=torch.int32, device=GPU), 2048)
+    gradient = torch.zeros(1, 4096, 64 * 128, device=GPU, dtype=torch.bfloat16)
+    with patch.object(torch.ops.aten, name, lambda *heads, **_: (NothingLaunched.apply(*heads[:3]),)):
+        nullgpu.reset()
+        torch.autograd.grad(attend_within(*parts, documents, candidate.make(False)), parts, gradient)
+    found = {name: count for name, count in nullgpu.report().items() if re.match("kernel:|gemm:|memcpy", name)}
+    names = nullgpu.demangle([name.removeprefix("kernel:") for name in found])
+    short = (re.sub(r"^(void )?(\w+::|\(anonymous namespace\)::)*", "", name) for name in names)
+    return [f"{count} {re.split('[<(]', name)[0]}" for name, count in zip(short, found.values(), strict=True)]
+
+
 def _decoding(*, contiguous: bool = False) -> int:
     stage, config = _stage(4).eval(), find_model("llama2-7b").shape
     like = torch.empty(0, dtype=torch.bfloat16, device=GPU)
@@ -105,6 +143,8 @@ def _decoding(*, contiguous: bool = False) -> int:
         updates = stage.read_adapter()
         stage.predict(tokens, positions, caches=caches, updates=updates)
         for step in range(11, 13):  # 13 keys do not divide by 8
+            for cache in caches:
+                cache.filled = step
             nullgpu.reset()
             stage.predict(tokens[:, :1], positions[:, :1] + step, caches=caches, updates=updates)
     return launches(nullgpu.report())

@@ -70,6 +70,16 @@ NARROW: dict[str, dict[str, Any]] = {
     ", adapter in the matmul": {"adapter_in_matmul": True, "targets": "all"},
     ", products in fp8, tensor 8": EIGHT | BASES["products in fp8, transposed copies kept"],
 }
+DECODED: dict[str, dict[str, Any]] = {
+    "4 layers of 7B": {"num_layers": 4},
+    "12 layers of 7B": {"num_layers": 12},
+    "4 layers of 7B, compiled": {"num_layers": 4, "compile": "true"},
+    "4 layers of 7B, deterministic": {"num_layers": 4, "deterministic": True},
+    "4 layers of 7B, base in nf4": {"num_layers": 4, **BASES["nf4"]},
+    "4 layers of 7B, products in fp8": {"num_layers": 4, **BASES["products in fp8"]},
+    "4 layers of 70B, tensor 8": FOUR,
+    "4 layers of 70B, first of two stages, tensor 8, half of the batch": TWO_STAGES,
+}
 SPLITS = ((1, False), (2, True), (8, True), (8, False))
 COMPILE: dict[str, Any] = {"measure": "compile", "num_layers": 2, "compile": "true", "rows": 2, "lengths": [100, 2000]}
 
@@ -122,7 +132,7 @@ def counted(pattern: str) -> Callable[[Mapping[str, int]], int]:
     return lambda counts: sum(number for name, number in counts.items() if re.match(pattern, name))
 
 
-launches = counted("kernel:|gemm:")  # kernels and matrix products
+launches = counted("kernel:|gemm:|cudaGraphLaunch")  # kernels, matrix products, and CUDA graphs of these
 waits = counted(r"sync:|memcpy:.*(pageable| sync)")  # of the host for the device, also those that a copy would have
 messages = counted("nccl(?!:|Group)")  # NCCL's collectives, sends and receives
 communicators = counted("nccl:(init|split)")  # of NCCL that were made
@@ -153,6 +163,25 @@ def _starts_with_one_visible() -> float:
 def _communicators_at_512(**order: Any) -> float:
     found = run_rank(world_size=512, steps=1, **order)
     return sum(map(communicators, (found["start"], *found["steps"])))
+
+
+def _launches_of_a_token(*, parts: int = 1, **order: Any) -> float:
+    """Of each part of a batch: the graph's and those beside it. The second batch has the graphs of the first."""
+    found = run_rank(**{"measure": "decode", "rows": 4, "steps": 24} | order | {"lengths": [16, 16]})
+    assert not found["told"], found["told"]  # a stand-in needs stream capture (cudaStreamBeginCapture)
+    assert found["captures"] == [parts, 0], found["captures"]
+    counts = found["batches"][-1]
+    assert all(count.get("cudaGraphLaunch") == parts * found["tokens"] for count in counts), counts
+    return max(map(launches, counts)) / parts / found["tokens"]
+
+
+def _beside_cudnn() -> float:
+    """Kernels of attention by cuDNN beside its own. What PyTorch's others launch is known by name."""
+    found = run_rank(measure="attention")
+    for name, words in (("flash", "1 flash_fwd_kernel"), ("memory-efficient", "1 fmha_cutlassF_bf16")):
+        assert any(kernel.startswith(words) for kernel in found[f"PyTorch's {name} kernel"]), found
+    print(*found.items(), sep="\n", file=sys.stderr)
+    return len(found["PyTorch's cuDNN kernel"])
 
 
 def _messages_of_a_step() -> float:
@@ -293,7 +322,17 @@ FIGURES = [
     Figure("launches a layer, adapter in the matmul", partial(_per_layer, **JOINED), 27),
     Figure("launches a layer, adapter in the matmul, tensor 8", partial(_per_layer, **EIGHT, **JOINED), 33),
     Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 148),
+    *(
+        Figure(
+            f"launches a token, decoding, {name}",
+            partial(_launches_of_a_token, parts=order.get("pipeline_parallel", 1), **order),
+            3,
+            2,
+        )
+        for name, order in DECODED.items()
+    ),
     Figure("launches a layer more for 4 rows than for 1, tensor 8", _launches_of_rows, 0, digits=1),
+    Figure("launches beside cuDNN's of attention, two rows of 2,048 tokens", _beside_cudnn, 0),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
     *(
         _share("reserved", f"150 micro-batches of 4 x 128 to 2,048, {w}", **kind, **LENGTHS)

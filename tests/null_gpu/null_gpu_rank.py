@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import json
+import logging
 import math
 import os
 import sys
@@ -22,14 +23,17 @@ from typing import Any
 import nullgpu  # the stand-in's own module
 import numpy as np
 import torch
+from null_gpu_attention import kernel_names
 from torch import distributed
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
 
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import find_documents, whole_rows
+from megatron_tiedlora.model.fused_attention import CANDIDATES
 from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment
 from megatron_tiedlora.runtime.process_group import join_process_group, make_deterministic
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -84,11 +88,17 @@ def main(order: Order) -> dict[str, Any]:
     _meet_nobody(order.world_size)
     nullgpu.reset()
     device = join_process_group(1, expected_ranks=order.world_size)
+    if order.measure == "decode":
+        return _decoding(order, device)
     if order.measure == "join":
         bound = distributed.distributed_c10d._get_default_group().bound_device_id
         return {"device": str(device), "bound": str(bound), **_counts()}
+    if order.measure == "attention":
+        return {candidate.name: kernel_names(candidate) for candidate in CANDIDATES}
     _believe_all_numbers()
-    plan, take, steps = _built(order, device)
+    plan, built = _built(order, device)
+    train_step = _train_step(plan, built.runner)
+    take, steps = lambda step: train_step.run({ONLY: step}).only, _steps(order, plan)
     for _ in range(WARM_UP if order.measure != "compile" else 0):
         take(next(steps))
     start = _counts()  # communicators are made by the first messages
@@ -121,10 +131,8 @@ def main(order: Order) -> dict[str, Any]:
 
 
 def _built(order: Order, device: torch.device) -> Any:
-    from megatron_tiedlora.adapters.adapter_groups import ONLY
     from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.training.build import build_random_model
-    from megatron_tiedlora.training.step import TrainStep
     from megatron_tiedlora.training.throughput import choose_kernels
 
     same = ("model", "method", "targets", "rank", "dtype", "deterministic", "base", "products", "keep_transposed")
@@ -146,9 +154,44 @@ def _built(order: Order, device: torch.device) -> Any:
     plan = plan_run(settings, rank=0, world_size=order.world_size, source=_source(order))
     chosen = choose_kernels(plan, device)
     assert order.compile == "false" or chosen.description.startswith("compiled"), chosen.description
-    built = build_random_model({ONLY: plan}, device, kernels=chosen.kernels)
-    train_step = TrainStep({ONLY: plan}, built.runner, StopRequests())
-    return plan, lambda step: train_step.run({ONLY: step}).only, _steps(order, plan)
+    return plan, build_random_model({ONLY: plan}, device, kernels=chosen.kernels)
+
+
+def _train_step(plan: Any, runner: Any) -> Any:
+    from megatron_tiedlora.training.step import TrainStep
+
+    return TrainStep({ONLY: plan}, runner, StopRequests())
+
+
+def _decoding(order: Order, device: torch.device) -> dict[str, Any]:
+    """The counts of two batches, each a list with those of as many tokens; all captures of each; what was logged."""
+    from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Decoder, Prompts, generate
+
+    _believe_all_numbers()
+    plan, built = _built(order, device)
+    built.runner.engine.module.eval()
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron_tiedlora")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    together = order.zero == "zero3.json"
+    decoder = Decoder(built.runner.stage, built.runner.groups, plan.source.shape, calls_together=together)
+    prompts = Prompts([[5] * order.lengths[1]] * order.rows, (), order.steps)
+    found: list[list[dict[str, int]]] = []
+
+    def agree(_: bool) -> bool:
+        found[-1].append(_counts())
+        nullgpu.reset()
+        return False
+
+    for _ in range(2):  # the second batch has the graphs of the first
+        found.append([])
+        generate(decoder, [prompts], agree=agree)
+    every = 1 if together else TOKENS_BETWEEN_AGREEMENTS
+    captures = [sum(counts.get("cudaStreamBeginCapture", 0) for counts in some) for some in found]
+    return {"tokens": every, "batches": [some[1:] for some in found], "captures": captures, "told": told}
 
 
 def _global_batch(order: Order) -> int:

@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_wei
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.stage import Attended, Stage
 from megatron_tiedlora.model.weights import Stages, layer_costs, partition, stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import (
@@ -65,6 +65,7 @@ class Case:
     layers: tuple[int, ...] | None = None
     targets: tuple[str, ...] = ("qkv",)
     sequence_parallel: bool = False
+    overlap: bool = False
     recompute: str = "none"
     packed: bool = False
     dropout: float = 0.0
@@ -141,7 +142,7 @@ class Case:
     def micro_batches(self) -> list[OracleBatch]:
         """The samples in micro-batches of one, two and three, the first without a supervised token.
 
-        Packed: the same samples as documents, two or one to a row.
+        Packed: the same samples as documents, two or one to a row. In halves: in micro-batches of two and four.
         """
         samples = self.samples
         assert samples[2].num_supervised == 0 and all(samples[i].num_supervised for i in (0, 1, 3, 4, 5))
@@ -169,6 +170,8 @@ class Case:
         """Six samples in micro-batches."""
         multiple = self.layout[0] if self.sequence_parallel else 1
         parts = [samples[2:3], samples[:2], samples[3:]]
+        if self.overlap:  # halves of one row, the first without a supervised token, and of two
+            parts = [samples[2:4], [*samples[:2], *samples[4:]]]
         if self.packed:
             rows = [[samples[2:3]], [samples[:2], samples[3:4]], [samples[4:]]]
             parts = [[pack_samples(row) for row in part] for part in rows]
@@ -258,7 +261,7 @@ def build_stage(
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
         adapter_group,
-        tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
+        tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel, case.overlap),
         recompute=case.recompute,
         is_engines=is_engines,
     )
@@ -358,7 +361,7 @@ class Walk:
         inputs, losses = self._inputs(tokens), torch.zeros(())
         output = self.stage(inputs, positions, labels if in_stage else None, **more)
         if self._is_last:
-            summed = output if in_stage else self.stage.tail.loss(output, labels)
+            summed = output if in_stage else self.stage.loss(output, labels)
             losses = summed / weight
             losses.sum().backward()
         else:
@@ -378,7 +381,8 @@ class Walk:
         if not self._is_last:
             distributed.send(output.contiguous(), dst=self._neighbour(1))
             return None
-        return self.stage.tail.logits(output)
+        outputs = [output] if isinstance(output, Attended) else output
+        return torch.cat([self.stage.tail.logits(own) for own in outputs])
 
     @property
     def _is_last(self) -> bool:

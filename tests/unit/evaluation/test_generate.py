@@ -366,11 +366,12 @@ def test_choices_travel_apart_from_hidden_states(references: dict[str, Reference
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize(("length", "granularity"), [(1, 1), (5, 1), (1, 16), (5, 16), (1, 32)])
 def test_attention_to_a_cache(
-    dtype: torch.dtype, length: int, by_tokens: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, length: int, granularity: int, by_tokens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a plain softmax, in every dtype that a cache may have; CUDA's kernels lay their results out by tokens."""
+    """Against a plain softmax, in every dtype that a cache may have; CUDA's kernels lay their results out by tokens.
+    A GPU reads keys that are not there yet."""
     original = torch.nn.functional.scaled_dot_product_attention
     if by_tokens:
         monkeypatch.setattr(
@@ -380,10 +381,12 @@ def test_attention_to_a_cache(
         )
     torch.manual_seed(0)
     layer = attention_layer(6, 2, dtype=dtype)
-    cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype))
+    cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype), granularity)
     cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
+    cache.filled = 9
     positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)
     context = layer.context(positions, dtype, cache=cache)
+    assert context.mask is not None and context.mask.shape[-1] == {1: 9 + length, 16: 16, 32: 20}[granularity]
     cache.update(torch.randn(3, 2, length, 8), torch.randn(3, 2, length, 8), positions)
     query = torch.randn(3, 6, length, 8, dtype=dtype)
     ours = _attend_to_cache(query, cache, context.mask)

@@ -1,5 +1,5 @@
-"""Attention by tiles on a CPU and by fused kernels on a GPU: which kernel is chosen, what it is called with, and that
-every result is attention's definition.
+"""Attention by fused kernels on a GPU: which kernel is chosen, what it is called with, and that every result is
+attention's definition.
 
 Without a GPU a stand-in takes each kernel's place: it has the library's arguments, checks them, and computes in fp64.
 `-m gpu` runs the kernels themselves.
@@ -18,31 +18,20 @@ from typing import Any
 import pytest
 import torch
 from support.adapted_stages import attention_layer
+from support.attention_oracle import assert_same, attended, heads
 from torch.nn import functional
 
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.batch import Documents, find_documents, whole_rows
-from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles
 from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.selfcheck.reference import plain_attention
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
-FA3, FA4, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
+FA3, FA4, CUDNN, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
 LOOP = "PyTorch's attention, one document after another"
 choose = choose_attention.__wrapped__  # what a test has patched must not be remembered
 # Documents of 5, 3, 8, 1 and 15 tokens in two rows of 16.
 IDS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 8, [0] * 1 + [1] * 15])
-
-
-def attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor, scale: float | None = None
-) -> torch.Tensor:
-    """Attention within documents by its definition, in fp64, (b, s, heads * head_dim); `ids` (b, s) on the host."""
-    query, key, value = (heads.double() for heads in (query, key, value))
-    scaled = query if scale is None else query * (scale * query.shape[-1] ** 0.5)
-    return plain_attention(scaled, key, value, ids)
 
 
 def test_the_definition_is_that_of_torch() -> None:
@@ -51,21 +40,6 @@ def test_the_definition_is_that_of_torch() -> None:
     sees = (IDS[:, :, None] == IDS[:, None, :]) & torch.ones(16, 16, dtype=torch.bool).tril()
     expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=sees[:, None], enable_gqa=True)
     torch.testing.assert_close(attended(query, key, value, IDS), expected.transpose(1, 2).flatten(2))
-
-
-def heads(
-    dtype: torch.dtype,
-    *,
-    device: str = "cpu",
-    shape: tuple[int, int] = (2, 16),
-    counts: tuple[int, int] = (6, 2),
-    head_dim: int = 32,
-) -> list[torch.Tensor]:
-    """Queries of `counts[0]` heads, keys and values of `counts[1]`, as views of one storage by tokens; each a leaf."""
-    generator = torch.Generator().manual_seed(1)
-    fused = torch.randn(*shape, counts[0] + 2 * counts[1], head_dim, generator=generator).to(device, dtype)
-    parts = fused.transpose(1, 2).split((counts[0], counts[1], counts[1]), dim=1)
-    return [part.detach().requires_grad_() for part in parts]
 
 
 def by_definition(query: Any, key: Any, value: Any, offsets: torch.Tensor, scale: float) -> torch.Tensor:
@@ -142,6 +116,7 @@ def install(
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
     tried = fused_attention._try
     monkeypatch.setattr(fused_attention, "_try", lambda attend, device, *rest: tried(attend, HOST, *rest))
     stand_in_for_operators(monkeypatch)
@@ -152,7 +127,8 @@ def stand_in_for_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, compute in OPERATORS.items():
         arguments = getattr(torch.ops.aten, name).default._schema.arguments
         num_positional = sum(not argument.kwarg_only for argument in arguments)
-        function = stand_in([one.name for one in arguments], compute, [], num_positional)
+        OPERATOR_CALLS[name].clear()
+        function = stand_in([one.name for one in arguments], compute, OPERATOR_CALLS[name], num_positional)
         monkeypatch.setattr(torch.ops.aten, name, function)
 
 
@@ -174,30 +150,59 @@ def efficient(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     return mixed[None], torch.empty(0)
 
 
-OPERATORS = {"_flash_attention_forward": flash, "_efficient_attention_forward": efficient}
+class _AsTheOutput(torch.autograd.Function):
+    """Give x, and take a gradient with its strides alone: PyTorch's plans of cuDNN are found by those of q, k and v."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor) -> torch.Tensor:
+        context.strides = x.stride()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        assert gradient.stride() == context.strides
+        return gradient
+
+
+def cudnn(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    assert query.dim() == 4 and query.shape[2] % 128 == 0 and query.shape[-1] % 8 == 0 and query.stride(-1) == 1
+    assert given["attn_bias"] is None and given["dropout_p"] == 0.0 and given["is_causal"] is True
+    assert given["compute_log_sumexp"] is True and given["return_debug_mask"] is False
+    mixed = attended(query, key, value, torch.zeros(len(query), query.shape[2]), given["scale"])
+    by_heads = mixed.unflatten(2, (query.shape[1], -1)).transpose(1, 2)  # as query in memory
+    return _AsTheOutput.apply(by_heads.to(query.dtype)), torch.empty(0)  # type: ignore[no-untyped-call]
+
+
+OPERATORS = {
+    "_scaled_dot_product_cudnn_attention": cudnn,
+    "_flash_attention_forward": flash,
+    "_efficient_attention_forward": efficient,
+}
+OPERATOR_CALLS: dict[str, Calls] = {name: [] for name in OPERATORS}
 
 
 @pytest.mark.parametrize(
-    ("installed", "capability", "dtype", "head_dim", "name"),
+    ("installed", "capability", "dtype", "head_dim", "names"),
     [
-        (("flash_attn_interface", "flash_attn"), (9, 0), torch.bfloat16, 128, FA3),
-        (("flash_attn_interface", "flash_attn"), (8, 0), torch.bfloat16, 128, FA2),
-        (("flash_attn_interface", "flash_attn"), (10, 0), torch.bfloat16, 128, FA2),
-        (("flash_attn_interface",), (12, 0), torch.float16, 256, FLASH),
-        (("flash_attn_interface", "flash_attn.cute"), (9, 0), torch.bfloat16, 128, FA3),
-        (("flash_attn.cute", "flash_attn"), (9, 0), torch.bfloat16, 128, FA4),
-        (("flash_attn.cute", "flash_attn"), (10, 3), torch.float16, 64, FA4),
-        (("flash_attn.cute", "flash_attn"), (10, 0), torch.bfloat16, 256, FA2),
-        (("flash_attn.cute",), (8, 0), torch.bfloat16, 128, FLASH),
-        (("flash_attn",), (9, 0), torch.float16, 100, FA2),
-        ((), (9, 0), torch.bfloat16, 128, FLASH),
-        ((), (8, 6), torch.bfloat16, 12, FLASH),
-        (("flash_attn_interface", "flash_attn"), (9, 0), torch.float32, 128, EFFICIENT),
-        (("flash_attn_interface", "flash_attn"), (9, 0), torch.bfloat16, 264, EFFICIENT),
-        (("flash_attn",), (7, 5), torch.float32, 128, EFFICIENT),
-        (("flash_attn",), (7, 5), torch.float16, 128, EFFICIENT),
-        (("flash_attn",), (7, 5), torch.bfloat16, 128, LOOP),
-        (("flash_attn",), (9, 0), torch.float64, 128, LOOP),
+        (("flash_attn_interface", "flash_attn"), (9, 0), torch.bfloat16, 128, (FA3,)),
+        (("flash_attn_interface", "flash_attn"), (8, 0), torch.bfloat16, 128, (FA2,)),
+        (("flash_attn_interface", "flash_attn"), (10, 0), torch.bfloat16, 128, (CUDNN, FA2)),
+        (("flash_attn_interface",), (12, 0), torch.float16, 256, (FLASH,)),
+        (("flash_attn_interface", "flash_attn.cute"), (9, 0), torch.bfloat16, 128, (FA3,)),
+        (("flash_attn.cute", "flash_attn"), (9, 0), torch.bfloat16, 128, (FA4,)),
+        (("flash_attn.cute", "flash_attn"), (10, 3), torch.float16, 64, (FA4,)),
+        (("flash_attn.cute", "flash_attn"), (10, 0), torch.bfloat16, 256, (FA2,)),
+        (("flash_attn.cute",), (8, 0), torch.bfloat16, 128, (FLASH,)),
+        (("flash_attn",), (9, 0), torch.float16, 100, (CUDNN, FA2)),
+        ((), (9, 0), torch.bfloat16, 128, (CUDNN, FLASH)),
+        ((), (8, 6), torch.bfloat16, 12, (FLASH,)),
+        (("flash_attn_interface", "flash_attn"), (9, 0), torch.float32, 128, (EFFICIENT,)),
+        (("flash_attn_interface", "flash_attn"), (9, 0), torch.bfloat16, 264, (EFFICIENT,)),
+        (("flash_attn",), (7, 5), torch.float32, 128, (EFFICIENT,)),
+        (("flash_attn",), (7, 5), torch.float16, 128, (EFFICIENT,)),
+        (("flash_attn",), (7, 5), torch.bfloat16, 128, (LOOP,)),
+        (("flash_attn",), (9, 0), torch.float64, 128, (LOOP,)),
     ],
 )
 def test_what_is_chosen(
@@ -206,15 +211,17 @@ def test_what_is_chosen(
     capability: tuple[int, int],
     dtype: torch.dtype,
     head_dim: int,
-    name: str,
+    names: tuple[str, ...],
 ) -> None:
+    """The second of two names is the kernel of rows that the first does not support."""
     on_a_gpu(monkeypatch, capability)
     install(monkeypatch, *installed)
     route = choose(GPU, dtype, head_dim)
-    assert route.name == name and str(route) == f"{name} ({route.reason})"
+    assert (route.name, *filter(None, [route.otherwise])) == names
+    assert str(route) == f"{', '.join(names)}{' for packed rows' if route.otherwise else ''} ({route.reason})"
     before = [candidate.name for candidate in CANDIDATES]
-    for other in before[: before.index(name) if name in before else len(before)]:
-        assert other in route.reason, "what comes before it is passed over for a reason"
+    for other in before[: before.index(names[-1]) if names[-1] in before else len(before)]:
+        assert other in route.reason or other == route.name, "what comes before it is passed over for a reason"
 
 
 def test_elsewhere() -> None:
@@ -234,7 +241,7 @@ def test_a_library_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", without_a_kernel)
     route = choose(GPU, torch.bfloat16, 128)
-    assert route.name == FLASH
+    assert (route.name, route.otherwise) == (CUDNN, FLASH)
     assert f"{FA3} does not run here: AttributeError" in route.reason
     assert f"{FA2} does not run here: RuntimeError: CUDA error: no kernel image is available" in route.reason
     assert "\n" not in str(route)
@@ -248,7 +255,8 @@ def test_a_backward_pass_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules["flash_attn"], "flash_attn_varlen_func", lambda *args, **keywords: whole(*args, **keywords).detach()
     )
     with torch.no_grad():  # as in a validation, which may come first
-        assert choose(GPU, torch.bfloat16, 128).name == FLASH
+        route = choose(GPU, torch.bfloat16, 128)
+    assert route.otherwise == FLASH and f"{FA2} does not run here: RuntimeError" in route.reason
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -258,24 +266,35 @@ def test_libraries_are_told_to_be_deterministic(
 ) -> None:
     on_a_gpu(monkeypatch, (9, 0))
     calls = install(monkeypatch, module)[module]
-    assert choose(GPU, torch.bfloat16, 128, deterministic=deterministic).name == name
+    route = choose(GPU, torch.bfloat16, 128, deterministic=deterministic)
+    assert (route.otherwise or route.name) == name
     assert [call.get("deterministic", False) for call in calls] == [deterministic]
 
 
 def test_a_library_that_cannot_be_deterministic_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_gpu(monkeypatch, (9, 0))
     install(monkeypatch, "flash_attn", arguments=ARGUMENTS_2_3)
-    assert choose(GPU, torch.bfloat16, 128).name == FA2
+    assert choose(GPU, torch.bfloat16, 128).otherwise == FA2
     route = choose(GPU, torch.bfloat16, 128, deterministic=True)
     assert route.name == FLASH and "deterministic" in route.reason
 
 
-def assert_same(found: torch.Tensor, wanted: torch.Tensor, parts: Sequence[torch.Tensor], tolerance: float) -> None:
-    """Values within 1e-12, gradients within the tolerance."""
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    gradient = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for ours, theirs in zip(*(torch.autograd.grad(x, parts, gradient) for x in (found, wanted)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(
+    ("version", "deterministic", "words"),
+    [
+        (91500, False, "needs cuDNN 9.15.1"),
+        (None, False, "needs cuDNN 9.15.1"),
+        (91501, True, "does not run here: ValueError: its gradients differ from run to run"),
+    ],
+)
+def test_a_cudnn_that_is_old_or_would_not_be_deterministic_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, version: int | None, deterministic: bool, words: str
+) -> None:
+    on_a_gpu(monkeypatch, (9, 0))
+    install(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    route = choose(GPU, torch.bfloat16, 128, deterministic=deterministic)
+    assert (route.name, route.otherwise) == (FLASH, "") and f"{CUDNN} {words}" in route.reason
 
 
 @pytest.mark.parametrize("head_dim", [32, 12])
@@ -294,6 +313,39 @@ def test_every_route_is_attention(
     ids = IDS if packed else torch.zeros_like(IDS)
     documents = find_documents([IDS], HOST) if packed else whole_rows(*IDS.shape, HOST)
     assert_same(attend_within(*parts, documents, attend), attended(*parts, ids), parts, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kernel"),
+    [
+        ([128, 128], "_scaled_dot_product_cudnn_attention"),
+        ([256], "_scaled_dot_product_cudnn_attention"),
+        ([128, 64, 64], "_flash_attention_forward"),  # packed
+        ([120, 120], "_flash_attention_forward"),  # no multiple of 128
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [16, 12])
+def test_cudnn_gets_documents_of_one_length(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], kernel: str, head_dim: int
+) -> None:
+    """Values and gradients are those of the definition. Rows are views, and a gradient has its result's strides."""
+    on_a_gpu(monkeypatch, (9, 0))
+    install(monkeypatch)
+    attend = choose(GPU, torch.bfloat16, 128).attend
+    assert attend is not None
+    for calls in OPERATOR_CALLS.values():
+        calls.clear()
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    parts = heads(torch.float64, shape=(1, sum(lengths)), head_dim=head_dim)
+    mixed, wanted = attend_within(*parts, find_documents([ids], HOST), attend), attended(*parts, ids)
+    assert [name for name, calls in OPERATOR_CALLS.items() for _ in calls] == [kernel]
+    (given,) = OPERATOR_CALLS[kernel]
+    assert head_dim == 12 or given["query"].data_ptr() == parts[0].data_ptr(), "a view"
+    torch.testing.assert_close(mixed, wanted, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn(mixed.mT.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).mT
+    for ours, theirs in zip(*(torch.autograd.grad(x, parts, gradient) for x in (mixed, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_documents_of_one_length_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,64 +407,6 @@ def test_a_new_id_a_new_row_and_a_new_block_begin_a_document(
         assert documents.offsets.dtype == torch.int32
 
 
-# By tiles on a CPU ----------------------------------------------------------------------------------------------------
-
-# shared keys or not, lengths that blocks of 64 divide or not
-SHAPES: dict[str, dict[str, Any]] = {
-    "gqa": {"counts": (6, 2), "head_dim": 16, "shape": (2, 200)},
-    "mha": {"counts": (4, 4), "head_dim": 8, "shape": (1, 40)},
-    "mqa": {"counts": (3, 1), "head_dim": 8, "shape": (3, 128)},
-}
-
-
-@pytest.mark.parametrize("size", [64, 24])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_are_those_of_the_definition(shape: str, packed: bool, size: int) -> None:
-    parts, (rows, length) = heads(torch.float64, **SHAPES[shape]), SHAPES[shape]["shape"]
-    ids = None
-    if packed:  # of each row other documents, some of one token, some longer than a block
-        ids = torch.randint(0, 6, (rows, length), generator=torch.Generator().manual_seed(2)).sort(dim=1).values
-    wanted = attended(*parts, torch.zeros(rows, length) if ids is None else ids)
-    found = attend_by_tiles(*parts, [TiledRows(rows, length, find_query_tiles(ids, length, size=size))], EAGER)
-    assert_same(found, wanted, parts, 1e-11)
-
-
-def test_blocks_leave_out_what_no_row_sees() -> None:
-    """Every query once; keys from the first that a row sees in it, so documents cost what they are long."""
-    ids = torch.tensor([[0] * 30 + [1] * 40 + [2] * 30, [0] * 50 + [1] * 50])
-    blocks = find_query_tiles(ids, 100, size=32)
-    assert [block[:3] for block in blocks] == [(96, 100, 50), (64, 96, 30), (32, 64, 0), (0, 32, 0)]
-    assert all(mask.shape == (2, 1, stop - start, stop - first) for start, stop, first, mask in blocks)
-    assert all((block.mask == 0).any(-1).all() for block in blocks)  # every query sees itself
-    whole = find_query_tiles(None, 100, size=32)
-    assert [block.first for block in whole] == [0] * 4
-    assert whole[0].mask.shape == (1, 1, 4, 100) and whole[0].mask.element_size() == 2
-
-
-def test_bf16_rounds_no_worse_than_pytorchs_kernel() -> None:
-    """Errors against fp64 by norm: the result within 1.5 times, all gradients together within 1.1 times of SDPA's.
-
-    Scores and sums over blocks are fp32 here, while the exponentials are rounded before they are divided, and dO V^T is
-    rounded once.
-    """
-    parts = heads(torch.bfloat16, **SHAPES["gqa"])
-    wide = [part.detach().double().requires_grad_() for part in parts]
-    wanted = attended(*wide, torch.zeros(2, 200))
-    gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
-    truth = (wanted.detach(), *torch.autograd.grad(wanted, wide, gradient.double()))
-    blocks = find_query_tiles(None, 200, size=64)
-    mine = attend_by_tiles(*parts, [TiledRows(len(parts[0]), 200, blocks)], EAGER)
-    theirs = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
-    errors = []
-    for found in (mine, theirs):
-        values = (found.detach(), *torch.autograd.grad(found, parts, gradient))
-        pairs = zip(values, truth, strict=True)
-        errors.append([float((value.double() - true).norm() / true.norm()) for value, true in pairs])
-    assert errors[0][0] <= 1.5 * errors[1][0]
-    assert sum(errors[0][1:]) <= 1.1 * sum(errors[1][1:])
-
-
 # On a GPU -------------------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -422,14 +416,18 @@ LENGTHS = torch.tensor([1, 64, 200, 35, 130, 7, 128, 35])
 LONG_IDS = torch.repeat_interleave(torch.arange(len(LENGTHS)), LENGTHS).view(2, 300)
 
 
-def routes(dtype: torch.dtype, head_dim: int, *, deterministic: bool = False) -> Iterator[tuple[str, Attend]]:
+def routes(
+    dtype: torch.dtype, head_dim: int, documents: Documents, *, deterministic: bool = False
+) -> Iterator[tuple[str, Attend]]:
     """What runs here; a candidate that should and does not is an error, one that is not installed is not."""
     for candidate in CANDIDATES:
+        if candidate.name == CUDNN and (deterministic or len(documents.bounds) > 3):  # packed
+            continue
         obstacle = candidate.obstacle(torch.cuda.get_device_capability(), dtype, head_dim)
         print(f"{candidate.name} {obstacle or 'is tried'}")
         if obstacle is None:
             attend = candidate.make(deterministic)
-            fused_attention._try(attend, GPU, dtype, head_dim)
+            fused_attention._try(attend, GPU, dtype, head_dim, candidate.multiple)
             yield candidate.name, attend
     yield LOOP, one_by_one
 
@@ -442,12 +440,13 @@ def routes(dtype: torch.dtype, head_dim: int, *, deterministic: bool = False) ->
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 def test_every_route_on_a_gpu(dtype: torch.dtype, packed: bool, counts: tuple[int, int], head_dim: int) -> None:
     """Forwards and backwards against the definition in fp64."""
-    parts = heads(dtype, device="cuda", shape=(2, 300), counts=counts, head_dim=head_dim)
-    documents = find_documents([LONG_IDS], GPU) if packed else whole_rows(2, 300, GPU)
-    wanted = attended(*parts, LONG_IDS if packed else torch.zeros_like(LONG_IDS))
+    length = LONG_IDS.shape[1] if packed else 384  # a multiple of 128
+    parts = heads(dtype, device="cuda", shape=(2, length), counts=counts, head_dim=head_dim)
+    documents = find_documents([LONG_IDS], GPU) if packed else whole_rows(2, length, GPU)
+    wanted = attended(*parts, LONG_IDS if packed else torch.zeros(2, length))
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2)).cuda().to(dtype)
     expected = (wanted, *torch.autograd.grad(wanted, parts, gradient.double()))
-    for name, attend in routes(dtype, head_dim):
+    for name, attend in routes(dtype, head_dim, documents):
         mixed = attend_within(*parts, documents, attend)
         found = (mixed, *torch.autograd.grad(mixed, parts, gradient))
         errors = [
@@ -467,7 +466,7 @@ def test_deterministic_gradients_are_the_same_bits(dtype: torch.dtype, monkeypat
     documents = whole_rows(4, 2048, GPU)
     torch.use_deterministic_algorithms(True)
     try:
-        for name, attend in routes(dtype, 128, deterministic=True):
+        for name, attend in routes(dtype, 128, documents, deterministic=True):
             found = [attend_within(*parts, documents, attend) for _ in range(4)]
             gradients = [torch.autograd.grad(mixed.square().sum(), parts) for mixed in found]
             for again in range(1, 4):

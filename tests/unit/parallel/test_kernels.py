@@ -278,6 +278,8 @@ def test_an_answer_is_generated_without_compiling(batch: int) -> None:
     tokens = positions = torch.arange(6).expand(batch, 6)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         stage.predict(tokens, positions, caches=caches)
+        for cache in caches:
+            cache.filled = 6
         stage.predict(tokens[:, :1], positions[:, :1] + 6, caches=caches)
 
 

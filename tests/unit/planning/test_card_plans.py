@@ -5,21 +5,26 @@ The bounds of the rates are those of an estimate by hand from launch counts and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from support.folders import ROOT
 from support.planned import H100, changed, searched, short
+from support.run_helpers import write_rows
+from support.tiny_models import write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.job_settings import parse_plan
 from megatron_tiedlora.model import fused_attention
-from megatron_tiedlora.model.fused_attention import CANDIDATES
+from megatron_tiedlora.model.fused_attention import CANDIDATES, AttentionRoute, one_by_one
 from megatron_tiedlora.parallel import kernels
-from megatron_tiedlora.planning import search
-from megatron_tiedlora.planning.cluster_report import chosen_settings, hint_lines
-from megatron_tiedlora.planning.machines import ATTENTION, GPUS, Machine, attention_of, default_attention
+from megatron_tiedlora.planning import machines, search
+from megatron_tiedlora.planning.cluster_report import chosen_settings, hint_lines, plan_cluster
+from megatron_tiedlora.planning.machines import ATTENTION, CPU, GPUS, Machine
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan
 from megatron_tiedlora.planning.step_time import Seconds
 
@@ -62,29 +67,128 @@ def test_70b_is_fastest_in_fp8() -> None:
 # Attention ----------------------------------------------------------------------------------------------------------
 
 
+FA3, FA4, CUDNN, FA2, FLASH, _ = (candidate.name for candidate in CANDIDATES)
+FA3_LINE = "pip install flash-attn-3 --extra-index-url https://download.pytorch.org/whl/cu130"
+
+
+def on_this_computer(monkeypatch: pytest.MonkeyPatch, *installed: str, name: str = H100.title) -> None:
+    """A GPU of this name, and these libraries and no other."""
+
+    def find(module: str) -> ModuleSpec | None:
+        return ModuleSpec(module, None, origin="x") if module in installed else None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: f"NVIDIA {name}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: H100.capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    monkeypatch.setattr(fused_attention, "find_spec", find)
+
+
 def test_attention_is_that_of_a_default_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel of the table is one that a run can choose. The default one is no library's, even if there is one."""
+    """No library's kernel, even if this computer, which has no such GPU, has one."""
     monkeypatch.setattr(fused_attention, "find_spec", lambda name: ModuleSpec(name, None, origin="x"))
-    names = {candidate.name: candidate for candidate in CANDIDATES}
     for card in GPUS.values():
         assert card.capability is not None
-        name = attention_of(card)
-        assert name == default_attention(card.capability) == "PyTorch's flash kernel"
-        assert callable(names[name].kernel) and set(ATTENTION[card.capability]) <= set(names)
-        for kernel in ATTENTION[card.capability]:
-            assert names[kernel].obstacle(card.capability, torch.bfloat16, 128) is None
-    assert H100["attention.bf16"] == GPUS["h200"]["attention.bf16"] == 0.26
-    assert "FlashAttention-3's paper, H100" in H100.constants["attention.bf16"].source
-    assert attention_of(changed(H100, attention__bf16=0.26)) is None  # measured: nobody knows by which kernel
+        name = FLASH if card.name in ("a100-80", "a800") else CUDNN
+        assert machines.attention_of(machines.attending(card, head_dim=128, length=4096)) == name
+        assert machines.attention_of(card) == machines.attention_kernel(card.capability).name == name
+    assert H100["attention.bf16"] == GPUS["h200"]["attention.bf16"] == 0.41
+    assert "FlashAttention-3's paper, H100" in ATTENTION[9, 0][FA3].source
+    assert machines.attention_of(changed(H100, attention__bf16=0.41)) is None  # measured: nobody knows by which kernel
+    for other in (CPU, changed(H100, attention__bf16=0.41), H100.changed({"attention.bf16": ATTENTION[9, 0][FA3]})):
+        assert machines.attending(other, head_dim=64, length=None) is other
 
 
-def test_the_words_about_7b_are_those_of_its_plans() -> None:
-    text = " ".join((ROOT / "docs" / "planning_log.md").read_text().split())
-    plain = fastest("llama2-7b", 32, "--formats=none")
-    faster = fastest("llama2-7b", 32, "--formats=none", machine=changed(H100, attention__bf16=0.45))
-    rates = [f"{row.tokens_per_second:,.0f}" for row in (plain, faster, fastest("llama2-7b", 32, FP8))]
-    assert f"7B on one card would do {rates[1]} tokens/s instead of {rates[0]}" in text
-    assert f"7B on one card takes {rates[2]} tokens/s in fp8 and {rates[0]} in bf16" in text
+def test_a_run_prefers_the_kernel_with_the_larger_share() -> None:
+    """The order of the candidates and the table are one truth, and every kernel of the table can be chosen."""
+    names = {candidate.name: candidate for candidate in CANDIDATES}
+    assert set(ATTENTION) == {card.capability for card in GPUS.values()}
+    for capability, shares in ATTENTION.items():
+        assert list(shares) == [name for name in names if name in shares]
+        assert all(faster.value >= slower.value for faster, slower in pairwise(shares.values()))
+        assert len(set(shares.values())) == len(shares), "a share and its source name the kernel"
+        default = shares[machines.attention_kernel(capability).name].value
+        assert all(names[name].install for name, share in shares.items() if share.value > default), "one command"
+        for kernel in shares:
+            assert names[kernel].obstacle(capability, torch.bfloat16, 128, here=bool) is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "head_dim", "length", "name"),
+    [
+        ((), 128, 4096, CUDNN),
+        ((), 128, 4000, FLASH),  # no multiple of 128
+        ((), 128, None, FLASH),  # packed samples
+        ((), 256, 4096, FLASH),
+        (("flash_attn",), 128, 4096, CUDNN),
+        (("flash_attn",), 128, None, FA2),
+        (("flash_attn_interface",), 256, None, FA3),
+        (("flash_attn.cute",), 128, None, FA4),
+        (("flash_attn.cute",), 256, None, FLASH),
+    ],
+)
+def test_attention_is_that_of_the_model_and_of_this_computer(
+    monkeypatch: pytest.MonkeyPatch, installed: Sequence[str], head_dim: int, length: int | None, name: str
+) -> None:
+    on_this_computer(monkeypatch, *installed)
+    found = machines.attending(H100, head_dim=head_dim, length=length)
+    assert machines.attention_of(found) == name and found["attention.bf16"] == ATTENTION[9, 0][name].value
+    h200 = machines.attending(GPUS["h200"], head_dim=head_dim, length=length)  # which is elsewhere
+    assert machines.attention_of(h200) == (CUDNN if head_dim == 128 and length == 4096 else FLASH)
+
+
+def test_an_old_cudnn_on_this_computer_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_this_computer(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert machines.attention_of(machines.attending(H100, head_dim=128, length=4096)) == FLASH
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("H100 80GB HBM3", "h100"), ("H100 PCIe", None), ("A800-SXM4-80GB", "a800"), ("H100 80GB HBM3 MIG 1g.10gb", None)],
+)
+def test_which_gpu_this_computer_has(monkeypatch: pytest.MonkeyPatch, name: str, known: str | None) -> None:
+    on_this_computer(monkeypatch, name=name)
+    assert [card.name for card in GPUS.values() if machines.is_here(card)] == ([] if known is None else [known])
+
+
+def test_packed_samples_are_planned_by_the_kernel_that_takes_them(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny", vocab_size=320, max_positions=512)
+    write_tiny_tokenizer(model, vocab_size=320)
+    write_rows(tmp_path / "rows.jsonl", 24)
+    flags = [f"--model={model}", "--max_length=128", "--global_batch_size=4", "--gpus_per_node=1", "--formats=none"]
+    for more, name in (([], CUDNN), ([f"--train_file={tmp_path / 'rows.jsonl'}"], FLASH)):
+        plan = plan_cluster(parse_plan([*flags, *more]))
+        step = plan.candidates[0].step
+        for machine in (plan.machine, plan.candidates[0].machine, step.shared.machine):
+            assert machines.attention_of(machine) == name
+
+
+def test_a_dry_run_names_its_attention_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", ["--model=llama2-7b", "--dry_run", "--gpu=h100"]) == 0
+    assert f"measured, 8 ranks in a node, attention by {CUDNN}\n  a step of" in capsys.readouterr().out
+
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("route", "installed", "packing", "words"),
+    [
+        ((FA3, ""), (), True, "; 0.45 of the peak in bf16 is expected"),
+        ((CUDNN, FLASH), (), False, f"; 0.41 of the peak in bf16 is expected, and 0.45 with {FA3}: {FA3_LINE}"),
+        ((CUDNN, FLASH), (), True, f"; 0.26 of the peak in bf16 is expected, and 0.45 with {FA3}: {FA3_LINE}"),
+        ((FLASH, ""), ("flash_attn_interface",), False, "; 0.26 of the peak in bf16 is expected"),  # it does not run
+        (("PyTorch's memory-efficient kernel", ""), (), False, ""),
+    ],
+)
+def test_what_a_run_says_of_its_kernel(
+    monkeypatch: pytest.MonkeyPatch, route: tuple[str, str], installed: Sequence[str], packing: bool, words: str
+) -> None:
+    on_this_computer(monkeypatch, *installed)
+    chosen = AttentionRoute(route[0], "a reason", one_by_one, otherwise=route[1])
+    assert machines.attention_in_words(chosen, GPU, head_dim=128, packing=packing) == f"{chosen}{words}"
+    assert machines.attention_in_words(chosen, torch.device("cpu"), head_dim=128, packing=packing) == str(chosen)
 
 
 # Storage formats ----------------------------------------------------------------------------------------------------
@@ -153,18 +257,25 @@ def test_what_fits_in_another_format_only(capsys: pytest.CaptureFixture[str]) ->
 # Hints on kernels ---------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_names_its_attention_kernel_and_the_faster_one() -> None:
-    """The rates are those of the same layout on a machine with the other constant."""
-    plan = planned("--formats=none")
+def hint_on_attention(machine: Machine = H100) -> tuple[Candidate, str]:
+    """The fastest layout of 7B in 16 bits, and the hint on its kernel."""
+    plan = planned("--formats=none", machine=machine)
     (line,) = (line for line in hint_lines(plan) if line.startswith("attention"))
+    return plan.rows[0], line
+
+
+def test_a_plan_names_its_attention_kernel_and_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates are those of the same layout on a machine with the other constant."""
+    best, line = hint_on_attention()
     faster = planned("--formats=none", machine=changed(H100, attention__bf16=0.45))
-    rate = next(row for row in faster.rows if row.name == plan.rows[0].name).tokens_per_second
+    rate = next(row for row in faster.rows if row.name == best.name).tokens_per_second
     assert line == (
-        "attention is planned by PyTorch's flash kernel, which a run uses unless another kernel is installed; with"
-        f" FlashAttention 3 (docs/gpu.md) {plan.rows[0].name} would do {rate:,.0f} tokens/s"
+        f"attention is planned by {CUDNN} (0.41 of the peak), which pip install of this project gives; with {FA3}"
+        f" (0.45; {FA3_LINE}) {best.name} would do {rate:,.0f} tokens/s"
     )
-    assert rate > 1.08 * plan.rows[0].tokens_per_second
-    equal = hint_lines(planned("--formats=none", machine=changed(H100, matmul__bf16=1e-4)))
-    assert any(line.endswith("kernel, which a run uses unless another kernel is installed") for line in equal)
-    other = hint_lines(planned("--formats=none", machine=GPUS["a100-80"]))
-    assert any(line.endswith("kernel, which a run uses unless another kernel is installed") for line in other)
+    assert 1.01 < rate / best.tokens_per_second < 1.02
+    default = f"attention is planned by {FLASH} (0.55 of the peak), which pip install of this project gives"
+    assert hint_on_attention(GPUS["a100-80"])[1] == default
+    assert f"; with {FA4} (0.45; pip install flash-attn-4) t1p1d1-" in hint_on_attention(GPUS["b200"])[1]
+    on_this_computer(monkeypatch, "flash_attn_interface")
+    assert hint_on_attention()[1] == f"attention is planned by {FA3} (0.45 of the peak), which this computer has"

@@ -110,9 +110,9 @@ def test_products_and_attention_are_those_of_the_samples() -> None:
     one = priced(*ONE, "--global_batch_size=4")
     adapter, tokens = one.layout.adapters[0], 4 * 4096
     flops = step_flops(SOURCE.shape, adapter, tokens, 4 * 4096**2, 4 * 4095, num_after=tokens)
-    products = (flops["linears"] + flops["low_rank"] + flops["head"]) / (989.4e12 * 0.72)
+    products = (flops["linears"] + flops["low_rank"] + flops["head"]) / (989.4e12 * 0.68)
     assert one.seconds.matmuls == pytest.approx(products, rel=1e-3)
-    assert one.seconds.attention == pytest.approx(flops["attention"] / (989.4e12 * 0.26), rel=1e-9)
+    assert one.seconds.attention == pytest.approx(flops["attention"] / (989.4e12 * 0.41), rel=1e-9)
     assert one.seconds.launches == 0, "4,096 tokens of 7B take a card longer than launching them"
     assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.seconds.total)
 
@@ -147,7 +147,7 @@ def test_recompute_is_charged() -> None:
     plain, selective, full = (
         priced(*ONE, f"--recompute={kind}", "--global_batch_size=4").seconds for kind in ("none", "selective", "full")
     )
-    linears, rate, tokens = SOURCE.shape.block.adaptable, 989.4e12 * 0.72, 4 * 4096
+    linears, rate, tokens = SOURCE.shape.block.adaptable, 989.4e12 * 0.68, 4 * 4096
     gate_up = 2 * tokens * linears["gate_up"].num_weights
     assert selective.matmuls - plain.matmuls == pytest.approx(5 * gate_up / rate, rel=2e-3)
     whole = sum(2 * tokens * linear.num_weights for linear in linears.values())

@@ -16,12 +16,11 @@ import pytest
 from support.folders import ROOT
 from support.planned import BACKWARD, FORWARD, H100, Pass, changed, short, simulate, the_only
 
+from megatron_tiedlora.planning.machines import attention_of
 from megatron_tiedlora.planning.search import Candidate
 
 FITTED, UNFITTED = 0.05, 0.08
 FP8_SHARE = H100["matmul.fp8"]
-# cuDNN's attention, of the peak in bf16 (FlashAttention-3's paper); a run does not use it.
-CUDNN_ATTENTION = 0.41
 
 
 class Published(NamedTuple):
@@ -54,7 +53,8 @@ def planned_rate(row: Published, share: float) -> float:
     flags += ["--method=lora", "--rank=16", "--base=fp8", "--products=fp8", "--keep_transposed=true"]
     flags += ["--recompute=none", "--ds_config=zero1.json", "--sequence_parallel=true"]
     # NVIDIA's code rounds in the kernels before a matmul, and its attention is cuDNN's.
-    fused = {"round__forward": 0.0, "round__backward": 0.0, "attention__bf16": CUDNN_ATTENTION}
+    assert attention_of(H100) == "PyTorch's cuDNN kernel"
+    fused = {"round__forward": 0.0, "round__backward": 0.0}
     machine = changed(H100, matmul__fp8=share, **fused)
     one = the_only(*flags, source=short(row.model, row.layers), ranks=8, machine=machine)
     return one.work.tokens / step_of(one, row.chunks) / 8

@@ -99,9 +99,9 @@ def test_a_kernel_counts_as_one_operation() -> None:
     tracer = Tracer(SHAPE, dtype=torch.bfloat16)
     found = tracer.trace(Kind((None,), earlier=True), Sizes((256,), (8,), 8, 8))
     d, o, g = SHAPE.hidden_size, sum(SHAPE.heads.rows), 2 * SHAPE.intermediate_size
-    # two norms; rotation; two sums of three tensors; gate; and fp32 roots, cos and sin, the norms' weights
+    # a norm; one with a sum of two tensors; the last sum; rotation; gate; and fp32 roots, cos and sin, norms' weights
     beside = 2 * (4 * 256 + 2 * d) + 2 * 2 * 256 * SHAPE.heads.dim // 2
-    assert found.forward["moved"] == 256 * 2 * (2 * 2 * d + 2 * o + 2 * 3 * d + 1.5 * g) + beside
+    assert found.forward["moved"] == 256 * 2 * (2 * d + 4 * d + 3 * d + 2 * o + 1.5 * g) + beside
     assert "messages" not in {key[0] for key in found.forward if isinstance(key, tuple)}
 
 

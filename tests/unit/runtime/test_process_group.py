@@ -36,6 +36,7 @@ from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 
 CUDA_VARIABLES = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "NCCL_GRAPH_REGISTER": "0",
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",

@@ -1,0 +1,137 @@
+"""Replays the steps of greedy decoding as CUDA graphs. One launch per step replaces about 46 launches per layer, which
+take Python longer than reading the weights takes a GPU.
+
+A graph runs the same kernels at the same addresses. So it has its own tensors for tokens and positions, batches reuse
+caches, and the number of keys that attention reads changes only once per `KEYS_READ_TOGETHER` tokens.
+"""
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from megatron_tiedlora.base.messages import first_line
+from megatron_tiedlora.parallel.groups import ParallelGroups
+
+_LOGGER = logging.getLogger(__name__)
+
+# Attention on a GPU reads a multiple of this number of keys. Fewer would need more graphs; more would read more padding
+# (128: at most 1 GB per token for 16 sequences of a 7B model, whose weights are 13 GB).
+KEYS_READ_TOGETHER = 128
+MOST_GRAPHS = 16  # of a decoder; each takes about 10 MB of the driver's memory for 32 layers
+Step = Callable[..., Tensor]
+
+
+class CapturedStep(NamedTuple):
+    """A graph, the tensors that it reads and writes, and the step, which keeps caches and weights in memory."""
+
+    graph: Any
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    step: Step
+
+
+class StepGraphs:
+    """The CUDA graphs of a decoder. They share one memory pool, as they are never replayed at the same time.
+
+    A step runs uncaptured when its key is new, which loads its kernels, and is captured the next time. All ranks of a
+    model decide this alike. If a capture fails, all later steps run uncaptured, and the reason is logged.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: OrderedDict[Hashable, CapturedStep | None] = OrderedDict()  # the most recently used is the last
+        self._failed = False
+
+    def __bool__(self) -> bool:
+        """Return whether there are graphs to replay."""
+        return any(self._seen.values())
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
+
+    def run(self, key: Hashable, step: Step, *inputs: Tensor) -> Tensor:
+        """Return `step(*inputs)`, a new tensor.
+
+        Args:
+            key: differs for steps that differ in more than the values of `inputs`.
+            step: a function whose kernels depend on `key` alone, and that neither waits for the GPU nor copies from the
+                host. Its other tensors keep their addresses.
+        """
+        if self._failed:
+            return step(*inputs)
+        if key not in self._seen:
+            self._keep(key, None)
+            return self._warm_up(step, inputs)
+        found = self._seen[key]
+        if found is None:
+            try:
+                found = self._capture(step, tuple(given.clone() for given in inputs))
+            except Exception as error:  # whatever it is, the same step may run uncaptured
+                _tell(f"a step cannot be captured ({first_line(error.__context__ or error)})")
+                self.clear()
+                self._failed = True
+                return step(*inputs)
+        self._keep(key, found)
+        for mine, given in zip(found.inputs, inputs, strict=True):
+            mine.copy_(given)
+        found.graph.replay()
+        return found.output.clone()  # the next replay overwrites the output, which may still be sent
+
+    def clear(self) -> None:
+        """Free all graphs and their memory."""
+        self._seen.clear()
+
+    def _keep(self, key: Hashable, found: CapturedStep | None) -> None:
+        self._seen[key] = found
+        self._seen.move_to_end(key)
+        if len(self._seen) > MOST_GRAPHS:
+            self._seen.popitem(last=False)
+
+    def _warm_up(self, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Run a step uncaptured on the stream of captures, so that libraries load kernels and prepare workspaces."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            output = step(*inputs)
+        current.wait_stream(self._stream)
+        return output
+
+    def _capture(self, step: Step, inputs: tuple[Tensor, ...]) -> CapturedStep:
+        graph = torch.cuda.CUDAGraph()
+        pool = next((found.graph.pool() for found in self._seen.values() if found is not None), None)
+        # Other threads may call CUDA meanwhile. The outer context leaves the stream, which a failed capture does not.
+        capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._stream), capture:
+            output = step(*inputs)
+        return CapturedStep(graph, inputs, output, step)
+
+
+def find_step_graphs(device: torch.device, groups: ParallelGroups, *, calls_together: bool) -> StepGraphs | None:
+    """Return an object that replays steps on a GPU, or None where this is not possible, and log why. With
+    `calls_together`, each call gathers weights."""
+    if device.type != "cuda":
+        return None
+    tensor, reason = groups.tensor, ""
+    if calls_together:
+        reason = "ZeRO-3 gathers the weights in every step"
+    elif tensor.size > 1 and "nccl" not in (backend := distributed.get_backend(tensor.handle)):
+        reason = f"tensor-parallel messages go over {backend}, and only those of NCCL can be captured"
+    elif tensor.size > 1 and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+        reason = "NCCL_GRAPH_REGISTER is not 0, so NCCL may access memory illegally; export NCCL_GRAPH_REGISTER=0"
+    if not reason:
+        return StepGraphs(device)
+    if tensor.rank == groups.pipeline.rank == groups.data.rank == 0:
+        _tell(reason)
+    return None
+
+
+@cache
+def _tell(reason: str) -> None:
+    _LOGGER.info("generating without CUDA graphs, which is several times slower for few sequences: %s", reason)
