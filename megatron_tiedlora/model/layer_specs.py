@@ -73,13 +73,13 @@ class SwiGlu(nn.Module):
                 leaving.recompute = recompute
         yield
         (gates,) = linear.project(entered, gate_up)
-        of_gates = _GatesGradient(entered.entry, gate_up.f is not None)
+        entry = entered.entry
         del entered
         yield
         operands, projection = linears.Operands(down.a, down.f), linears.Projection(self.down.frozen, down.rows)
         saved = (*inputs, gate_up.f, linear.bias) if recomputes else ()
         value: Tensor = _GatedDown.apply(
-            *(gates, down.grad_a, down.grad_f, operands, projection, of_gates, leaving, again), *saved
+            *(gates, down.grad_a, down.grad_f, operands, projection, entry, leaving, again), *saved
         )
         del gates
         early = inputs if leaving is not None and leaving.recompute is not None else ()
@@ -101,25 +101,14 @@ class _GateUp:
         return self.projection.forward(x, linears.Operands(None, f, bias), ax, self.recompute.entry.take())[0]
 
 
-@dataclass(frozen=True)
-class _GatesGradient:
-    """Computes the gradient of gate and up for the linear before, rounded if its matmul reads rounded rows.
-
-    Attributes:
-        keeps: whether the linear has an update, which needs a gradient that is not rounded.
-    """
-
-    entry: Entry
-    keeps: bool
-
-    def from_gated(self, grad_gated: Tensor, gate_up: Tensor) -> Tensor | None:
-        """Return the gradient for autograd, (b, s, 2 f), or None if only rounded rows are needed."""
-        rows, factors = (as_rows(grad_gated), as_rows(gate_up)), self.entry.weight.gradient_factors
-        if factors is None:
-            return self.entry.kernels.gate_gradient(*rows).view(gate_up.shape)
-        found = RoundedRows(*self.entry.kernels.gate_gradient_rounded(*rows, factors, self.keeps))
-        self.entry.operand = found
-        return None if found.values is None else found.values.view(gate_up.shape)
+def _gates_gradient(grad_gated: Tensor, gate_up: Tensor, entry: Entry) -> Tensor | None:
+    """Return the gradient of gate and up, (b, s, 2 f). If the linear before reads rounded rows, `entry` gets them, and
+    the gradient is returned only for an update."""
+    rows, factors = (as_rows(grad_gated), as_rows(gate_up)), entry.weight.gradient_factors
+    if factors is None:
+        return entry.kernels.gate_gradient(*rows).view(gate_up.shape)
+    entry.operand = found = RoundedRows(*entry.kernels.gate_gradient_rounded(*rows, factors, entry.adapted))
+    return None if found.values is None else found.values.view(gate_up.shape)
 
 
 class _GatedDown(torch.autograd.Function):
@@ -133,7 +122,7 @@ class _GatedDown(torch.autograd.Function):
         grad_f: Tensor | None,
         operands: linears.Operands,
         projection: linears.Projection,
-        of_gates: _GatesGradient,
+        entry: Entry,
         leaving: Exit | None,
         again: _GateUp | None,
         *inputs: Tensor | None,
@@ -141,14 +130,14 @@ class _GatedDown(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         needs = Needs(*ctx.needs_input_grad[:3])
         reads = needs.x or needs.a
-        rows, kernels, rounded = as_rows(gate_up), of_gates.entry.kernels, None
+        rows, rounded = as_rows(gate_up), None
         if projection.weight.gradient_factors is None:
-            gated = kernels.gate(rows)
+            gated = entry.kernels.gate(rows)
         else:
-            rounded = RoundedRows(*kernels.gate_rounded(rows, operands.a is not None))
+            rounded = RoundedRows(*entry.kernels.gate_rounded(rows, operands.a is not None))
             gated = rounded.rows
         z, ax = projection.forward(gated, operands, None, rounded)
-        ctx.needs, ctx.projection, ctx.of_gates, ctx.leaving = needs, projection, of_gates, leaving
+        ctx.needs, ctx.projection, ctx.entry, ctx.leaving = needs, projection, entry, leaving
         ctx.again = again if reads else None
         ctx.wide = linears.gradient_dtype(grad_a, grad_f)
         saved = (gate_up,) if again is None else inputs
@@ -166,12 +155,12 @@ class _GatedDown(torch.autograd.Function):
         assert gradient is not None
         gate_up = saved[0] if ctx.again is None else ctx.again.again(*saved)
         del saved
-        gated = ctx.of_gates.entry.kernels.gate(as_rows(gate_up)) if needs.a else None
+        gated = ctx.entry.kernels.gate(as_rows(gate_up)) if needs.a else None
         operands, rows = linears.Operands(a, f), gradient.flatten(0, -2)
         grad_gated, *of_factors = ctx.projection.backward(rows, gated, ax, operands, needs, ctx.wide)
         del gated, gradient, rows
         if grad_gated is not None:
-            grad_gated = ctx.of_gates.from_gated(grad_gated, gate_up)
+            grad_gated = _gates_gradient(grad_gated, gate_up, ctx.entry)
         return grad_gated, *of_factors, *(None,) * (num_inputs - 3)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside
 from megatron_tiedlora.parallel import groups
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows, Rows
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, as_wide_rows, detached
 from megatron_tiedlora.parallel.loss import first_derivative_only
 
@@ -52,6 +52,7 @@ class Entry:
         needs: which gradients the backward pass computes.
         root: the recomputed root.
         ax: A x of complete sequences, if it is saved for the gradient of F and x is recomputed.
+        adapted: whether the linear has an update.
         operand: what the matmul reads instead of x, [x | A x] or x in fp8, or instead of the gradient of z.
     """
 
@@ -64,7 +65,8 @@ class Entry:
     needs: Needs = NOTHING
     root: Tensor | None = None
     ax: Tensor | None = None
-    operand: Tensor | RoundedRows | None = None
+    adapted: bool = False
+    operand: Rows | None = None
     _width: int | None = None  # the columns of A x in the message
     _sent: groups.Pending | None = None
     _gradients: tuple[groups.Pending | None, Tensor | None] = (None, None)
@@ -149,7 +151,7 @@ class Entry:
     def _overlap(self) -> bool:
         return self.tensor_parallel.overlap
 
-    def take(self) -> Tensor | RoundedRows | None:
+    def take(self) -> Rows | None:
         """Return `operand`, and forget it."""
         found, self.operand = self.operand, None
         return found
@@ -237,7 +239,8 @@ class _Entered(torch.autograd.Function):
         eps: float | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        total, normed, root = entry.normalise(hidden, addend, norm, norm_bias, eps, keeps=a is not None)
+        entry.adapted = a is not None
+        total, normed, root = entry.normalise(hidden, addend, norm, norm_bias, eps, keeps=entry.adapted)
         ax = None if a is None else entry.rows.reduce_input(normed, a, local=entry.in_parts)
         entry.needs = needs = Needs(any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2])
         reads = needs.a or (needs.x and norm is not None)
