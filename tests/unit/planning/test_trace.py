@@ -105,6 +105,24 @@ def test_a_kernel_counts_as_one_operation() -> None:
     assert "messages" not in {key[0] for key in found.forward if isinstance(key, tuple)}
 
 
+@pytest.mark.parametrize("name", ["none", "qkv", "all"])
+def test_kernels_that_round_save_bytes(name: str) -> None:
+    """They write a byte and read none for a number, and no 16-bit copy without an update; the rest is rounded alone."""
+    config = ADAPTERS[name]
+    kind, sizes = Kind((config and config.of_one_layer,), earlier=True), Sizes((256,), (8,), 8, 8)
+    plain, found = (Tracer(SHAPE, dtype=torch.bfloat16, rounds=rounds).trace(kind, sizes) for rounds in (False, True))
+    d, o, f = SHAPE.hidden_size, SHAPE.heads.num * SHAPE.heads.dim, SHAPE.intermediate_size
+    copies = {"none": 2 * d + f, "qkv": d + f, "all": 0}[name]
+    more = found.forward["moved"] - plain.forward["moved"]
+    assert more == 256 * (2 * d + f - 2 * copies) + 3 * 4 * 256  # and the scales
+    gate_up = 0 if name == "all" else 2 * f
+    more = found.backward["moved"] - plain.backward["moved"]
+    assert more == 256 * (2 * f - 2 * gate_up) + 4 * 256 + 4 * 2 * f  # and the factors of gradients
+    assert plain.forward["rounded"] - found.forward["rounded"] == 256 * (2 * d + f)
+    assert plain.backward["rounded_back"] - found.backward["rounded_back"] == 256 * 2 * f
+    assert found.forward["rounded"] == 256 * o
+
+
 def test_what_the_garbage_collector_ends_is_not_counted() -> None:
     """An engine of DeepSpeed runs operations when it is deleted, and the collector may delete it at any moment."""
 
