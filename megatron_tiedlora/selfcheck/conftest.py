@@ -2,13 +2,18 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import torch
+from _pytest.junitxml import xml_key
 
 from megatron_tiedlora.base.child_process import end_with_parent
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.runtime import launch_env, process_group
-from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, option, why_no_gpu
+from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, gpu_state, option, why_no_gpu
+from megatron_tiedlora.training.throughput import use_private_cache
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
         end_with_parent()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Write the file of results after each test, because the time of a part may end in the next one."""
+    ended = yield
+    if (results := item.config.stash.get(xml_key, None)) is not None:
+        results.pytest_sessionfinish()
+    return ended
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End a process of `tiedlora check-gpu` without exit handlers, because a communicator or a profiler may hang."""
     if option(config, "folder"):
@@ -31,16 +45,33 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(0)
 
 
-@pytest.fixture(autouse=True)
-def variables() -> None:
-    """Set the environment variables of a training run before CUDA is initialised."""
+@pytest.fixture(scope="session", autouse=True)
+def variables(pytestconfig: pytest.Config, record_testsuite_property: Callable[[str, object], None]) -> Iterator[None]:
+    """Set the environment variables of a training run before CUDA is initialised.
+
+    All compiled kernels of all parts share a cache. In `tiedlora check-gpu`, record the GPU's state before and after.
+    """
     launch_env.prepare_environment()
+    with suppress(UserError):  # whoever compiles says why it is not possible
+        use_private_cache()
+    watches = option(pytestconfig, "folder") and option(pytestconfig, "device") == "cuda" and not why_no_gpu()
+    if watches:
+        record_testsuite_property("GPU before", gpu_state())
+    yield
+    if watches:
+        record_testsuite_property("GPU after", gpu_state())
 
 
 @pytest.fixture(scope="session")
 def model(pytestconfig: pytest.Config) -> str:
     """Return the name of the model preset whose layer sizes are used."""
     return str(option(pytestconfig, "model"))
+
+
+@pytest.fixture(scope="session")
+def is_long(pytestconfig: pytest.Config) -> bool:
+    """Return whether the long form of a part runs."""
+    return bool(option(pytestconfig, "long"))
 
 
 @pytest.fixture(scope="session")

@@ -68,15 +68,18 @@ def planned_bytes(plan: run_plan.RunPlan) -> float:
     return memory.held_memory(plan.stage).plus(step).total
 
 
-def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
+def layers_that_fit(model: str, *flags: str, share: float = 0.85, most: int | None = None) -> int:
     """Return how many layers of a preset fit into the fraction `share` of the free GPU memory, by the dry run's plan.
+
+    Args:
+        most: this many layers are enough; None: all layers of the preset.
 
     Raises:
         UserError: not even one layer fits.
     """
     release()
     free = share * torch.cuda.mem_get_info()[0]
-    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
+    for layers in range(most or PRESETS[model]["num_hidden_layers"], 0, -1):
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers

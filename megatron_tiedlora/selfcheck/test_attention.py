@@ -21,7 +21,8 @@ from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.reference import plain_attention, relative, worst_of
 from megatron_tiedlora.selfcheck.running import compute_dtype
-from megatron_tiedlora.training.throughput import timed
+from megatron_tiedlora.selfcheck.timing import seconds_of_call
+from megatron_tiedlora.training.throughput import find_peak, timed
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +44,7 @@ SLOW_FIX = (
 )
 NEW_SHAPE_SECONDS = 5e-3  # a first call on a new length may take this much longer than a second one
 TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
+LONGER = 8192  # another s
 DOCUMENT_LENGTH = 200  # of the timed packed row
 
 
@@ -152,15 +154,45 @@ def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, w
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
 
 
+@pytest.mark.parametrize("length", [TIMED[2], LONGER])
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents of 200"])
-def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
-    """Measure the milliseconds of attention, forward and backward, with 32 heads and 4,096 tokens, as in a 7B model."""
-    length = TIMED[2]
-    ids = torch.arange(length)[None] // DOCUMENT_LENGTH if packed else None
+def test_time(packed: bool, length: int, gpu: torch.device, tell: Tell) -> None:
+    """Measure each kernel's forward and backward pass with 32 heads, as in a 7B model."""
+    peak = find_peak(gpu, torch.bfloat16).flops_per_second
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
         if not packed or name != CUDNN:
             with optional(tell, name, gpu):
-                tell(f"{name}: ms", 1e3 * min(_seconds(route, length, ids, gpu) for _ in range(5)))
+                tell(name, speed(route, length, DOCUMENT_LENGTH if packed else length, peak, gpu))
+
+
+def speed(route: AttentionCall, length: int, document: int, peak: float, device: torch.device) -> str:
+    """Return text with a kernel's milliseconds, TFLOP/s and share of the peak, which is in FLOP/s.
+
+    A score below the diagonal needs 4 FLOPs per element of a head forwards and 10 backwards. The planner counts as if
+    the backward pass took twice the FLOPs of the forward pass, so its share is lower.
+
+    Args:
+        document: the tokens of each document in the row of `length` tokens.
+    """
+    size, heads, _, head_dim = TIMED
+    ids = torch.arange(length)[None] // document if document < length else None
+    draw = partial(torch.randn, device=device, dtype=compute_dtype(device))
+    query_key_value = [draw(size, heads, length, head_dim).requires_grad_() for _ in range(3)]
+    output, weight = route(*query_key_value, ids), draw(size, length, heads * head_dim)
+    forward = seconds_of_call(lambda: route(*query_key_value, ids), device)
+    backward = partial(torch.autograd.grad, output, query_key_value, weight, retain_graph=True)
+    both = forward, seconds_of_call(backward, device)
+    flops = 2 * size * heads * head_dim * sum(n * n for n in document_lengths(length, document))
+    times = ", ".join(
+        f"{way} {1e3 * seconds:.3g} ms = {times * flops / seconds / 1e12:.0f} TFLOP/s"
+        for way, seconds, times in zip(("forwards", "backwards"), both, (1.0, 2.5), strict=True)
+    )
+    return f"{times}; the planner's share {3 * flops / sum(both) / peak:.3f}"
+
+
+def document_lengths(length: int, document: int) -> list[int]:
+    """Return the lengths of the documents of a row of `length` tokens, of which the last one may be shorter."""
+    return [min(document, length - start) for start in range(0, length, document)]
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
