@@ -33,7 +33,7 @@ _MEETING_MINUTES = 10.0  # time limit for the rendezvous in plan --measure
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
 
 CHECK_SECONDS, CHECK_SECONDS_OF_SEVERAL = 480.0, 600.0  # the default time of check-gpu on one GPU, and on several
-RANKS_OF_SEVERAL = (240, 400)  # as in CHECK_PARTS, for the part `ranks` on several GPUs
+RANKS_OF_SEVERAL = (220, 400)  # as in CHECK_PARTS, for the part `ranks` on several GPUs
 NO_GPU_STATUS = 2
 
 
@@ -232,8 +232,8 @@ def check_gpu(settings: CheckGpuSettings) -> int:
         given = {"device": settings.device, "model": settings.model, "folder": folder, "seconds": left}
         options = [f"--check-{name}={value}" for name, value in {**given, "long": int(limit.is_long)}.items()]
         command = parts.part_command(part, *options, f"--junitxml={folder / f'{part}.xml'}")
-        around = {"environment": parts.part_environment(part, settings.device), "folder": folder}
-        suites.append(parts.run_part(part, command, seconds=left, shows=write, **around))
+        environment = parts.part_environment(part, settings.device)
+        suites.append(parts.run_part(part, command, environment=environment, folder=folder, seconds=left, shows=write))
         show(*parts.part_lines(suites[-1]))
         write()
     write()
@@ -245,13 +245,8 @@ def check_gpu(settings: CheckGpuSettings) -> int:
 
 
 class PartLimit(NamedTuple):
-    """The time of one part of check-gpu.
-
-    Attributes:
-        seconds: its share of the total time. It may also use the time that earlier parts have left.
-        least: without so many seconds it is left out; 0 if its time is sure.
-        is_long: whether the long form runs.
-    """
+    """A part's share of the time of check-gpu, to which it may add what earlier parts have left; the least seconds
+    without which it is left out; and whether its long form runs."""
 
     seconds: float
     least: float

@@ -20,8 +20,8 @@ _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
 
 # The parts of check-gpu in order of worth, with the seconds that the short and the long form of each need.
 CHECK_PARTS = {
-    "env": (35, 60), "correct": (110, 130), "attention": (35, 60), "speed": (95, 500), "layers": (50, 250),
-    "constants": (55, 300), "memory": (45, 45), "host": (30, 30), "decode": (25, 25), "ranks": (100, 100),
+    "env": (40, 60), "correct": (110, 130), "attention": (35, 60), "speed": (95, 500), "layers": (100, 550),
+    "memory": (45, 45), "host": (30, 30), "decode": (25, 25), "ranks": (100, 100),
 }
 
 
@@ -41,8 +41,8 @@ Check how this package works on this machine's GPUs: correct results, speed, mem
     attention  every available attention kernel against fp64, its TFLOP/s, and its first call on a new shape
     speed      training steps at the width of --model, and of 70B in nf4: tokens/s, MFU, time by class of kernels,
                a trace; long: qk-norm, dropout, --deterministic, several adapters
-    layers     a layer of 7B and of a rank of 70B (without messages) in bf16, fp8 and nf4; long: more shards and formats
-    constants  matmuls of these shapes in TFLOP/s, and the machine's constants for the planner's --constants
+    layers     a layer of 7B and of a rank of 70B (without messages) in bf16, fp8 and nf4; their matmuls in TFLOP/s;
+               the machine's constants for plan --constants; long: more shards, formats and numbers of tokens
     memory     allocated and reserved memory compared with the plan of --dry_run; rows of varying lengths
     host       kernel launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
     decode     greedy decoding: the same tokens as without a cache, milliseconds per token

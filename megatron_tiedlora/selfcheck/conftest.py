@@ -25,8 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker `gpu`, and make this process end when `tiedlora check-gpu` ends."""
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "long: only in the long form of a part")
     if option(config, "folder"):
         end_with_parent()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of the long form in the short form."""
+    if item.get_closest_marker("long") and not option(item.config, "long"):
+        pytest.skip("only the long form measures this: give --seconds 3000")
 
 
 @pytest.hookimpl(wrapper=True)

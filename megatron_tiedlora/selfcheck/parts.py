@@ -49,7 +49,6 @@ _TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # rounds fp32 to TF32
 _INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
 ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report this with the versions of part env"
 MEMORY_FIX = "end other processes on the GPU (nvidia-smi), or give a smaller --model"
-LONG_FORM = "only the long form measures this: give --seconds 3000"
 HANG_FIX = "run this part alone with more --seconds; if it hangs again, see its output in the report's folder"
 STUCK_FIX = (
     "this process hangs in the driver and cannot be killed: look for lines with Xid in `dmesg`; reset the GPU or"

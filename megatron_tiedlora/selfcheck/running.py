@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -79,11 +80,14 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85, most: int | No
     """
     release()
     free = share * torch.cuda.mem_get_info()[0]
-    for layers in range(most or PRESETS[model]["num_hidden_layers"], 0, -1):
-        plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
-        if planned_bytes(plan) <= free:
-            return layers
-    raise UserError(f"--model {model}: no layer fits into {bytes_in_words(free)}; give a smaller model")
+
+    def planned(layers: int) -> float:
+        return planned_bytes(plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}")))
+
+    layers = bisect_right(range(1, 1 + (most or PRESETS[model]["num_hidden_layers"])), free, key=planned)
+    if not layers:
+        raise UserError(f"--model {model}: no layer fits into {bytes_in_words(free)}; give a smaller model")
+    return layers
 
 
 @contextmanager

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import find_documents, whole_rows
@@ -31,7 +29,7 @@ AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 int64 on the CPU or None. It returns the attention output, (b, s, heads * head_dim)."""
 
 CHOSEN = "chosen by the package"  # an error of any other kernel does not fail a test
-ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
+ONE_BY_ONE = "one document after another"
 # Relative errors (2-norms) due to rounding. A mask that is wrong by one token has an error of at least 0.3.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 LEAST_SEEN = 0.05
@@ -43,8 +41,7 @@ SLOW_FIX = (
     "every new shape needs a new plan, as with cuDNN: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
 )
 NEW_SHAPE_SECONDS = 5e-3  # a first call on a new length may take this much longer than a second one
-TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
-LONGER = 8192  # another s
+LENGTHS_TIMED = (4096, 8192)
 DOCUMENT_LENGTH = 200  # of the timed packed row
 
 
@@ -57,8 +54,8 @@ class Heads(NamedTuple):
     head_dim: int
 
 
+HEADS = Heads("7B", 32, 32, 128)  # whose time is measured
 CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4, 64), Heads("GQA d80", 4, 2, 80))
-_NONE = "No available kernel"  # torch's message if a backend does not support the shapes
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
 
@@ -85,15 +82,6 @@ def test_control(device: torch.device, tell: Tell) -> None:
     assert error >= LEAST_SEEN, "this check computes wrong errors here: report this with the versions of part env"
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
-def test_kernels(dtype: torch.dtype, gpu: torch.device, tell: Tell) -> None:
-    """Record which attention kernels can run here, and why the others cannot run."""
-    obstacles = attention_obstacles(gpu, dtype, TIMED[-1])
-    for candidate in CANDIDATES:
-        obstacle = obstacles.get(candidate.name)
-        tell(candidate.name, "runs" if obstacle is None else f"does not run; it {obstacle}")
-
-
 def compare(
     tell: Tell,
     name: str,
@@ -106,8 +94,6 @@ def compare(
 ) -> None:
     """Compare the output and the gradients of a kernel with fp64, on two rows of documents with these `lengths`."""
     packed = len(lengths) > 1
-    if packed and name == CUDNN:  # cuDNN does not support packed rows
-        return
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
     heads = random_heads(case, ids.shape[1], device=device, dtype=dtype)
     weight = torch.randn(2, ids.shape[1], case.heads * case.head_dim, device=device, dtype=dtype)
@@ -133,7 +119,7 @@ def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
     except Exception as error:
         if name == CHOSEN:
             raise
-        tell(name, "no such kernel for these shapes" if _NONE in str(error) else first_line(error))
+        tell(name, first_line(error))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the device may be lost
 
@@ -154,54 +140,45 @@ def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, w
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
 
 
-@pytest.mark.parametrize("length", [TIMED[2], LONGER])
+@pytest.mark.parametrize("length", LENGTHS_TIMED)
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents of 200"])
 def test_time(packed: bool, length: int, gpu: torch.device, tell: Tell) -> None:
-    """Measure each kernel's forward and backward pass with 32 heads, as in a 7B model."""
+    """Measure each kernel with 32 heads, as in a 7B model, and record why others cannot run."""
     peak = find_peak(gpu, torch.bfloat16).flops_per_second
-    for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
-        if not packed or name != CUDNN:
-            with optional(tell, name, gpu):
-                tell(name, speed(route, length, DOCUMENT_LENGTH if packed else length, peak, gpu))
+    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim).items():
+        with optional(tell, name, gpu):
+            tell(name, speed(route, length, DOCUMENT_LENGTH if packed else length, peak, gpu))
+    for name, obstacle in attention_obstacles(gpu, compute_dtype(gpu), HEADS.head_dim).items():
+        tell(name, f"does not run; it {obstacle}")
 
 
 def speed(route: AttentionCall, length: int, document: int, peak: float, device: torch.device) -> str:
-    """Return text with a kernel's milliseconds, TFLOP/s and share of the peak, which is in FLOP/s.
+    """Return text with a kernel's milliseconds, TFLOP/s and share of the peak FLOP/s.
 
-    A score below the diagonal needs 4 FLOPs per element of a head forwards and 10 backwards. The planner counts as if
-    the backward pass took twice the FLOPs of the forward pass, so its share is lower.
-
-    Args:
-        document: the tokens of each document in the row of `length` tokens.
+    The backward pass computes five matmuls of scores, and the forward pass two. The planner counts it as twice the
+    forward pass, so its share is lower. Only scores within documents of so many tokens are computed.
     """
-    size, heads, _, head_dim = TIMED
     ids = torch.arange(length)[None] // document if document < length else None
-    draw = partial(torch.randn, device=device, dtype=compute_dtype(device))
-    query_key_value = [draw(size, heads, length, head_dim).requires_grad_() for _ in range(3)]
-    output, weight = route(*query_key_value, ids), draw(size, length, heads * head_dim)
-    forward = seconds_of_call(lambda: route(*query_key_value, ids), device)
-    backward = partial(torch.autograd.grad, output, query_key_value, weight, retain_graph=True)
-    both = forward, seconds_of_call(backward, device)
-    flops = 2 * size * heads * head_dim * sum(n * n for n in document_lengths(length, document))
-    times = ", ".join(
-        f"{way} {1e3 * seconds:.3g} ms = {times * flops / seconds / 1e12:.0f} TFLOP/s"
-        for way, seconds, times in zip(("forwards", "backwards"), both, (1.0, 2.5), strict=True)
-    )
-    return f"{times}; the planner's share {3 * flops / sum(both) / peak:.3f}"
-
-
-def document_lengths(length: int, document: int) -> list[int]:
-    """Return the lengths of the documents of a row of `length` tokens, of which the last one may be shorter."""
-    return [min(document, length - start) for start in range(0, length, document)]
+    heads, weight = drawn(length, device)
+    query, key, value = heads
+    backward = partial(torch.autograd.grad, route(query, key, value, ids), heads, weight, retain_graph=True)
+    seconds = [seconds_of_call(step, device) for step in (partial(route, query, key, value, ids), backward)]
+    lengths = [min(document, length - start) for start in range(0, length, document)]
+    flops = 2 * HEADS.heads * HEADS.head_dim * sum(part**2 for part in lengths)
+    pairs = zip(("forwards", "backwards"), seconds, (flops, 2.5 * flops), strict=True)
+    rates = (f"{way} {1e3 * taken:.3g} ms = {work / taken / 1e12:.0f} TFLOP/s" for way, taken, work in pairs)
+    return f"{', '.join(rates)}; the planner's share {3 * flops / sum(seconds) / peak:.3f}"
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
     """Measure how much longer the first call on a length takes than the second, as the median over several lengths."""
-    for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
+    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim).items():
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []
             for length in range(1000, 1144, 24):
-                first, again = (_seconds(route, length, None, gpu) for _ in range(2))
+                heads, weight = drawn(length, gpu)
+                torch.cuda.synchronize()
+                first, again = (timed(partial(results, route, heads, None, weight), gpu) for _ in range(2))
                 costs.append(first - again)
                 if time.perf_counter() - started > 3:
                     break
@@ -209,14 +186,11 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
             warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
 
 
-def _seconds(route: AttentionCall, length: int, ids: Tensor | None, device: torch.device) -> float:
-    """Return the seconds of one forward and backward pass in bf16."""
-    size, heads, _, head_dim = TIMED
-    draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    query_key_value = [draw(size, heads, length, head_dim).requires_grad_() for _ in range(3)]
-    weight = draw(size, length, heads * head_dim)
-    torch.cuda.synchronize()
-    return timed(lambda: results(route, query_key_value, ids, weight), device)
+def drawn(length: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Return random queries, keys and values of one row, and a random gradient of the output."""
+    draw = partial(torch.randn, device=device, dtype=compute_dtype(device))
+    heads = [draw(1, HEADS.heads, length, HEADS.head_dim).requires_grad_() for _ in range(3)]
+    return heads, draw(1, length, HEADS.heads * HEADS.head_dim)
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
@@ -229,7 +203,7 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
             # created when it is called, because its library may fail
             routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False))(*heads)
-    return {**routes, CUDNN: _by_cudnn}
+    return routes
 
 
 def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
@@ -253,13 +227,3 @@ def _within(attend: Attend) -> AttentionCall:
         return attend_within(query, key, value, documents, attend)
 
     return route
-
-
-def _by_cudnn(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    """Return the attention output of cuDNN, which PyTorch prefers on Hopper. The package never uses it to train."""
-    assert ids is None
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        output = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    return output.transpose(1, 2).flatten(2)

@@ -1,9 +1,7 @@
 """Checks the environment: records software versions and the package's choices, and measures matmul and copy rates."""
 
 import subprocess
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +25,6 @@ SMI_FIELDS = (
     *("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "mig.mode.current", "ecc.mode.current"),
     *("ecc.errors.uncorrected.volatile.total", "pcie.link.gen.max", "pcie.link.width.max"),
 )
-SEGMENT_BYTES = 2**26
 SEGMENTS_FIX = (
     "expandable segments do not work here (an old driver, or a container without CUDA's virtual memory), so rows of"
     " many lengths waste memory: update the driver; part memory shows how much more is reserved than allocated"
@@ -77,15 +74,10 @@ def test_driver(gpu: torch.device, tell: Tell) -> None:
 
 def test_expandable_segments(gpu: torch.device, tell: Tell) -> None:
     """Check that the allocator's segments can grow, as the package's environment asks."""
-    torch.empty(SEGMENT_BYTES, dtype=torch.uint8, device=gpu)  # the allocator keeps its segment
-    segments = torch.cuda.memory_snapshot()
-    tell("segments that can grow", f"{sum(map(can_grow, segments))} of {len(segments)}")
-    warn_unless(all(map(can_grow, segments)), tell, SEGMENTS_FIX)
-
-
-def can_grow(segment: Mapping[str, Any]) -> bool:
-    """Return whether a segment of the allocator's snapshot is expandable."""
-    return bool(segment.get("is_expandable"))
+    torch.empty(2**26, device=gpu)  # the allocator keeps its segment
+    grow = [bool(segment.get("is_expandable")) for segment in torch.cuda.memory_snapshot()]
+    tell("segments that can grow", f"{sum(grow)} of {len(grow)}")
+    warn_unless(all(grow), tell, SEGMENTS_FIX)
 
 
 def test_peers(gpu: torch.device, tell: Tell) -> None:

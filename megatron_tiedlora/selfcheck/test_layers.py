@@ -1,19 +1,25 @@
-"""Measures a layer, forwards and backwards, for each format of its weights and for ranks of several tensor-parallel
-sizes, whose messages are not sent. The time of the complete model follows from the times of a short and a long one."""
+"""Measures layers in each format, the matmuls of all shards, and the constants of the machine for the planner."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_tiedlora.base.shapes import FP8_CAPABILITY, PRESETS
+from megatron_tiedlora.base.files import write_json
+from megatron_tiedlora.base.shapes import FP8_CAPABILITY, PRESETS, LinearShape
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.batch import find_supervised
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.quantise import CODE_TYPE
+from megatron_tiedlora.parallel.shard_spec import weight_spec
 from megatron_tiedlora.planning.counting import CountingGroup
 from megatron_tiedlora.planning.passes import step_flops
-from megatron_tiedlora.selfcheck import compare, parts, running, timing
+from megatron_tiedlora.selfcheck import compare, machine_constants, parts, running, timing
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark
 from megatron_tiedlora.training.throughput import choose_kernels, find_peak
 
@@ -30,77 +36,71 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "fp8": ("--base=fp8",),
     "int8": ("--base=int8",),
 }
-
-
-class Case(NamedTuple):
-    """The layers of a preset ("": --model), a tensor-parallel size, and a format; whether only the long form has it."""
-
-    model: str
-    tp_size: int
-    name: str
-    is_long: bool = False
-
-
+# A preset ("": --model), a tensor-parallel size and a format. Only the long form measures the others.
 CASES = (
-    *(Case("", 1, name) for name in ("bf16", "fp8 matmuls", "nf4")),
-    *(Case(LARGE, 8, name) for name in ("bf16", "fp8 matmuls")),
-    *(Case(LARGE, 1, name) for name in ("bf16", "fp8 matmuls", "nf4")),
-    *(Case(LARGE, tp_size, name, is_long=True) for tp_size in (4, 2) for name in ("bf16", "fp8 matmuls")),
-    *(Case("", 1, name, is_long=True) for name in list(FORMATS)[3:]),
+    *(("", 1, name) for name in ("bf16", "fp8 matmuls", "nf4")),
+    *((LARGE, 8, name) for name in ("bf16", "fp8 matmuls")),
+    *((LARGE, 1, name) for name in ("bf16", "fp8 matmuls", "nf4")),
 )
+LONG_CASES = (
+    *((LARGE, size, name) for size in (4, 2) for name in ("bf16", "fp8 matmuls")),
+    *(("", 1, name) for name in list(FORMATS)[3:]),
+)
+SHARDS = [(preset, size) for size in (1, 8, 4, 2) for preset in ("", LARGE)]  # whose matmuls are measured
+TOKENS = ((4096,), (2048, 4096, 8192, 16384))  # of a matmul, in the short and in the long form
+APART = (0, 8, 16)  # elements between the rows of an input
+RANK = 8  # of the adapter whose narrow matmuls are measured
+SECONDS, CONSTANTS = (12.0, 60.0), "layers-constants.json"  # in the short and in the long form; the file
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model or 'model'} TP{case.tp_size} {case.name}")
-def test_layer(case: Case, gpu: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
-    """Measure a layer, and how fast a model of such layers would be."""
-    if case.is_long and not is_long:
-        pytest.skip(parts.LONG_FORM)
-    if "--products=fp8" in FORMATS[case.name] and torch.cuda.get_device_capability(gpu) < FP8_CAPABILITY:
+@pytest.mark.parametrize(
+    ("preset", "tp_size", "name"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)],
+    ids=lambda value: str(value or "model"),
+)
+def test_layer(preset: str, tp_size: int, name: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
+    """Measure a layer without the messages of its shard, and how fast a model of such layers would be."""
+    if "--products=fp8" in FORMATS[name] and torch.cuda.get_device_capability(gpu) < FP8_CAPABILITY:
         pytest.skip("the GPU has no FP8 matmuls")
     running.release()
     try:
-        measure_layer(case.model or model, case.tp_size, (*FLAGS, *FORMATS[case.name]), gpu, tell)
+        measure_layer(preset or model, tp_size, (*FLAGS, *FORMATS[name]), gpu, tell)
     except torch.OutOfMemoryError:
         pytest.skip("these layers need more memory than the GPU has")
 
 
 def measure_layer(model: str, tp_size: int, flags: tuple[str, ...], device: torch.device, tell: parts.Tell) -> None:
-    """Measure forward and backward passes of two models, and record the seconds of a layer and of the complete model.
+    """Record the time of a layer, which is the difference of two models, and the speed of the complete model.
 
     Args:
         flags: of `tiedlora bench --what layout`. They decide the format of the weights and the tokens of a micro-batch.
     """
     flags = (*flags, f"--tensor_parallel={tp_size}")
     settings = [running.step_settings(model, *flags, f"--num_layers={depth}") for depth in DEPTHS]
-    short, long = (plan_benchmark(each, world_size=tp_size) for each in settings)
-    chosen = choose_kernels(short, device)
+    plans = [plan_benchmark(each, world_size=tp_size) for each in settings]
+    chosen = choose_kernels(plans[0], device)
     parts.tell_kernels(tell, chosen.description)
-    group = TensorParallel(CountingGroup(None, 0, tp_size), short.layout.sequence_parallel) if tp_size > 1 else None
-    taken = []
-    for plan in (short, long):
-        stage = compare.random_stage(
-            plan.source.shape,
-            plan.adapter,
-            dtype=plan.dtype,
-            make_weight=plan.weight_maker(device, chosen.kernels),
-            device=device,
-            kernels=chosen.kernels,
-            tensor_parallel=group,
-        )
-        step = partial(take_passes, stage, settings[0].length, plan.source.shape.vocab_size, device)
+    sharded = plans[0].layout.sequence_parallel
+    group = TensorParallel(CountingGroup(None, 0, tp_size), sharded) if tp_size > 1 else None
+    taken, flops, length = [], [], settings[0].length
+    for plan in plans:
+        shape, kernels = plan.source.shape, chosen.kernels
+        given: dict[str, Any] = {"dtype": plan.dtype, "device": device, "kernels": kernels, "tensor_parallel": group}
+        stage = compare.random_stage(shape, plan.adapter, make_weight=plan.weight_maker(device, kernels), **given)
+        step = partial(take_passes, stage, length, shape.vocab_size, device)
         taken.append(timing.seconds_of_call(step, device))
-        spent = timing.kernel_seconds(step) if device.type == "cuda" else {}
+        flops.append(step_flops(shape, plan.adapter, length, length**2, length).total() / tp_size)
     layer = (taken[1] - taken[0]) / (DEPTHS[1] - DEPTHS[0])
     tell("ms of a layer", 1e3 * layer)
     tell("ms of embedding and head", 1e3 * (taken[0] - DEPTHS[0] * layer))
-    tell(f"time of kernels of {DEPTHS[1]} layers", timing.shares_in_words(spent))
     layers = PRESETS[model]["num_hidden_layers"] if model in PRESETS else DEPTHS[1]
-    whole, length = taken[0] + (layers - DEPTHS[0]) * layer, settings[0].length
+    whole = taken[0] + (layers - DEPTHS[0]) * layer
     tell(f"tokens/s per GPU of {layers} layers, without messages", length / whole / tp_size)
-    added = [step_flops(plan.source.shape, plan.adapter, length, length**2, length).total() for plan in (short, long)]
-    rate = (added[1] - added[0]) / (taken[1] - taken[0]) / tp_size
+    rate = (flops[1] - flops[0]) / (taken[1] - taken[0])
     tell("TFLOP/s of a layer", rate / 1e12)
     tell("share of the bf16 peak", rate / find_peak(device, torch.bfloat16).flops_per_second)
+    if device.type == "cuda":
+        tell(f"time of kernels of {DEPTHS[1]} layers", timing.shares_in_words(timing.kernel_seconds(step)))
 
 
 def take_passes(stage: Stage, length: int, vocab_size: int, device: torch.device) -> None:
@@ -109,3 +109,59 @@ def take_passes(stage: Stage, length: int, vocab_size: int, device: torch.device
     labels = find_supervised(tokens, stage.tensor_parallel.sequence_parts).moved(lambda tensor: tensor.to(device))
     positions = torch.arange(length, device=device)[None]
     stage(tokens.to(device), positions, labels, documents=None).backward()
+
+
+@pytest.mark.parametrize(("preset", "tp_size"), SHARDS, ids=lambda value: str(value or "model"))
+def test_matmuls(preset: str, tp_size: int, gpu: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
+    """Measure every matmul of a layer's shard, for each number of tokens."""
+    running.release()
+    for linear in shape_from_hf(PRESETS[preset or model], source=preset or model).block.linears:
+        for tokens in TOKENS[is_long]:
+            measure_linear(linear, tp_size, tokens, gpu, tell)
+
+
+def measure_linear(linear: LinearShape, tp_size: int, tokens: int, device: torch.device, tell: parts.Tell) -> None:
+    """Record the TFLOP/s of a linear's matmuls forwards (x W^T) and backwards (dy W), and the time of narrow ones.
+
+    The rows of the inputs are d, d + 8 or d + 16 elements apart. FP8 matmuls add with few bits (fast) or with more.
+    """
+    rows, width = weight_spec(linear).local_shape((linear.out_size, linear.in_size), tp_size)
+    draw = partial(torch.randn, device=device, dtype=running.compute_dtype(device))
+    peak = find_peak(device, torch.bfloat16).flops_per_second if device.type == "cuda" else float("nan")
+    weight, texts = draw(rows, width), list[str]()
+
+    def measure(name: str, peak: float, *ways: Callable[[], object]) -> None:
+        rates = [2 * tokens * rows * width / timing.seconds_of_call(way, device) for way in ways]
+        texts.append(f"{name} {' and '.join(f'{rate / 1e12:.0f} ({rate / peak:.0%})' for rate in rates)}")
+
+    for apart in APART:
+        x, grad = draw(tokens, width + apart)[:, :width], draw(tokens, rows + apart)[:, :rows]
+        measure(f"d + {apart}", peak, partial(torch.mm, x, weight.t()), partial(torch.mm, grad, weight))
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:
+        codes = [tensor.to(CODE_TYPE["fp8"]) for tensor in (x, weight, grad, weight.t().contiguous())]
+        scales = torch.ones(max(tokens, rows, width), 1, device=device)
+
+        def multiply(one: torch.Tensor, other: torch.Tensor, fast: bool) -> torch.Tensor:
+            by_row = scales[: len(one)], scales[: len(other)].t()
+            return torch._scaled_mm(one, other.t(), *by_row, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+        for name, fast in (("fp8 fast", True), ("fp8", False)):  # a data sheet's rate in FP8 is twice that in bf16
+            ways = (partial(multiply, one, other, fast=fast) for one, other in (codes[:2], codes[2:]))
+            measure(name, 2 * peak, *ways)
+    a, b, ax = draw(RANK, width), draw(rows, RANK), draw(tokens, RANK)
+    for name, pair in {"A x": (x, a.t()), "B ax": (ax, b.t()), "dA": (ax.t(), x), "dB": (grad.t(), ax)}.items():
+        texts.append(f"{name} {1e6 * timing.seconds_of_call(partial(torch.mm, *pair), device):.0f} us")
+    tell(f"{linear.name} {rows} x {width}, {tokens} tokens, TFLOP/s forwards and backwards", "; ".join(texts))
+
+
+def test_constants(
+    joined: torch.device, gpu: torch.device, model: str, is_long: bool, pytestconfig: pytest.Config, tell: parts.Tell
+) -> None:
+    """Measure the constants of this machine like `tiedlora plan --measure`, and write its file."""
+    source = find_model(model, weights=False)
+    machine = machine_constants.measure_machine(source, joined, seconds=SECONDS[is_long])
+    if folder := parts.option(pytestconfig, "folder"):
+        write_json(Path(folder) / CONSTANTS, machine.record())
+        tell("for tiedlora plan --constants", CONSTANTS)
+    for name, constant in machine.constants.items():
+        tell(name, f"{constant.value:.4g} ({constant.source})")

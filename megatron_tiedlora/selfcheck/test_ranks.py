@@ -17,8 +17,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import count
 from pathlib import Path
@@ -65,8 +65,7 @@ NOTICED_SECONDS = 45.0  # from the death of a rank; 30 of them are the limit of 
 # Fractions of the part's time. One rank must have finished by the first, and all layouts by the second. The ranks of
 # the test that kills one must be training by the third. Messages are timed by the fourth.
 ALONE, LAYOUTS, WORKING, TIMED = 0.25, 0.75, 0.9, 0.97
-# The least blocks of a message's kernel (0: NCCL decides), and those that the short form tries.
-CTAS, SHORT_CTAS, CTAS_VARIABLE = (0, 4, 8, 16), (0, 8), "NCCL_MIN_CTAS"
+CTAS = "NCCL_MIN_CTAS"  # the least blocks of a message's kernel
 WIDTH = {"cpu": 256, "cuda": 8192}  # of the square matrices of messages and matmuls
 _POLL_SECONDS = 0.1
 DOCTOR_SECONDS = 30.0  # limit for the ranks to connect, and for each answer
@@ -178,15 +177,12 @@ class Ranks:
         """The cases that a single rank trains for the comparison. There is one case for each dtype."""
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
-    def run(
-        self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0, **more: str
-    ) -> EndedRanks:
+    def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
         """Run ranks until all end, or until `grace` seconds after a failure, and return how they ended.
 
         Args:
             first, cases: FIRST and CASES of the ranks' command line.
             share: the fraction of the part's time limit at which the ranks are killed.
-            more: further environment variables.
         """
         port, deadline = launch_env.free_port("127.0.0.1"), self.began + share * self.seconds
         command = [sys.executable, "-P", "-m", __name__, str(self.folder), str(first), json.dumps(cases)]
@@ -196,7 +192,7 @@ class Ranks:
         try:
             for number, log in enumerate(logs):
                 place = launch_env.rank_variables(number, size, number, "127.0.0.1", port)
-                environment = {**os.environ, "OMP_NUM_THREADS": "1", **place, **self.variables, **more}
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", **place, **self.variables}
                 with log.open("wb") as out:
                     one = subprocess.Popen(command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
                 processes.append(one)
@@ -308,14 +304,13 @@ def test_killed_rank(ranks: Ranks, tell: parts.Tell) -> None:
     assert ended.seconds <= NOTICED_SECONDS and all(ended.statuses[:victim]) and said is not None, LOST_FIX
 
 
-@pytest.mark.parametrize("ctas", CTAS)
-def test_messages(ctas: int, ranks: Ranks, is_long: bool, tell: parts.Tell) -> None:
-    """Time all-gathers and reduce-scatters of a large matrix on all ranks, alone and beside a matmul."""
-    if ctas not in SHORT_CTAS and not is_long:
-        pytest.skip(parts.LONG_FORM)
+@pytest.mark.parametrize("ctas", ["", "8", *(pytest.param(number, marks=pytest.mark.long) for number in ("4", "16"))])
+def test_messages(ctas: str, ranks: Ranks, tell: parts.Tell) -> None:
+    """Time messages of a large matrix on all ranks, alone and beside a matmul, with at least so many blocks."""
     result = ranks.folder / RESULT
     result.unlink(missing_ok=True)
-    ended = ranks.run(MESSAGES, [], ranks.world_size, TIMED, **({CTAS_VARIABLE: str(ctas)} if ctas else {}))
+    variables = {**ranks.variables, **({CTAS: ctas} if ctas else {})}
+    ended = replace(ranks, variables=variables).run(MESSAGES, [], ranks.world_size, TIMED)
     assert result.exists(), f"{FAILED_FIX}\n{ended.why()}"
     for name, value in json.loads(result.read_text()).items():
         tell(name, value)
@@ -402,14 +397,10 @@ def time_messages(device: torch.device, width: int) -> dict[str, float]:
         "a reduce-scatter": partial(distributed.reduce_scatter_tensor, part, whole, async_op=True),
     }
 
-    def beside(start: Callable[[], Any]) -> None:
-        message = start()
-        right @ right
-        message.wait()
-
     for name, start in send.items():
-        found[f"ms of {name}"] = 1e3 * seconds_of_call(lambda start=start: start().wait(), device)
-        found[f"ms of {name} beside a matmul"] = 1e3 * seconds_of_call(partial(beside, start), device)
+        for beside, work in (("", lambda: None), (" beside a matmul", partial(torch.mm, right, right))):
+            step = lambda start=start, work=work: (start(), work())[0].wait()  # noqa: E731
+            found[f"ms of {name}{beside}"] = 1e3 * seconds_of_call(step, device)
     return found
 
 

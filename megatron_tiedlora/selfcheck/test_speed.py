@@ -27,30 +27,29 @@ class Form(NamedTuple):
         model: the preset whose layers are used; "" for --model.
         layers: the most layers in the short and in the long form. They are recomputed if they do not fit otherwise.
         changes: values of training settings that a benchmark does not have.
-        is_long: whether only the long form measures it.
     """
 
     flags: tuple[str, ...] = ()
     model: str = ""
     layers: tuple[int, int] | None = None
     changes: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    is_long: bool = False
 
 
-# The first one is compared with the others of its model.
+# The first one is compared with the others of its model. Only the long form measures the last ones.
 FORMS = {
     "1 x 4,096 tokens": Form(),
     "70B in nf4": Form(("--base=nf4",), "llama2-70b", (20, 80)),
     "20 documents a row": Form(("--documents=20",)),
     "not compiled": Form(("--compile=false",)),
     "2 x 4,096 tokens": Form(("--rows=2",)),
-    "qk-norm": Form(model="qwen3-8b", layers=(8, 36), is_long=True),
-    "dropout": Form(changes={"dropout": 0.05}, is_long=True),
-    "deterministic": Form(changes={"deterministic": True}, is_long=True),
+    "qk-norm": Form(model="qwen3-8b", layers=(8, 36)),
+    "dropout": Form(changes={"dropout": 0.05}),
+    "deterministic": Form(changes={"deterministic": True}),
 }
+LONG_FORMS = ("qk-norm", "dropout", "deterministic")
 LEAST_MFU = 0.35  # of the data sheet's rate; about 0.5 was predicted for 7B on one H100 (docs/gpu.md)
 MOST_PACKED = 1.1  # largest time of a packed step relative to an unpacked one
-TRACE, TRACE_LAYERS, MOST_TRACE = "speed-trace.json.gz", 4, 2_000_000  # a file, its layers, and its size in bytes
+TRACE, MOST_TRACE = "speed-trace.json.gz", 2_000_000  # a file, and its largest size in bytes
 LONGEST = 30  # kernels in the table of a trace
 ADAPTERS = ("--what=step", "--adapters=4", "--rows=1", "--length=1024", "--supervised=1", "--num_layers=4")
 SLOW_FIX = (
@@ -74,14 +73,14 @@ def token_seconds() -> dict[str, float]:
     return {}
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG_FORMS else name for name in FORMS]
+)
 def test_step(
     name: str, layers: int, token_seconds: dict[str, float], model: str, is_long: bool, tell: parts.Tell
 ) -> None:
     """Measure tokens/s, MFU and the GPU time per kernel class for one kind of step, like `tiedlora bench`."""
     form = FORMS[name]
-    if form.is_long and not is_long:
-        pytest.skip(parts.LONG_FORM)
     running.release()
     flags = (f"--num_layers={layers}", *BASE, *form.flags)
     if form.layers is not None:
@@ -138,7 +137,7 @@ def judge_step(
 def test_trace(gpu: torch.device, model: str, pytestconfig: pytest.Config, tmp_path: Path, tell: parts.Tell) -> None:
     """Write a trace of two steps of a few layers, and record the kernels that take most of their time."""
     folder = Path(parts.option(pytestconfig, "folder") or tmp_path)
-    with running.started(running.step_settings(model, *BASE, f"--num_layers={TRACE_LAYERS}")) as run:
+    with running.started_to_fit(model, BASE) as (run, _):
         record_steps(run, folder / TRACE, tell)
 
 
@@ -155,10 +154,9 @@ def record_steps(run: step_bench.Started, file: Path, tell: parts.Tell) -> None:
         tell(kernel[:120], f"{1e3 * seconds:.3g} ms, {seconds / total:.1%}, {calls} calls")
 
 
-def test_adapters(gpu: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
+@pytest.mark.long
+def test_adapters(gpu: torch.device, model: str, tell: parts.Tell) -> None:
     """Measure how much faster several adapters train together than one after another, like `bench --adapters`."""
-    if not is_long:
-        pytest.skip(parts.LONG_FORM)
     running.release()
     found = compare.measure_sides(running.step_settings(model, *ADAPTERS))
     tell("speed together, relative to one after another", found["ratio"])

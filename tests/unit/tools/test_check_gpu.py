@@ -296,8 +296,8 @@ def test_the_seconds_choose_parts_and_their_forms() -> None:
 
 def test_given_parts_all_run_however_little_time_there_is() -> None:
     assert jobs.part_limits(["ranks"], None, num_gpus=1) == {"ranks": (480, 0, True)}
-    some = jobs.part_limits(["speed", "env"], 13.0, num_gpus=0)
-    assert some == {"env": (3.5, 0, False), "speed": (9.5, 0, False)}, "in the order of worth"
+    some = jobs.part_limits(["speed", "env"], 13.5, num_gpus=0)
+    assert some == {"env": (4, 0, False), "speed": (9.5, 0, False)}, "in the order of worth"
     assert next(iter(jobs.part_limits(None, 1, num_gpus=1).items())) == ("env", (1, 0, False))
 
 
@@ -348,8 +348,8 @@ def test_a_part_that_is_left_out_is_named_and_runs_if_time_is_left(
 
     monkeypatch.setattr(parts, "run_part", run_part)
     monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
-    for took, expected in ((35.0, list(CHECK_PARTS)), (50.0, list(CHECK_PARTS)[:-1])):
+    for took, expected in ((40.0, list(CHECK_PARTS)), (55.0, list(CHECK_PARTS)[:-1])):
         ran.clear()
         assert call("check-gpu", ["--device=cpu", f"--output={tmp_path}"]) == 0
         assert ran == expected
-        assert ("Left out for lack of time: ranks (give" in (tmp_path / "report.md").read_text()) == (took == 50)
+        assert ("Left out for lack of time: ranks (give" in (tmp_path / "report.md").read_text()) == (took == 55)

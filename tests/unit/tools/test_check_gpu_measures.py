@@ -23,7 +23,6 @@ from megatron_tiedlora.selfcheck import (
     running,
     step_bench,
     test_attention,
-    test_constants,
     test_env,
     test_layers,
     test_ranks,
@@ -101,14 +100,15 @@ def test_a_layer_is_the_difference_of_two_models(
 
 
 def test_every_case_of_a_layer_can_be_planned() -> None:
-    for case in test_layers.CASES:
-        flags = (*test_layers.FLAGS, *test_layers.FORMATS[case.name], f"--tensor_parallel={case.tp_size}")
-        settings = running.step_settings(case.model or "llama2-7b", *flags, "--num_layers=5")
-        plan = step_bench.plan_benchmark(settings, world_size=case.tp_size)
-        assert plan.layout.sequence_parallel == (case.tp_size > 1) and plan.layout.compiled
-    assert {case.tp_size for case in test_layers.CASES if case.model == test_layers.LARGE} == {1, 2, 4, 8}
-    short = {(case.model, case.name) for case in test_layers.CASES if not case.is_long}
-    assert short == {(model, name) for model in ("", test_layers.LARGE) for name in ("bf16", "fp8 matmuls", "nf4")}
+    for preset, tp_size, name in (*test_layers.CASES, *test_layers.LONG_CASES):
+        flags = (*test_layers.FLAGS, *test_layers.FORMATS[name], f"--tensor_parallel={tp_size}")
+        settings = running.step_settings(preset or "llama2-7b", *flags, "--num_layers=5")
+        plan = step_bench.plan_benchmark(settings, world_size=tp_size)
+        assert plan.layout.sequence_parallel == (tp_size > 1) and plan.layout.compiled
+    sizes = {size for preset, size, _ in (*test_layers.CASES, *test_layers.LONG_CASES) if preset}
+    assert sizes == {size for _, size in test_layers.SHARDS} == {1, 2, 4, 8}
+    short = {(preset, name) for preset, _, name in test_layers.CASES}
+    assert short == {(preset, name) for preset in ("", test_layers.LARGE) for name in ("bf16", "fp8 matmuls", "nf4")}
 
 
 # Matmuls and constants ------------------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def test_every_matmul_has_its_shape_and_distance_of_rows(told: Told, monkeypatch
         assert step().shape == (one.shape[0], other.shape[1])
         return 1e-6
 
-    monkeypatch.setattr(test_constants, "seconds_of_call", seconds_of_call)
+    monkeypatch.setattr(timing, "seconds_of_call", seconds_of_call)
     qkv = running.small_shape().block.linears[0]
-    test_constants.measure_linear(qkv, 2, 64, CPU, told)
+    test_layers.measure_linear(qkv, 2, 64, CPU, told)
     rows, width = qkv.out_size // 2, qkv.in_size
     expected = []
     for apart in (0, 8, 16):
@@ -148,11 +148,11 @@ def test_constants_are_what_plan_measures_and_can_be_read(
         asked.append(seconds)
         return machine_constants.CPU
 
-    monkeypatch.setattr(test_constants, "measure_machine", measure_machine)
+    monkeypatch.setattr(machine_constants, "measure_machine", measure_machine)
     config: Any = SimpleNamespace(getoption=lambda *_: str(tmp_path))
-    test_constants.test_constants(CPU, CPU, "llama2-7b", True, config, told)
+    test_layers.test_constants(CPU, CPU, "llama2-7b", True, config, told)
     assert read_machine(tmp_path / told["for tiedlora plan --constants"]) == machine_constants.CPU
-    assert asked == [test_constants.SECONDS[1]] and machine_constants.CPU.constants.keys() < told.keys()
+    assert asked == [test_layers.SECONDS[1]] and machine_constants.CPU.constants.keys() < told.keys()
 
 
 # Attention, messages --------------------------------------------------------------------------------------------------
@@ -186,22 +186,20 @@ def test_messages_are_timed_with_the_blocks_that_were_asked_for(
 ) -> None:
     given: list[dict[str, str]] = []
 
-    def run(self: test_ranks.Ranks, first: str, cases: Any, size: int, share: float, **more: str) -> Any:
+    def run(self: test_ranks.Ranks, first: str, cases: Any, size: int, share: float) -> Any:
         assert (first, size, share) == (test_ranks.MESSAGES, 2, test_ranks.TIMED)
-        given.append(more)
-        if more != {"NCCL_MIN_CTAS": "4"}:
+        given.append(self.variables)
+        if self.variables.get("NCCL_MIN_CTAS") != "4":
             (self.folder / test_ranks.RESULT).write_text(json.dumps({"ms": 1.5}))
         return test_ranks.EndedRanks([0, 1], ["", "an error"], 0.0)
 
     monkeypatch.setattr(test_ranks.Ranks, "run", run)
-    ranks = test_ranks.Ranks(2, {}, [], tmp_path, tmp_path, 100.0)
-    for ctas in (0, 8):
-        test_ranks.test_messages(ctas, ranks, False, told)
-    assert given == [{}, {"NCCL_MIN_CTAS": "8"}] and told == {"ms": 1.5}
-    with pytest.raises(pytest.skip.Exception):
-        test_ranks.test_messages(16, ranks, False, told)
+    ranks = test_ranks.Ranks(2, {"A": "1"}, [], tmp_path, tmp_path, 100.0)
+    for ctas in ("", "8"):
+        test_ranks.test_messages(ctas, ranks, told)
+    assert given == [{"A": "1"}, {"A": "1", "NCCL_MIN_CTAS": "8"}] and told == {"ms": 1.5}
     with pytest.raises(AssertionError, match="an error"):  # not the result of another number of blocks
-        test_ranks.test_messages(4, ranks, True, told)
+        test_ranks.test_messages("4", ranks, told)
 
 
 # Steps and traces -----------------------------------------------------------------------------------------------------
