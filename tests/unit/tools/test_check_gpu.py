@@ -75,6 +75,15 @@ def test_the_page_has_every_test_and_what_to_do(suite: Element) -> None:
     assert "- failed **breaks** RuntimeError: first line" in page
 
 
+def test_the_state_of_the_gpu_and_long_lists_are_in_the_page() -> None:
+    text = "<testsuite name='p'><properties><property name='GPU before' value='hot'/></properties>{}</testsuite>"
+    case = "<testcase name='test_{}'><properties>" + "<property name='a' value='{}'/>" * 2 + "</properties></testcase>"
+    cases = case.format("short", "b" * 20, "c" * 20) + case.format("long", "x" * 300, "y" * 300)
+    page = list(parts.part_lines(ElementTree.fromstring(text.format(cases))))
+    assert page[3:6] == ["- GPU before: hot", f"- passed **short** a {'b' * 20}; a {'c' * 20}", "- passed **long**"]
+    assert page[6:] == [f"  - a {letter * 300}" for letter in "xy"]
+
+
 def test_advice_is_given_once(suite: Element) -> None:
     counts, *advice = parts.summary_lines([suite])
     assert counts == "6 failed, 1 warned, 3 skipped."
@@ -116,12 +125,18 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
 
 
 HANGS = """
-import time
+import os, time
+import pytest
 
 def test_ends(record_property):
     record_property("share", 0.5)
 
-def test_hangs():
+@pytest.mark.long
+def test_of_the_long_form():
+    pass
+
+def test_hangs(record_property):
+    record_property("cache", os.environ["TORCHINDUCTOR_CACHE_DIR"])
     time.sleep(100)
 """
 
@@ -141,6 +156,7 @@ def test_a_part_that_is_ended_keeps_the_tests_that_have_ended(tmp_path: Path, mo
     suite = parts.run_part("p", command, environment=environment, **limits)
     page = "\n".join(parts.part_lines(suite))
     assert "- passed **ends** share 0.5" in page and "- failed **the part's process** not finished after 12 s" in page
+    assert "- skipped 1 tests: only the long form measures this" in page
     assert "- passed **ends** share 0.5" in "\n".join(parts.part_lines(shown[-1])), "it was told before the end"
 
 

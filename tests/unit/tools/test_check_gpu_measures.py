@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import stat
@@ -15,6 +16,7 @@ import torch
 from torch.autograd import DeviceType
 
 from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.planning.machines import read_machine
 from megatron_tiedlora.runtime import launch_env, process_group
 from megatron_tiedlora.selfcheck import (
@@ -275,6 +277,15 @@ def test_as_little_as_possible_is_recomputed(monkeypatch: pytest.MonkeyPatch) ->
     free = 20e9
     layers, how = test_speed.flags_to_fit("llama2-70b", 80, *base)  # not all of them fit
     assert how == "--recompute=full" and 10 < int(layers.removeprefix("--num_layers=")) < 80
+
+
+def test_a_benchmark_leaves_no_model_behind(model: str, alone: None) -> None:
+    """The next one needs its memory."""
+    found, _ = step_bench.measure_layout(running.step_settings(model, *TINY, "--num_layers=1", "--repeats=1"))
+    assert found is not None and found["ranks"][0]["as_predicted"]
+    gc.collect()
+    stages = (one for one in gc.get_objects() if type(one) is Stage)
+    assert not [one for one in stages if not next(one.parameters()).is_meta]  # the planner keeps some without data
 
 
 @pytest.mark.parametrize("name", test_speed.FORMS)
