@@ -23,7 +23,7 @@ from megatron_tiedlora.selfcheck import compare, machine_constants, parts, runni
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark
 from megatron_tiedlora.training.throughput import choose_kernels, find_peak
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.if_time]
 
 LARGE = "llama2-70b"
 FLAGS = ("--length=4096", "--rows=1", "--supervised=1", "--compile=auto")
@@ -53,18 +53,24 @@ RANK = 8  # of the adapter whose narrow matmuls are measured
 SECONDS, CONSTANTS = (12.0, 60.0), "layers-constants.json"  # in the short and in the long form; the file
 
 
+@pytest.fixture(scope="module")
+def alone(gpu: torch.device, joined: torch.device) -> torch.device:
+    """Return the GPU of this process, the only rank, because matmuls have other settings before it joins."""
+    return joined
+
+
 @pytest.mark.parametrize(
     ("preset", "tp_size", "name"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)],
     ids=lambda value: str(value or "model"),
 )
-def test_layer(preset: str, tp_size: int, name: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
+def test_layer(preset: str, tp_size: int, name: str, alone: torch.device, model: str, tell: parts.Tell) -> None:
     """Measure a layer without the messages of its shard, and how fast a model of such layers would be."""
-    if "--products=fp8" in FORMATS[name] and torch.cuda.get_device_capability(gpu) < FP8_CAPABILITY:
+    if "--products=fp8" in FORMATS[name] and torch.cuda.get_device_capability(alone) < FP8_CAPABILITY:
         pytest.skip("the GPU has no FP8 matmuls")
     running.release()
     try:
-        measure_layer(preset or model, tp_size, (*FLAGS, *FORMATS[name]), gpu, tell)
+        measure_layer(preset or model, tp_size, (*FLAGS, *FORMATS[name]), alone, tell)
     except torch.OutOfMemoryError:
         pytest.skip("these layers need more memory than the GPU has")
 
@@ -112,12 +118,12 @@ def take_passes(stage: Stage, length: int, vocab_size: int, device: torch.device
 
 
 @pytest.mark.parametrize(("preset", "tp_size"), SHARDS, ids=lambda value: str(value or "model"))
-def test_matmuls(preset: str, tp_size: int, gpu: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
+def test_matmuls(preset: str, tp_size: int, alone: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
     """Measure every matmul of a layer's shard, for each number of tokens."""
     running.release()
     for linear in shape_from_hf(PRESETS[preset or model], source=preset or model).block.linears:
         for tokens in TOKENS[is_long]:
-            measure_linear(linear, tp_size, tokens, gpu, tell)
+            measure_linear(linear, tp_size, tokens, alone, tell)
 
 
 def measure_linear(linear: LinearShape, tp_size: int, tokens: int, device: torch.device, tell: parts.Tell) -> None:
@@ -155,11 +161,12 @@ def measure_linear(linear: LinearShape, tp_size: int, tokens: int, device: torch
 
 
 def test_constants(
-    joined: torch.device, gpu: torch.device, model: str, is_long: bool, pytestconfig: pytest.Config, tell: parts.Tell
+    alone: torch.device, model: str, is_long: bool, pytestconfig: pytest.Config, tell: parts.Tell
 ) -> None:
     """Measure the constants of this machine like `tiedlora plan --measure`, and write its file."""
+    torch._dynamo.reset()  # so many shapes were compiled before that PyTorch would refuse further ones
     source = find_model(model, weights=False)
-    machine = machine_constants.measure_machine(source, joined, seconds=SECONDS[is_long])
+    machine = machine_constants.measure_machine(source, alone, seconds=SECONDS[is_long])
     if folder := parts.option(pytestconfig, "folder"):
         write_json(Path(folder) / CONSTANTS, machine.record())
         tell("for tiedlora plan --constants", CONSTANTS)

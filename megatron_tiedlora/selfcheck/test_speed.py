@@ -14,7 +14,7 @@ from megatron_tiedlora.runtime.process_group import make_deterministic
 from megatron_tiedlora.selfcheck import compare, parts, running, step_bench, timing
 from megatron_tiedlora.training.step import GUARDED_STEPS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.if_time]
 
 LENGTH = 4096
 BASE = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")

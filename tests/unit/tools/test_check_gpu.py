@@ -130,10 +130,15 @@ import pytest
 
 def test_ends(record_property):
     record_property("share", 0.5)
+    time.sleep(0.2)
 
 @pytest.mark.long
 def test_of_the_long_form():
     pass
+
+@pytest.mark.if_time
+def test_is_not_begun():
+    time.sleep(100)
 
 def test_hangs(record_property):
     record_property("cache", os.environ["TORCHINDUCTOR_CACHE_DIR"])
@@ -143,7 +148,8 @@ def test_hangs(record_property):
 
 def test_a_part_that_is_ended_keeps_the_tests_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_p.py").write_text(HANGS)
-    command = parts.part_command("p", f"--junitxml={tmp_path / 'p.xml'}", "-p", "megatron_tiedlora.selfcheck.conftest")
+    own = ("-p", "megatron_tiedlora.selfcheck.conftest", f"--check-folder={tmp_path}", "--check-seconds=0.1")
+    command = parts.part_command("p", f"--junitxml={tmp_path / 'p.xml'}", *own, "--check-device=cpu")
     command[command.index(str(parts.FOLDER / "test_p.py"))] = str(tmp_path / "test_p.py")
     environment = {**parts.part_environment("p", "cpu"), "PYTHONPATH": str(ROOT)}
     monkeypatch.setattr(parts, "_SHOWN_SECONDS", 0.2)
@@ -157,6 +163,7 @@ def test_a_part_that_is_ended_keeps_the_tests_that_have_ended(tmp_path: Path, mo
     page = "\n".join(parts.part_lines(suite))
     assert "- passed **ends** share 0.5" in page and "- failed **the part's process** not finished after 12 s" in page
     assert "- skipped 1 tests: only the long form measures this" in page
+    assert "- skipped 1 tests: no time is left for this" in page
     assert "- passed **ends** share 0.5" in "\n".join(parts.part_lines(shown[-1])), "it was told before the end"
 
 

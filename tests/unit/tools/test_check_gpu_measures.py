@@ -152,7 +152,7 @@ def test_constants_are_what_plan_measures_and_can_be_read(
 
     monkeypatch.setattr(machine_constants, "measure_machine", measure_machine)
     config: Any = SimpleNamespace(getoption=lambda *_: str(tmp_path))
-    test_layers.test_constants(CPU, CPU, "llama2-7b", True, config, told)
+    test_layers.test_constants(CPU, "llama2-7b", True, config, told)
     assert read_machine(tmp_path / told["for tiedlora plan --constants"]) == machine_constants.CPU
     assert asked == [test_layers.SECONDS[1]] and machine_constants.CPU.constants.keys() < told.keys()
 
