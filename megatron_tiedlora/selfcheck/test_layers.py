@@ -36,17 +36,12 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "fp8": ("--base=fp8",),
     "int8": ("--base=int8",),
 }
-# A preset ("": --model), a tensor-parallel size and a format. Only the long form measures the others.
-CASES = (
-    *(("", 1, name) for name in ("bf16", "fp8 matmuls", "nf4")),
-    *((LARGE, 8, name) for name in ("bf16", "fp8 matmuls")),
-    *((LARGE, 1, name) for name in ("bf16", "fp8 matmuls", "nf4")),
-)
-LONG_CASES = (
-    *((LARGE, size, name) for size in (4, 2) for name in ("bf16", "fp8 matmuls")),
-    *(("", 1, name) for name in list(FORMATS)[3:]),
-)
-SHARDS = [(preset, size) for size in (1, 8, 4, 2) for preset in ("", LARGE)]  # whose matmuls are measured
+MODEL = "model"  # stands for --model
+SHARDS = [(preset, size) for size in (1, 8, 4, 2) for preset in (MODEL, LARGE)]  # whose matmuls are measured
+COMMON, OTHERS = list(FORMATS)[:3], list(FORMATS)[3:]
+# The layers of the short form, and those that only the long form measures.
+SHORT = [(*shard, name) for shard in ((MODEL, 1), (LARGE, 8), (LARGE, 1)) for name in COMMON]
+LONG = [*((LARGE, size, name) for size in (4, 2) for name in COMMON), *((MODEL, 1, name) for name in OTHERS)]
 TOKENS = ((4096,), (2048, 4096, 8192, 16384))  # of a matmul, in the short and in the long form
 APART = (0, 8, 16)  # elements between the rows of an input
 RANK = 8  # of the adapter whose narrow matmuls are measured
@@ -60,9 +55,7 @@ def alone(gpu: torch.device, joined: torch.device) -> torch.device:
 
 
 @pytest.mark.parametrize(
-    ("preset", "tp_size", "name"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)],
-    ids=lambda value: str(value or "model"),
+    ("preset", "tp_size", "name"), [*SHORT, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
 )
 def test_layer(preset: str, tp_size: int, name: str, alone: torch.device, model: str, tell: parts.Tell) -> None:
     """Measure a layer without the messages of its shard, and how fast a model of such layers would be."""
@@ -70,7 +63,7 @@ def test_layer(preset: str, tp_size: int, name: str, alone: torch.device, model:
         pytest.skip("the GPU has no FP8 matmuls")
     running.release()
     try:
-        measure_layer(preset or model, tp_size, (*FLAGS, *FORMATS[name]), alone, tell)
+        measure_layer({MODEL: model}.get(preset, preset), tp_size, (*FLAGS, *FORMATS[name]), alone, tell)
     except torch.OutOfMemoryError:
         pytest.skip("these layers need more memory than the GPU has")
 
@@ -117,11 +110,12 @@ def take_passes(stage: Stage, length: int, vocab_size: int, device: torch.device
     stage(tokens.to(device), positions, labels, documents=None).backward()
 
 
-@pytest.mark.parametrize(("preset", "tp_size"), SHARDS, ids=lambda value: str(value or "model"))
+@pytest.mark.parametrize(("preset", "tp_size"), SHARDS)
 def test_matmuls(preset: str, tp_size: int, alone: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
     """Measure every matmul of a layer's shard, for each number of tokens."""
     running.release()
-    for linear in shape_from_hf(PRESETS[preset or model], source=preset or model).block.linears:
+    shape = shape_from_hf(PRESETS[{MODEL: model}.get(preset, preset)], source=preset)
+    for linear in shape.block.linears:
         for tokens in TOKENS[is_long]:
             measure_linear(linear, tp_size, tokens, alone, tell)
 

@@ -102,15 +102,18 @@ def test_a_layer_is_the_difference_of_two_models(
 
 
 def test_every_case_of_a_layer_can_be_planned() -> None:
-    for preset, tp_size, name in (*test_layers.CASES, *test_layers.LONG_CASES):
+    cases = [*test_layers.SHORT, *test_layers.LONG]
+    for preset, tp_size, name in cases:
         flags = (*test_layers.FLAGS, *test_layers.FORMATS[name], f"--tensor_parallel={tp_size}")
-        settings = running.step_settings(preset or "llama2-7b", *flags, "--num_layers=5")
+        settings = running.step_settings(preset.replace("model", "llama2-7b"), *flags, "--num_layers=5")
         plan = step_bench.plan_benchmark(settings, world_size=tp_size)
         assert plan.layout.sequence_parallel == (tp_size > 1) and plan.layout.compiled
-    sizes = {size for preset, size, _ in (*test_layers.CASES, *test_layers.LONG_CASES) if preset}
-    assert sizes == {size for _, size in test_layers.SHARDS} == {1, 2, 4, 8}
-    short = {(preset, name) for preset, _, name in test_layers.CASES}
-    assert short == {(preset, name) for preset in ("", test_layers.LARGE) for name in ("bf16", "fp8 matmuls", "nf4")}
+    assert {size for preset, size, _ in cases if preset == test_layers.LARGE} == {1, 2, 4, 8}
+    assert {size for _, size in test_layers.SHARDS} == {1, 2, 4, 8} and {name for *_, name in cases} == {
+        *test_layers.FORMATS
+    }
+    for preset in ("model", test_layers.LARGE):
+        assert {name for one, _, name in test_layers.SHORT if one == preset} == {"bf16", "fp8 matmuls", "nf4"}
 
 
 # Matmuls and constants ------------------------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ def test_messages_are_timed_with_the_blocks_that_were_asked_for(
 
     monkeypatch.setattr(test_ranks.Ranks, "run", run)
     ranks = test_ranks.Ranks(2, {"A": "1"}, [], tmp_path, tmp_path, 100.0)
-    for ctas in ("", "8"):
+    for ctas in ("0", "8"):
         test_ranks.test_messages(ctas, ranks, told)
     assert given == [{"A": "1"}, {"A": "1", "NCCL_MIN_CTAS": "8"}] and told == {"ms": 1.5}
     with pytest.raises(AssertionError, match="an error"):  # not the result of another number of blocks
