@@ -70,10 +70,7 @@ def planned_bytes(plan: run_plan.RunPlan) -> float:
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85, most: int | None = None) -> int:
-    """Return how many layers of a preset fit into the fraction `share` of the free GPU memory, by the dry run's plan.
-
-    Args:
-        most: this many layers are enough; None: all layers of the preset.
+    """Return how many layers of a preset, but at most `most`, the dry run fits into a `share` of the free GPU memory.
 
     Raises:
         UserError: not even one layer fits.

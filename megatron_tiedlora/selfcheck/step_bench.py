@@ -208,8 +208,7 @@ def measure_layout(
 ) -> tuple[dict[str, Any] | None, Planned]:
     """Return the measured report on rank 0 (else None), and the plan of the step. All ranks call this together.
 
-    Args:
-        changes: values of training settings that a benchmark does not have.
+    `changes` is passed to `plan_benchmark`.
 
     Raises:
         UserError: a setting is not valid. Every rank raises this error before anything starts.

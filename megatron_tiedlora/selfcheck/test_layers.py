@@ -23,7 +23,7 @@ from megatron_tiedlora.selfcheck import compare, machine_constants, parts, runni
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark
 from megatron_tiedlora.training.throughput import choose_kernels, find_peak
 
-pytestmark = [pytest.mark.gpu, pytest.mark.if_time]
+pytestmark = [pytest.mark.gpu, pytest.mark.if_time, pytest.mark.usefixtures("gpu")]
 
 LARGE = "llama2-70b"
 FLAGS = ("--length=4096", "--rows=1", "--supervised=1", "--compile=auto")
@@ -48,22 +48,16 @@ RANK = 8  # of the adapter whose narrow matmuls are measured
 SECONDS, CONSTANTS = (12.0, 60.0), "layers-constants.json"  # in the short and in the long form; the file
 
 
-@pytest.fixture(scope="module")
-def alone(gpu: torch.device, joined: torch.device) -> torch.device:
-    """Return the GPU of this process, the only rank, because matmuls have other settings before it joins."""
-    return joined
-
-
 @pytest.mark.parametrize(
     ("preset", "tp_size", "name"), [*SHORT, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
 )
-def test_layer(preset: str, tp_size: int, name: str, alone: torch.device, model: str, tell: parts.Tell) -> None:
+def test_layer(preset: str, tp_size: int, name: str, joined: torch.device, model: str, tell: parts.Tell) -> None:
     """Measure a layer without the messages of its shard, and how fast a model of such layers would be."""
-    if "--products=fp8" in FORMATS[name] and torch.cuda.get_device_capability(alone) < FP8_CAPABILITY:
+    if "--products=fp8" in FORMATS[name] and torch.cuda.get_device_capability(joined) < FP8_CAPABILITY:
         pytest.skip("the GPU has no FP8 matmuls")
     running.release()
     try:
-        measure_layer({MODEL: model}.get(preset, preset), tp_size, (*FLAGS, *FORMATS[name]), alone, tell)
+        measure_layer({MODEL: model}.get(preset, preset), tp_size, (*FLAGS, *FORMATS[name]), joined, tell)
     except torch.OutOfMemoryError:
         pytest.skip("these layers need more memory than the GPU has")
 
@@ -71,8 +65,7 @@ def test_layer(preset: str, tp_size: int, name: str, alone: torch.device, model:
 def measure_layer(model: str, tp_size: int, flags: tuple[str, ...], device: torch.device, tell: parts.Tell) -> None:
     """Record the time of a layer, which is the difference of two models, and the speed of the complete model.
 
-    Args:
-        flags: of `tiedlora bench --what layout`. They decide the format of the weights and the tokens of a micro-batch.
+    `flags` of `tiedlora bench --what layout` decide the format of the weights and the tokens of a micro-batch.
     """
     flags = (*flags, f"--tensor_parallel={tp_size}")
     settings = [running.step_settings(model, *flags, f"--num_layers={depth}") for depth in DEPTHS]
@@ -111,13 +104,13 @@ def take_passes(stage: Stage, length: int, vocab_size: int, device: torch.device
 
 
 @pytest.mark.parametrize(("preset", "tp_size"), SHARDS)
-def test_matmuls(preset: str, tp_size: int, alone: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
+def test_matmuls(preset: str, tp_size: int, joined: torch.device, model: str, is_long: bool, tell: parts.Tell) -> None:
     """Measure every matmul of a layer's shard, for each number of tokens."""
     running.release()
     shape = shape_from_hf(PRESETS[{MODEL: model}.get(preset, preset)], source=preset)
     for linear in shape.block.linears:
         for tokens in TOKENS[is_long]:
-            measure_linear(linear, tp_size, tokens, alone, tell)
+            measure_linear(linear, tp_size, tokens, joined, tell)
 
 
 def measure_linear(linear: LinearShape, tp_size: int, tokens: int, device: torch.device, tell: parts.Tell) -> None:
@@ -155,12 +148,12 @@ def measure_linear(linear: LinearShape, tp_size: int, tokens: int, device: torch
 
 
 def test_constants(
-    alone: torch.device, model: str, is_long: bool, pytestconfig: pytest.Config, tell: parts.Tell
+    joined: torch.device, model: str, is_long: bool, pytestconfig: pytest.Config, tell: parts.Tell
 ) -> None:
     """Measure the constants of this machine like `tiedlora plan --measure`, and write its file."""
     torch._dynamo.reset()  # so many shapes were compiled before that PyTorch would refuse further ones
     source = find_model(model, weights=False)
-    machine = machine_constants.measure_machine(source, alone, seconds=SECONDS[is_long])
+    machine = machine_constants.measure_machine(source, joined, seconds=SECONDS[is_long])
     if folder := parts.option(pytestconfig, "folder"):
         write_json(Path(folder) / CONSTANTS, machine.record())
         tell("for tiedlora plan --constants", CONSTANTS)

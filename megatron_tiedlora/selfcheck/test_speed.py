@@ -21,18 +21,12 @@ BASE = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2",
 
 
 class Form(NamedTuple):
-    """A kind of training step.
-
-    Attributes:
-        model: the preset whose layers are used; "" for --model.
-        layers: the most layers in the short and in the long form. They are recomputed if they do not fit otherwise.
-        changes: values of training settings that a benchmark does not have.
-    """
+    """A kind of training step."""
 
     flags: tuple[str, ...] = ()
-    model: str = ""
-    layers: tuple[int, int] | None = None
-    changes: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    model: str = ""  # the preset whose layers are used; "" for --model
+    layers: tuple[int, int] | None = None  # the most in both forms, recomputed if they do not fit otherwise
+    changes: dict[str, Any] = {}  # noqa: RUF012 - never changed; values of settings that a benchmark does not have
 
 
 # The first one is compared with the others of its model. Only the long form measures the last ones.
@@ -58,7 +52,6 @@ SLOW_FIX = (
     " shows whether the GPU waits for Python"
 )
 PACKED_FIX = "packing should not slow down a step: check the attention kernel in part env, and install flash_attn"
-TRACE_FIX = "the trace is too large to mail: send report.md without it"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +141,7 @@ def record_steps(run: step_bench.Started, file: Path, tell: parts.Tell) -> None:
         run.take(step)
     spent = timing.seconds_by_kernel(timing.profiled(lambda: [run.take(step) for step in steps[-2:]], file))
     tell(f"{file.name} for https://ui.perfetto.dev", bytes_in_words(file.stat().st_size))
-    parts.warn_unless(file.stat().st_size <= MOST_TRACE, tell, TRACE_FIX)
+    parts.warn_unless(file.stat().st_size <= MOST_TRACE, tell, "the trace is large: mail report.md without it")
     total = sum(seconds for seconds, _ in spent.values())
     for kernel, (seconds, calls) in islice(spent.items(), LONGEST):
         tell(kernel[:120], f"{1e3 * seconds:.3g} ms, {seconds / total:.1%}, {calls} calls")

@@ -91,8 +91,7 @@ def kernel_class(name: str) -> str:
 def profiled(step: Callable[[], object], trace: Path | None = None) -> list[Any]:
     """Run `step` once under torch's profiler until the GPU has finished, and return the events.
 
-    Args:
-        trace: a file NAME.json.gz to which the trace is written, for https://ui.perfetto.dev; None: it is not written.
+    The trace is written to the file `trace`, NAME.json.gz, for https://ui.perfetto.dev, unless it is None.
     """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()

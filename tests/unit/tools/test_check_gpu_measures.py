@@ -348,5 +348,6 @@ def test_gpus_that_cannot_read_each_other_are_told(told: Told, monkeypatch: pyte
     test_env.test_peers(CPU, told)
     assert told == {"pairs without peer access": "2 of 6"} and told.warnings == [test_env.PEERS_FIX]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(pytest.skip.Exception):
-        test_env.test_peers(CPU, told)
+    told.warnings.clear()
+    test_env.test_peers(CPU, told)
+    assert not told.warnings, "one has no peers"
