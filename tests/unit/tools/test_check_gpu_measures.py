@@ -199,6 +199,7 @@ def test_messages_are_timed_with_the_blocks_that_were_asked_for(
         return test_ranks.EndedRanks([0, 1], ["", "an error"], 0.0)
 
     monkeypatch.setattr(test_ranks.Ranks, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     ranks = test_ranks.Ranks(2, {"A": "1"}, [], tmp_path, tmp_path, 100.0)
     for ctas in ("0", "8"):
         test_ranks.test_messages(ctas, ranks, told)

@@ -195,6 +195,7 @@ def test_a_bare_machine_gets_the_wheels_of_its_python(tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(1600)
 def test_the_whole_command_on_a_cpu(tmp_path: Path) -> None:
     """Steps at ZeRO 0 to 3, decoding, every layout of two ranks, and a killed one."""
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
