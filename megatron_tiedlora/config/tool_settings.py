@@ -245,6 +245,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     tensor_parallel: int = _train("tensor_parallel", "ranks over which each layer is sharded", group="layout")
     pipeline_parallel: int = _train("pipeline_parallel", "stages, each with some of the layers", group="layout")
     sequence_parallel: bool = _train("sequence_parallel", "shard activations between layers too", group="layout")
+    overlap: Literal["none", "halves"] = _train("overlap", "halves: hide tensor-parallel messages", group="layout")
     ds_config: str = _train("ds_config", "DeepSpeed JSON with engine options", group="layout", default="zero1.json")
     packing: bool | None = setting_field("layout", "pack several samples of --task into a row [true]", None)
     micro_batches: int | None = setting_field(

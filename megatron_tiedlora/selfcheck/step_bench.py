@@ -358,6 +358,7 @@ def _report(
             "pipeline_parallel": grid.pp_size,
             "data_parallel": grid.dp_size,
             "sequence_parallel": plan.layout.sequence_parallel,
+            "overlap": settings.overlap,
             "zero_stage": plan.engine.zero_stage,
             "recompute": settings.recompute,
             "packing": settings.packing,
