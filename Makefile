@@ -34,7 +34,7 @@ help:  ## show this list
 	@echo "make docs     build the site of docs/, with the Python interface and all flags, into build/site"
 	@echo "make dist     build the source distribution and the wheel into dist/, and check them"
 	@echo "make demo     prepare the demo model only"
-	@echo "make check-gpu          what this machine's GPUs can do (docs/gpu.md), in 8 minutes, 12 on several; ARGS as for tools/check_gpu.py"
+	@echo "make check-gpu          what this machine's GPUs can do (docs/gpu.md), in 8 minutes, 10 on several; ARGS as for tools/check_gpu.py"
 	@echo "make check-gpu-offline  pack that into build/check_gpu, for a machine with Python, torch and numpy alone"
 	@echo "make clean    remove .venv and caches; runs and the demo model stay"
 	@echo

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
@@ -31,10 +32,8 @@ HERE = Path(__file__).resolve().parent
 _MEETING_MINUTES = 10.0  # time limit for the rendezvous in plan --measure
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
 
-# Time limit of each part of check-gpu in seconds, 8 minutes in total. A part may also use the unused time of earlier
-# parts.
-PART_SECONDS = dict(zip(CHECK_PARTS, (50, 35, 85, 95, 50, 35, 30, 100), strict=True))
-RANKS_OF_SEVERAL = 340  # time limit in seconds of the part `ranks` on several GPUs; all parts then take 12 minutes
+CHECK_SECONDS, CHECK_SECONDS_OF_SEVERAL = 480.0, 600.0  # the default time of check-gpu on one GPU, and on several
+RANKS_OF_SEVERAL = (220, 400)  # as in CHECK_PARTS, for the part `ranks` on several GPUs
 NO_GPU_STATUS = 2
 
 
@@ -189,7 +188,7 @@ def bench(settings: BenchSettings) -> int:
 def check_gpu(settings: CheckGpuSettings) -> int:
     """Run the tests in `selfcheck/`, each part in its own process, write the reports and return the exit status. A
     signal also ends the running check process. Raise UserError if the folder of the reports cannot be written."""
-    from xml.etree.ElementTree import Element, ElementTree
+    from xml.etree.ElementTree import Element
 
     import torch
 
@@ -200,56 +199,82 @@ def check_gpu(settings: CheckGpuSettings) -> int:
             # SystemExit also ends the running check process, before this process exits.
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     require_extra("check")
-    chosen = [part for part in PART_SECONDS if settings.parts is None or part in settings.parts]
-    missing, num_gpus = None, 0
+    chosen, missing, num_gpus = settings.parts, None, 0
     if settings.device == "cuda":
         missing, num_gpus = parts.why_no_gpu(), torch.cuda.device_count()
-        chosen = chosen if missing is None else ["env"]
-    limits = part_limits(chosen, settings.minutes, num_gpus=num_gpus)
+        chosen = chosen if missing is None else ("env",)
+    limits = part_limits(chosen, settings.seconds, num_gpus=num_gpus)
     where = f"{num_gpus} GPUs of {socket.gethostname()}" if settings.device == "cuda" else settings.device
-    minutes, now = sum(limits.values()) / 60, time.strftime("%Y-%m-%d %H:%M:%S %z")
-    about = f"{settings.model} on {where}; {', '.join(chosen)} in at most {minutes:.1f} minutes from {now}"
-    suites: list[Element] = []
+    total, now = sum(limit.seconds for limit in limits.values()), time.strftime("%Y-%m-%d %H:%M:%S %z")
+    folder, suites, left_out = settings.output.absolute(), list[Element](), list[str]()
 
-    def write(*lines: str) -> None:
-        root = Element("testsuites")
-        root.extend(suites)
-        page = "\n".join(("# check-gpu", "", about, "", *lines))
+    def write(*unfinished: Element) -> None:
+        found = [*suites, *unfinished]
+        title = f"{settings.model} on {where}; at most {total:.0f} seconds from {now}"
+        without = [f"Left out for lack of time: {', '.join(left_out)} (give --parts, or more --seconds).", ""]
+        lines = (*parts.summary_lines(found), *(line for suite in found for line in parts.part_lines(suite)))
+        page = ("# check-gpu", "", title, "", *(without if left_out else ()), *lines)
         try:
-            settings.output.mkdir(parents=True, exist_ok=True)
-            (settings.output / "report.md").write_text(f"{page}\n", encoding="utf-8")
-            ElementTree(root).write(settings.output / "report.xml", encoding="utf-8", xml_declaration=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            parts.write_reports(folder, page, found)
         except OSError as error:
             said = f"--output {settings.output}: {error.strerror or error}; give a writable folder"
             raise UserError(said) from None
 
-    write("No part has ended yet.")
-    folder, deadline = settings.output.absolute(), time.monotonic()
-    for part, seconds in limits.items():
-        deadline += seconds
+    write()
+    deadline = time.monotonic()
+    for part, limit in limits.items():
+        deadline += limit.seconds
         left = deadline - time.monotonic()
+        if left < limit.least:
+            left_out.append(part)
+            continue
         given = {"device": settings.device, "model": settings.model, "folder": folder, "seconds": left}
-        options = [f"--check-{name}={value}" for name, value in given.items()]
+        options = [f"--check-{name}={value}" for name, value in {**given, "long": int(limit.is_long)}.items()]
         command = parts.part_command(part, *options, f"--junitxml={folder / f'{part}.xml'}")
         environment = parts.part_environment(part, settings.device)
-        suites.append(parts.run_part(part, command, environment=environment, folder=folder, seconds=left))
+        suites.append(parts.run_part(part, command, environment=environment, folder=folder, seconds=left, shows=write))
         show(*parts.part_lines(suites[-1]))
-        write(*parts.summary_lines(suites), *(line for suite in suites for line in parts.part_lines(suite)))
-    show("", *parts.summary_lines(suites), f"{settings.output}/report.md and report.xml")
+        write()
+    write()
+    show("", *parts.summary_lines(suites), f"{settings.output}/report.md; to mail: {settings.output}/report.zip")
     if missing is not None:
         show(f"no GPU, so only env was run: {missing}", file=sys.stderr)
         return NO_GPU_STATUS
     return int(parts.verdicts(suites)["failed"] > 0)
 
 
-def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Return the time limit of each part in seconds. The total time is divided in proportion to PART_SECONDS.
+class PartLimit(NamedTuple):
+    """A part's share of the time of check-gpu, to which it may add what earlier parts have left; the least seconds
+    without which it is left out; and whether its long form runs."""
 
-    The total time is `minutes` if given, otherwise the sum of PART_SECONDS."""
-    shares = {**PART_SECONDS, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else PART_SECONDS
-    seconds = sum(shares.values()) if minutes is None else 60 * minutes
-    given = sum(shares[part] for part in chosen)
-    return {part: seconds * shares[part] / given for part in chosen}
+    seconds: float
+    least: float
+    is_long: bool
+
+
+def part_limits(given: Sequence[str] | None, seconds: float | None, *, num_gpus: int) -> dict[str, PartLimit]:
+    """Return the time of each part, in the order in which the parts run.
+
+    All `given` parts run. If None are given, parts that fit into `seconds` run, and others run at the end if time is
+    left. As many as possible run in their long form. What remains is divided in proportion to the needs."""
+    several = num_gpus > 1
+    needs = {**CHECK_PARTS, "ranks": RANKS_OF_SEVERAL} if several else CHECK_PARTS
+    order = [part for part in needs if given is None or part in given]
+    if several and "ranks" in order:  # needs its GPUs most; it comes after `speed` and what comes before that
+        before = sum(part in order for part in list(needs)[: list(needs).index("speed") + 1])
+        order.insert(before, order.pop())
+    total = seconds or (CHECK_SECONDS_OF_SEVERAL if several else CHECK_SECONDS)
+    chosen: dict[str, int] = {}
+    for part in order:
+        if given is not None or not chosen or sum(chosen.values()) + needs[part][0] <= total:
+            chosen[part] = needs[part][0]
+    for part, need in list(chosen.items()):
+        if sum(chosen.values()) - need + needs[part][1] <= total:
+            chosen[part] = needs[part][1]
+    scale = total / sum(chosen.values())
+    limits = {part: PartLimit(scale * need, 0.0, need == needs[part][1]) for part, need in chosen.items()}
+    return limits | {part: PartLimit(0.0, needs[part][0], False) for part in order if part not in chosen}
 
 
 def index(settings: IndexSettings) -> int:

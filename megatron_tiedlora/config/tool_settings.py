@@ -18,7 +18,11 @@ _flag = partial(setting_field, "")
 _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
 
 
-CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # they run in this order
+# The parts of check-gpu in order of worth, with the seconds that the short and the long form of each need.
+CHECK_PARTS = {
+    "env": (40, 60), "correct": (110, 130), "attention": (35, 60), "speed": (95, 500), "layers": (100, 550),
+    "memory": (45, 45), "host": (30, 30), "decode": (25, 25), "ranks": (100, 100),
+}
 
 
 class CheckGpuSettings(CommandSettings, command="check-gpu"):
@@ -28,28 +32,35 @@ class CheckGpuSettings(CommandSettings, command="check-gpu"):
 Check how this package works on this machine's GPUs: correct results, speed, memory, several ranks.
 
     tiedlora check-gpu                                       8 minutes on one H100; uses no network
-    tiedlora check-gpu --parts env,attention,correct         the parts that check correctness, on one GPU
+    tiedlora check-gpu --seconds 3000                        every part in its long form: the first hour of a new GPU
+    tiedlora check-gpu --parts env,correct,attention         the parts that check correctness, on one GPU
 
-    env        versions, driver, the attention and kernels in use and why, important variables, and the peak rates
-               of a matmul and a copy
-    attention  every available attention kernel against fp64, its time, and its first call on a new shape
+    env        versions, driver, clocks, the attention and kernels in use and why, important variables, peer access,
+               and the peak rates of a matmul and a copy
     correct    losses and gradients of the model against plain PyTorch in fp64, packed, compiled, recomputed; ZeRO 0-3
-    speed      training steps at the width of --model: tokens/s, MFU, time by class of kernels
+    attention  every available attention kernel against fp64, its TFLOP/s, and its first call on a new shape
+    speed      training steps at the width of --model, and of 70B in nf4: tokens/s, MFU, time by class of kernels,
+               a trace; long: qk-norm, dropout, --deterministic, several adapters
+    layers     a layer of 7B and of a rank of 70B (without messages) in bf16, fp8 and nf4; their matmuls in TFLOP/s;
+               the machine's constants for plan --constants; long: more shards, formats and numbers of tokens
     memory     allocated and reserved memory compared with the plan of --dry_run; rows of varying lengths
     host       kernel launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
     decode     greedy decoding: the same tokens as without a cache and CUDA graphs, milliseconds per token
-    ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
+    ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank, and
+               messages beside matmuls
 
-Each part runs in its own process with a time limit. --output gets report.md, report.xml and the output of each part.
+Parts run in this order (on several GPUs, `ranks` after `speed`), each in its own process with a time limit. A part that
+does not fit into --seconds is left out. Results are written as soon as they exist: --output gets report.md, report.xml,
+the output of each part, and report.zip, which has all of this in one file to mail.
 Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2 no GPU (only env runs) or a wrong flag,
 130 or 143 stopped by Ctrl-C or a signal, which also ends all processes of the parts.
 """
     examples: ClassVar[str] = ""
 
     parts: tuple[str, ...] | None = _flag(
-        "parts to run, in order [all]", None, metavar="P,P", choices=CHECK_PARTS, min_length=1,
+        "parts to run [those that fit into --seconds]", None, metavar="P,P", choices=tuple(CHECK_PARTS), min_length=1,
     )
-    minutes: float | None = _flag("minutes for all given parts together [8; on several GPUs 12]", None, gt=0)
+    seconds: float | None = _flag("seconds for all parts together [480; on several GPUs 600]", None, gt=0)
     model: str = _flag(
         "preset whose widths are used, with as many layers as fit",
         "llama2-7b",
@@ -234,6 +245,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     tensor_parallel: int = _train("tensor_parallel", "ranks over which each layer is sharded", group="layout")
     pipeline_parallel: int = _train("pipeline_parallel", "stages, each with some of the layers", group="layout")
     sequence_parallel: bool = _train("sequence_parallel", "shard activations between layers too", group="layout")
+    overlap: Literal["none", "halves"] = _train("overlap", "halves: hide tensor-parallel messages", group="layout")
     ds_config: str = _train("ds_config", "DeepSpeed JSON with engine options", group="layout", default="zero1.json")
     packing: bool | None = setting_field("layout", "pack several samples of --task into a row [true]", None)
     micro_batches: int | None = setting_field(

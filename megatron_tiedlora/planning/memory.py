@@ -125,17 +125,18 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
     """Return the sizes of a micro-batch in which the adapter with the largest A x has almost all tokens."""
     configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
-    least = batch.PAD_MULTIPLE * stage.layout.sequence_parts
+    halves = 2 if stage.layout.overlap and len(configs) == 1 else 1
+    least = batch.PAD_MULTIPLE * stage.layout.sequence_parts * halves
     tokens = padded(tokens, least)
     most = max(tokens - least * (len(configs) - 1), least)
     sizes = tuple(most if number == widest else least for number in range(len(configs)))
-    return Sizes(sizes, sizes, padded(tokens))
+    return Sizes(sizes, sizes, padded(tokens), halves=halves)
 
 
 def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) -> tuple[float, float]:
     """Return the bytes that a micro-batch keeps between its passes, and the additional bytes at the peak of a pass."""
 
-    saved, workspace = attention
+    saved, workspace = (value / sizes.halves for value in attention)  # one half is computed at a time
     workspace += saved if stage.layout.recompute == "full" else 0
 
     def most(moments: Sequence[Moment]) -> float:

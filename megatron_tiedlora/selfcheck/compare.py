@@ -176,18 +176,22 @@ def random_stage(
     make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
     device: torch.device,
     kernels: Kernels = EAGER,
+    tensor_parallel: groups.TensorParallel | None = None,
 ) -> Stage:
-    """Return the complete model with random weights, and with an adapter that has its initial values."""
+    """Return the complete model with random weights, or the first rank's shard of it, with an adapter that has its
+    initial values."""
+    tp_size = 1 if tensor_parallel is None else tensor_parallel.group.size
     with device:
-        stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
+        specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels, make_weight=make_weight)
+        stage = Stage(specs, None, tensor_parallel=tensor_parallel)
     load_base_weights(RandomWeights(weight_rules(shape)), frozen_weight.frozen_weights(stage))
-    stage.hold(whole_adapter(adapter, device))
+    stage.hold(whole_adapter(adapter, device, tp_size=tp_size))
     return stage
 
 
-def whole_adapter(config: AdapterConfig, device: torch.device) -> TiedAdapter:
-    """Return an unsharded adapter with its initial values."""
-    adapter = TiedAdapter(AdapterShard.whole(config)).to(device)
+def whole_adapter(config: AdapterConfig, device: torch.device, *, tp_size: int = 1) -> TiedAdapter:
+    """Return an adapter of all layers with its initial values, or the first rank's shard of it."""
+    adapter = TiedAdapter(AdapterShard(config, config.layers, 0, tp_size)).to(device)
     adapter.load_full(initial_values(config))
     return adapter
 

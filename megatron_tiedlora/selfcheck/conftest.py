@@ -2,13 +2,21 @@
 
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 
 from megatron_tiedlora.base.child_process import end_with_parent
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.runtime import launch_env, process_group
-from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, option, why_no_gpu
+from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, gpu_state, option, why_no_gpu
+from megatron_tiedlora.training.throughput import use_private_cache
+
+_STARTED = time.monotonic()
+MOST_SPENT = 0.8  # share of the part's time after which no further measurement starts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,8 +28,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker `gpu`, and make this process end when `tiedlora check-gpu` ends."""
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "long: only in the long form of a part")
+    config.addinivalue_line("markers", "if_time: only before most of the part's time is over")
     if option(config, "folder"):
         end_with_parent()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of the long form in the short form, and measurements for which no time is left."""
+    if item.get_closest_marker("long") and not option(item.config, "long"):
+        pytest.skip("only the long form measures this: give --seconds 3000")
+    over = time.monotonic() - _STARTED > MOST_SPENT * option(item.config, "seconds")
+    if over and option(item.config, "folder") and item.get_closest_marker("if_time"):
+        pytest.skip("no time is left for this: give more --seconds")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Write the file of results after each test, because the time of a part may end in the next one."""
+    ended = yield
+    for plugin in item.config.pluginmanager.get_plugins():
+        if type(plugin).__name__ == "LogXML":
+            plugin.pytest_sessionfinish()
+    return ended
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -31,16 +60,33 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(0)
 
 
-@pytest.fixture(autouse=True)
-def variables() -> None:
-    """Set the environment variables of a training run before CUDA is initialised."""
+@pytest.fixture(scope="session", autouse=True)
+def variables(pytestconfig: pytest.Config, record_testsuite_property: Callable[[str, object], None]) -> Iterator[None]:
+    """Set the environment variables of a training run before CUDA is initialised.
+
+    All compiled kernels of all parts share a cache. In `tiedlora check-gpu`, record the GPU's state before and after.
+    """
     launch_env.prepare_environment()
+    with suppress(UserError):  # whoever compiles says why it is not possible
+        use_private_cache()
+    watches = option(pytestconfig, "folder") and option(pytestconfig, "device") == "cuda" and not why_no_gpu()
+    if watches:
+        record_testsuite_property("GPU before", gpu_state())
+    yield
+    if watches:
+        record_testsuite_property("GPU after", gpu_state())
 
 
 @pytest.fixture(scope="session")
 def model(pytestconfig: pytest.Config) -> str:
     """Return the name of the model preset whose layer sizes are used."""
     return str(option(pytestconfig, "model"))
+
+
+@pytest.fixture(scope="session")
+def is_long(pytestconfig: pytest.Config) -> bool:
+    """Return whether the long form of a part runs."""
+    return bool(option(pytestconfig, "long"))
 
 
 @pytest.fixture(scope="session")

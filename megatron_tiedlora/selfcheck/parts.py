@@ -4,9 +4,12 @@ If a part hangs, crashes or breaks its device, only the results of this part are
 """
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,17 +18,27 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 
+from megatron_tiedlora.base.files import new_file, write_text
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 from megatron_tiedlora.runtime.machine import Finding
+from megatron_tiedlora.runtime.process_group import gpu_name
 
 FOLDER = Path(__file__).parent
 # The options --check-NAME of a part, with the defaults of `pytest -m gpu`. `tiedlora check-gpu` passes other values.
-OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": ""}
+OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": "", "long": 0}
+MOST_IN_A_LINE = 400  # characters of a test's measured values; more are a list
 WARNING = "warning"  # the name of a property that is a warning, not a measured value
+_SHOWN_SECONDS = 5.0
+# Bits of nvidia-smi's reasons for low clocks. Bit 1, an idle GPU, slows nothing.
+_SLOWED = {
+    **{0x2: "clocks set by a user", 0x4: "power limit", 0x8: "hardware slowdown", 0x20: "heat (driver)"},
+    **{0x40: "heat (hardware)", 0x80: "power brake"},
+}
 Tell = Callable[[str, object], None]  # pytest's record_property: a name and a value
 # Prefixes of variables that a part does not inherit: of a job around it, of pytest, and one that disables assertions.
 _FOREIGN = (
@@ -36,7 +49,7 @@ _TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # rounds fp32 to TF32
 _INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
 ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report this with the versions of part env"
 MEMORY_FIX = "end other processes on the GPU (nvidia-smi), or give a smaller --model"
-HANG_FIX = "run this part alone with a larger --minutes; if it hangs again, see its output in the report's folder"
+HANG_FIX = "run this part alone with more --seconds; if it hangs again, see its output in the report's folder"
 STUCK_FIX = (
     "this process hangs in the driver and cannot be killed: look for lines with Xid in `dmesg`; reset the GPU or"
     " restart the host"
@@ -80,6 +93,27 @@ def why_no_gpu() -> str | None:
     return f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no GPU; check nvidia-smi"
 
 
+def ask_driver(*fields: str) -> str:
+    """Return what nvidia-smi reports about the first GPU, as text with names and values, or why it reports nothing."""
+    index = gpu_name(torch.device("cuda", 0))
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={index}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:  # it is missing or hangs
+        return f"unknown: {first_line(error)}"
+    if done.returncode:
+        return f"unknown: nvidia-smi: {(done.stdout + done.stderr).strip().partition(chr(10))[0]}"
+    return ", ".join(f"{name} {value.strip()}" for name, value in zip(fields, done.stdout.split(","), strict=False))
+
+
+def gpu_state() -> str:
+    """Return the clocks, power, temperature and reasons for low clocks of the first GPU now."""
+    text = ask_driver("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
+    found = re.search(r"0x[0-9a-f]+$", text, re.IGNORECASE)
+    reasons = [name for bit, name in _SLOWED.items() if found and int(found.group(), 16) & bit]
+    return f"{text} ({' and '.join(reasons) or 'not slowed'})" if found else text
+
+
 def part_command(part: str, *options: str) -> list[str]:
     """Return the pytest command of a check part. It shows all output, and uses no settings of other folders."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
@@ -94,6 +128,21 @@ def part_environment(part: str, device: str) -> dict[str, str]:
     return {**own, **hidden, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
+def compiler_fix() -> str:
+    """Return what to install so that kernels are compiled. Triton builds its launcher with a compiler and headers."""
+    lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        lacking.append("Python's headers (python3-dev)")
+    what = " and ".join(lacking) or "the missing software in the reason"
+    return f"install {what}; without it kernels are not compiled, and speeds are not what they would be"
+
+
+def tell_kernels(tell: Tell, description: str) -> None:
+    """Record which kernels `choose_kernels` chose, and warn if they could not be compiled."""
+    tell("kernels", description)
+    warn_unless(not description.startswith("not compiled:"), tell, compiler_fix())
+
+
 def run_part(
     part: str,
     command: Sequence[str],
@@ -102,34 +151,37 @@ def run_part(
     folder: Path,
     seconds: float,
     end_seconds: float = 10.0,
+    shows: Callable[[Element], None] = lambda _: None,
 ) -> Element:
     """Run a check part until it ends or reaches its time limit, and return its results as a junit test suite.
 
     If the part did not finish, the suite also has a failed test for the process of the part.
 
     Args:
-        command: the command that runs the part. It writes the results to PART.xml in the folder.
+        command: the command that runs the part. It writes the results to PART.xml in the folder, after each test.
         end_seconds: the seconds to wait for the end of the process after SIGKILL.
+        shows: called with the results of the tests that have ended, every few seconds until the part ends.
     """
     file, log = folder / f"{part}.xml", folder / f"{part}.log"
     file.unlink(missing_ok=True)
-    hangs, started = False, time.monotonic()
+    hangs, started = True, time.monotonic()
     with log.open("wb") as output:
         streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            hangs = True
+            while hangs and (left := started + seconds - time.monotonic()) > 0:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(min(left, _SHOWN_SECONDS))
+                    hangs = False
+                if hangs and (found := _results(part, file)) is not None:
+                    shows(found)
         finally:
             with suppress(ProcessLookupError, PermissionError):  # also its child processes
                 os.killpg(process.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
                 process.wait(end_seconds)
-    suite = Element("testsuite")
-    with suppress(OSError, ElementTree.ParseError):
-        suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
-    suite.set("name", part)
+    found = _results(part, file)
+    suite = Element("testsuite", name=part) if found is None else found
     if hangs or process.returncode not in (0, 1) or suite.find("testcase") is None:  # 1: tests failed
         fix = ERROR_FIX if not hangs else STUCK_FIX if process.poll() is None else HANG_FIX
         how = f"not finished after {seconds:.0f} s" if hangs else f"ended with status {process.returncode}"
@@ -138,6 +190,29 @@ def run_part(
         said = f"{fix}\n{how}; its last line: {lines[-1] if lines else 'nothing'}"
         SubElement(case, "failure", message=said)
     return suite
+
+
+def _results(part: str, file: Path) -> Element | None:
+    """Return the junit test suite that a part has written; None if there is none."""
+    try:
+        suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
+        return None
+    suite.set("name", part)
+    return suite
+
+
+def write_reports(folder: Path, page: Iterable[str], suites: Sequence[Element]) -> None:
+    """Write report.md, report.xml, and report.zip with these and every file of the parts in `suites`."""
+    root = Element("testsuites")
+    root.extend(suites)
+    write_text(folder / "report.md", "".join(f"{line}\n" for line in page))
+    write_text(folder / "report.xml", f"{ElementTree.tostring(root, encoding='unicode')}\n")
+    names = ("report.md", "report.xml", *(suite.get("name", "") for suite in suites))
+    with new_file(folder / "report.zip") as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
+        for each in sorted(folder.iterdir()):
+            if each.is_file() and each.name.startswith(names):
+                archive.write(each, f"{folder.name}/{each.name}")
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -177,6 +252,7 @@ def verdicts(suites: Sequence[Element]) -> Counter[str]:
 def part_lines(suite: Element) -> Iterator[str]:
     """Yield Markdown lines with the outcome, values and problems of each test. Count skipped tests by reason."""
     yield from ("", f"## {suite.get('name')}", "")
+    yield from (f"- {name}: {value}" for of in suite.findall("properties") for name, value in _properties(of))
     skipped: Counter[str] = Counter()
     for case in suite.iter("testcase"):
         found = list(problems(case))
@@ -184,8 +260,10 @@ def part_lines(suite: Element) -> Iterator[str]:
             skipped.update(problem.value for problem in found)
             continue
         figures = [f"{name} {_short(value)}" for name, value in _properties(case) if name != WARNING]
-        notes = "; ".join([*figures, *filter(None, (problem.value for problem in found))])
-        yield f"- {verdict(case)} **{_name(case)}** {notes}".rstrip()
+        seen = list(filter(None, (problem.value for problem in found)))
+        beside, below = (seen, figures) if sum(map(len, figures)) > MOST_IN_A_LINE else ([*figures, *seen], [])
+        yield f"- {verdict(case)} **{_name(case)}** {'; '.join(beside)}".rstrip()
+        yield from (f"  - {figure}" for figure in below)
     yield from (f"- skipped {count} tests: {why}" for why, count in skipped.items())
 
 
@@ -204,7 +282,7 @@ def _short(value: str) -> str:
 
 def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
     """Yield Markdown lines with the number of tests per outcome, and what to do about each failure and warning."""
-    yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
+    yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items()) or 'No test has ended'}."
     tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
     found = [(problem.fix, name) for name, case in tests for problem in problems(case) if problem.fix]
     for fix in dict.fromkeys(fix for fix, _ in found):

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -68,19 +69,22 @@ def planned_bytes(plan: run_plan.RunPlan) -> float:
     return memory.held_memory(plan.stage).plus(step).total
 
 
-def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
-    """Return how many layers of a preset fit into the fraction `share` of the free GPU memory, by the dry run's plan.
+def layers_that_fit(model: str, *flags: str, share: float = 0.85, most: int | None = None) -> int:
+    """Return how many layers of a preset, but at most `most`, the dry run fits into a `share` of the free GPU memory.
 
     Raises:
         UserError: not even one layer fits.
     """
     release()
     free = share * torch.cuda.mem_get_info()[0]
-    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
-        plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
-        if planned_bytes(plan) <= free:
-            return layers
-    raise UserError(f"--model {model}: no layer fits into {bytes_in_words(free)}; give a smaller model")
+
+    def planned(layers: int) -> float:
+        return planned_bytes(plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}")))
+
+    layers = bisect_right(range(1, 1 + (most or PRESETS[model]["num_hidden_layers"])), free, key=planned)
+    if not layers:
+        raise UserError(f"--model {model}: no layer fits into {bytes_in_words(free)}; give a smaller model")
+    return layers
 
 
 @contextmanager

@@ -204,9 +204,11 @@ class Started:
 
 
 def measure_layout(
-    settings: BenchSettings, *, rank: int = 0, world_size: int = 1
+    settings: BenchSettings, *, rank: int = 0, world_size: int = 1, **changes: Any
 ) -> tuple[dict[str, Any] | None, Planned]:
     """Return the measured report on rank 0 (else None), and the plan of the step. All ranks call this together.
+
+    `changes` is passed to `plan_benchmark`.
 
     Raises:
         UserError: a setting is not valid. Every rank raises this error before anything starts.
@@ -214,7 +216,7 @@ def measure_layout(
     """
     file = settings.constants
     machine = None if file is None else machines.read_machine(user_path(file, flag="--constants"))
-    run = start(plan_benchmark(settings, rank=rank, world_size=world_size), settings)
+    run = start(plan_benchmark(settings, rank=rank, world_size=world_size, **changes), settings)
     device = run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
@@ -232,6 +234,7 @@ def measure_layout(
         record = {"machine": machine.title, "seconds": planned.seconds._asdict()}
     ranks = agreement.gather_on_rank_0(mine, kind=dict[str, Any])
     report = None if ranks is None else {**_report(run, settings, steps[-1], seconds, ranks), "planned": record}
+    run.runner.engine.destroy()  # or it would keep the memory of the run
     return report, planned
 
 
@@ -355,6 +358,7 @@ def _report(
             "pipeline_parallel": grid.pp_size,
             "data_parallel": grid.dp_size,
             "sequence_parallel": plan.layout.sequence_parallel,
+            "overlap": settings.overlap,
             "zero_stage": plan.engine.zero_stage,
             "recompute": settings.recompute,
             "packing": settings.packing,

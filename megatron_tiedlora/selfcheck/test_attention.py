@@ -19,7 +19,8 @@ from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.reference import plain_attention, relative, worst_of
 from megatron_tiedlora.selfcheck.running import compute_dtype
-from megatron_tiedlora.training.throughput import timed
+from megatron_tiedlora.selfcheck.timing import seconds_of_call
+from megatron_tiedlora.training.throughput import find_peak, timed
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +41,7 @@ SLOW_FIX = (
     "every new shape needs a new plan, as with cuDNN: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
 )
 NEW_SHAPE_SECONDS = 5e-3  # a first call on a new length may take this much longer than a second one
-TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
+LENGTHS_TIMED = (4096, 8192)
 DOCUMENT_LENGTH = 200  # of the timed packed row
 
 
@@ -53,6 +54,7 @@ class Heads(NamedTuple):
     head_dim: int
 
 
+HEADS = Heads("7B", 32, 32, 128)  # whose time is measured
 CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4, 64), Heads("GQA d80", 4, 2, 80))
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
@@ -78,15 +80,6 @@ def test_control(device: torch.device, tell: Tell) -> None:
     found, expected = (plain_attention(query, key, value, which) for which in (shifted, ids))
     tell("relative error", error := relative(found, expected))
     assert error >= LEAST_SEEN, "this check computes wrong errors here: report this with the versions of part env"
-
-
-@pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
-def test_kernels(dtype: torch.dtype, gpu: torch.device, tell: Tell) -> None:
-    """Record which attention kernels can run here, and why the others cannot run."""
-    obstacles = attention_obstacles(gpu, dtype, TIMED[-1])
-    for candidate in CANDIDATES:
-        obstacle = obstacles.get(candidate.name)
-        tell(candidate.name, "runs" if obstacle is None else f"does not run; it {obstacle}")
 
 
 def compare(
@@ -126,7 +119,7 @@ def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
     except Exception as error:
         if name == CHOSEN:
             raise
-        tell(name, first_line(error))  # such as the AssertionError of cuDNN for packed rows
+        tell(name, first_line(error))
         if device.type == "cuda":
             torch.cuda.synchronize()  # the device may be lost
 
@@ -147,23 +140,44 @@ def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, w
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
 
 
+@pytest.mark.parametrize("length", LENGTHS_TIMED)
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents of 200"])
-def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
-    """Measure the milliseconds of attention, forward and backward, with 32 heads and 4,096 tokens, as in a 7B model."""
-    length = TIMED[2]
-    ids = torch.arange(length)[None] // DOCUMENT_LENGTH if packed else None
-    for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
+def test_time(packed: bool, length: int, gpu: torch.device, tell: Tell) -> None:
+    """Measure each kernel with 32 heads, as in a 7B model, and record which one is chosen and why."""
+    tell("chosen", choose_attention(gpu, compute_dtype(gpu), HEADS.head_dim))
+    peak = find_peak(gpu, torch.bfloat16).flops_per_second
+    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim).items():
         with optional(tell, name, gpu):
-            tell(f"{name}: ms", 1e3 * min(_seconds(route, length, ids, gpu) for _ in range(5)))
+            tell(name, speed(route, length, DOCUMENT_LENGTH if packed else length, peak, gpu))
+
+
+def speed(route: AttentionCall, length: int, document: int, peak: float, device: torch.device) -> str:
+    """Return text with a kernel's milliseconds, TFLOP/s and share of the peak FLOP/s.
+
+    The backward pass computes five matmuls of scores, and the forward pass two. The planner counts it as twice the
+    forward pass, so its share is lower. Only scores within documents of so many tokens are computed.
+    """
+    ids = torch.arange(length)[None] // document if document < length else None
+    heads, weight = drawn(length, device)
+    query, key, value = heads
+    backward = partial(torch.autograd.grad, route(query, key, value, ids), heads, weight, retain_graph=True)
+    seconds = [seconds_of_call(step, device) for step in (partial(route, query, key, value, ids), backward)]
+    lengths = [min(document, length - start) for start in range(0, length, document)]
+    flops = 2 * HEADS.heads * HEADS.head_dim * sum(part**2 for part in lengths)
+    pairs = zip(("forwards", "backwards"), seconds, (flops, 2.5 * flops), strict=True)
+    rates = (f"{way} {1e3 * taken:.3g} ms = {work / taken / 1e12:.0f} TFLOP/s" for way, taken, work in pairs)
+    return f"{', '.join(rates)}; the planner's share {3 * flops / sum(seconds) / peak:.3f}"
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
     """Measure how much longer the first call on a length takes than the second, as the median over several lengths."""
-    for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
+    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim).items():
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []
             for length in range(1000, 1144, 24):
-                first, again = (_seconds(route, length, None, gpu) for _ in range(2))
+                heads, weight = drawn(length, gpu)
+                torch.cuda.synchronize()
+                first, again = (timed(partial(results, route, heads, None, weight), gpu) for _ in range(2))
                 costs.append(first - again)
                 if time.perf_counter() - started > 3:
                     break
@@ -171,14 +185,11 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
             warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
 
 
-def _seconds(route: AttentionCall, length: int, ids: Tensor | None, device: torch.device) -> float:
-    """Return the seconds of one forward and backward pass in bf16."""
-    size, heads, _, head_dim = TIMED
-    draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
-    query_key_value = [draw(size, heads, length, head_dim).requires_grad_() for _ in range(3)]
-    weight = draw(size, length, heads * head_dim)
-    torch.cuda.synchronize()
-    return timed(lambda: results(route, query_key_value, ids, weight), device)
+def drawn(length: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Return random queries, keys and values of one row, and a random gradient of the output."""
+    draw = partial(torch.randn, device=device, dtype=compute_dtype(device))
+    heads = [draw(1, HEADS.heads, length, HEADS.head_dim).requires_grad_() for _ in range(3)]
+    return heads, draw(1, length, HEADS.heads * HEADS.head_dim)
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:

@@ -1,10 +1,7 @@
 """Checks the environment: records software versions and the package's choices, and measures matmul and copy rates."""
 
-import shutil
 import subprocess
-import sysconfig
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +10,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.model.fused_attention import choose_attention, one_by_one
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.runtime.machine import in_words, judge_machine, machine_record
-from megatron_tiedlora.runtime.process_group import gpu_name
-from megatron_tiedlora.selfcheck.parts import WARNING, Tell, option, report, warn_unless, why_no_gpu
+from megatron_tiedlora.selfcheck import parts
+from megatron_tiedlora.selfcheck.parts import Tell, option, report, warn_unless, why_no_gpu
 from megatron_tiedlora.selfcheck.running import compute_dtype, small_shape
 from megatron_tiedlora.training.throughput import compiled_kernels, matmul_rate, timed
 
@@ -24,7 +21,18 @@ SIZE, COPIED = 8192, 2**30  # size of the matmul, and bytes of the copy
 HEAD_DIM = 128
 # Bounds on the fraction of a data sheet's matmul FLOP/s, and on bytes/s of a copy. A faster device computed nothing.
 GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40e12
-SMI_FIELDS = "driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total"
+SMI_FIELDS = (
+    *("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "mig.mode.current", "ecc.mode.current"),
+    *("ecc.errors.uncorrected.volatile.total", "pcie.link.gen.max", "pcie.link.width.max"),
+)
+SEGMENTS_FIX = (
+    "expandable segments do not work here (an old driver, or a container without CUDA's virtual memory), so rows of"
+    " many lengths waste memory: update the driver; part memory shows how much more is reserved than allocated"
+)
+PEERS_FIX = (
+    "GPUs cannot read each other's memory, so their messages are copied through the host: look for NVLink in"
+    " `nvidia-smi topo -m`, and for PCIe settings (ACS, IOMMU) and containers that prevent it"
+)
 TF32_FIX = (
     "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers set: runs with --dtype fp32 would round to TF32; the"
     " other parts of this check ignore it"
@@ -60,12 +68,28 @@ def test_fp32_matmuls(tell: Tell) -> None:
 
 
 def test_driver(gpu: torch.device, tell: Tell) -> None:
-    """Record the values that the driver reports for the first GPU."""
-    first, values = gpu_name(torch.device("cuda", 0)), ""
-    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader", f"--id={first}"]
+    """Record the values that the driver reports for the first GPU, whose name says whether it is PCIe or SXM (HBM3)."""
+    tell(torch.cuda.get_device_name(0), parts.ask_driver(*SMI_FIELDS))
+
+
+def test_expandable_segments(gpu: torch.device, tell: Tell) -> None:
+    """Check that the allocator's segments can grow, as the package's environment asks."""
+    torch.empty(2**26, device=gpu)  # the allocator keeps its segment
+    grow = [bool(segment.get("is_expandable")) for segment in torch.cuda.memory_snapshot()]
+    tell("segments that can grow", f"{sum(grow)} of {len(grow)}")
+    warn_unless(all(grow), tell, SEGMENTS_FIX)
+
+
+def test_peers(gpu: torch.device, tell: Tell) -> None:
+    """Record how the GPUs are linked, and check that each can read the memory of each other."""
+    count = torch.cuda.device_count()
     with suppress(OSError, subprocess.SubprocessError):  # the program is missing, fails or hangs
-        values = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    tell("driver, power limit, SM clock, MIG, ECC errors", values or "unknown")
+        done = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=20, check=True)
+        tell("links", " | ".join(" ".join(line.split()) for line in done.stdout.splitlines()[: count + 1]))
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    tell("pairs without peer access", f"{len(apart)} of {len(pairs)}")
+    warn_unless(not apart, tell, PEERS_FIX)
 
 
 def test_attention(device: torch.device, tell: Tell) -> None:
@@ -82,17 +106,13 @@ def test_compiled_kernels(gpu: torch.device, tell: Tell) -> None:
         compiled_kernels(small_shape(), dtype=compute_dtype(gpu), device=gpu)
     except UserError as error:
         tell("not compiled", str(error))
-        # Triton needs a C compiler and Python's headers to build its launcher.
-        lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
-        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-            lacking.append("Python's headers (python3-dev)")
-        what = " and ".join(lacking) or "the missing software in the reason"
-        tell(WARNING, f"install {what}; without it kernels are not compiled, and a step takes about a third longer")
+        tell(parts.WARNING, parts.compiler_fix())
 
 
 def test_matmul_ceiling(gpu: torch.device, tell: Tell) -> None:
     """Measure the FLOP/s of a large matmul with random values. Zeros need less power and would be faster."""
-    rate = matmul_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=gpu, repeats=10)
+    rate = matmul_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=gpu, repeats=100)
+    tell("just after it", parts.gpu_state())
     judge_rate(tell, rate, listed_peak(torch.cuda.get_device_name(gpu)))
 
 

@@ -4,7 +4,7 @@ A rank is started with   python -m megatron_tiedlora.selfcheck.test_ranks FOLDER
 
 FOLDER has a small model, and rank 0 writes the losses and the adapter of each case to FOLDER. CASES is a JSON list of
 cases, and FIRST is the number of the first case. Environment variables set the rank and the master address. If FIRST is
-"killed", the ranks train the first case until the last rank kills itself.
+"killed", the ranks train the first case until the last rank kills itself. If it is "messages", they time messages.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base import child_process, shapes
@@ -34,10 +35,11 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
 from megatron_tiedlora.selfcheck import parts, reference, running, step_bench
+from megatron_tiedlora.selfcheck.timing import seconds_of_call
 
 pytestmark = pytest.mark.gpu
 
-ADAPTER, RESULT, MODEL, KILLED = "adapter.safetensors", "result.json", "model", "killed"
+ADAPTER, RESULT, MODEL, KILLED, MESSAGES = "adapter.safetensors", "result.json", "model", "killed", "messages"
 STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step on all ranks, and the learning rate
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can partition in any layout. Its vocabulary size is odd.
@@ -61,8 +63,10 @@ SHARING = (2, 30)  # the first version of NCCL in which several ranks can share 
 SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
 NOTICED_SECONDS = 45.0  # from the death of a rank; 30 of them are the limit of the heartbeat (docs/clusters.md)
 # Fractions of the part's time. One rank must have finished by the first, and all layouts by the second. The ranks of
-# the test that kills one must be training by the third.
-ALONE, LAYOUTS, WORKING = 0.25, 0.75, 0.9
+# the test that kills one must be training by the third. Messages are timed by the fourth.
+ALONE, LAYOUTS, WORKING, TIMED = 0.25, 0.75, 0.9, 0.97
+CTAS = "NCCL_MIN_CTAS"  # the least blocks of a message's kernel
+WIDTH = {"cpu": 256, "cuda": 8192}  # of the square matrices of messages and matmuls
 _POLL_SECONDS = 0.1
 DOCTOR_SECONDS = 30.0  # limit for the ranks to connect, and for each answer
 DIFFERS_FIX = (
@@ -118,12 +122,15 @@ def loaded_nccl() -> tuple[int, ...]:
     return ()
 
 
-def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
-    """Return test cases for all layouts, all ZeRO stages, runs without sequence parallelism and, on a GPU, bf16."""
+def cases_of(world_size: int, device: str, *, is_long: bool = True) -> tuple[Case, ...]:
+    """Return test cases for all layouts, ZeRO stages, runs without sequence parallelism and, on a GPU, bf16.
+
+    The short form has only ZeRO stages 1 and 3, and not bf16.
+    """
     pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
     layouts = [Case(tp, pp) for tp, pp in pairs]
-    engines = [Case(zero=zero) for zero in (0, 2, 3)]
-    narrow = [Case(tp=tp, dtype="bf16") for tp in (world_size, world_size // 2)] if device == "cuda" else []
+    engines = [Case(zero=zero) for zero in ((0, 2, 3) if is_long else (3,))]
+    narrow = [Case(tp=tp, dtype="bf16") for tp in (world_size, world_size // 2)] if device == "cuda" and is_long else []
     return tuple(dict.fromkeys([*layouts, *engines, Case(tp=world_size, sp=False), *narrow]))
 
 
@@ -239,12 +246,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         device = parts.option(metafunc.config, "device")
         size = possible_ranks(device)[0]
-        cases = cases_of(size, device) if size > 1 else [Case()]
+        is_long = bool(parts.option(metafunc.config, "long"))
+        cases = cases_of(size, device, is_long=is_long) if size > 1 else [Case()]
         metafunc.parametrize("case", cases, ids=lambda case: case.named(size))
 
 
 @pytest.fixture(scope="module")
-def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
+def ranks(pytestconfig: pytest.Config, device: torch.device, is_long: bool) -> Iterator[Ranks]:
     """Yield the ranks that can be started on this machine, or skip the test if only one rank can be started."""
     size, variables, why = possible_ranks(device.type)
     if size == 1:
@@ -253,7 +261,7 @@ def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
         folder = Path(name)
         write_random_model(SHAPE, folder / MODEL, name="a small model", seed=0)
         logs = Path(parts.option(pytestconfig, "folder") or folder)
-        cases = cases_of(size, device.type)
+        cases = cases_of(size, device.type, is_long=is_long)
         yield Ranks(size, variables, cases, folder, logs, parts.option(pytestconfig, "seconds"))
 
 
@@ -294,6 +302,20 @@ def test_killed_rank(ranks: Ranks, tell: parts.Tell) -> None:
     said = next((line for output in ended.outputs[:victim] if (line := naming_line(output, victim))), None)
     tell("they say", said or "nothing about it")
     assert ended.seconds <= NOTICED_SECONDS and all(ended.statuses[:victim]) and said is not None, LOST_FIX
+
+
+@pytest.mark.parametrize("ctas", ["0", "8", *(pytest.param(number, marks=pytest.mark.long) for number in ("4", "16"))])
+def test_messages(ctas: str, ranks: Ranks, tell: parts.Tell) -> None:
+    """Time messages of a large matrix on all ranks, alone and beside a matmul, with at least so many blocks."""
+    if ctas != "0" and not torch.cuda.is_available():
+        pytest.skip(f"{CTAS} is a variable of NCCL")
+    result = ranks.folder / RESULT
+    result.unlink(missing_ok=True)
+    variables = {**ranks.variables, **({CTAS: ctas} if ctas != "0" else {})}
+    ended = replace(ranks, variables=variables).run(MESSAGES, [], ranks.world_size, TIMED)
+    assert result.exists(), f"{FAILED_FIX}\n{ended.why()}"
+    for name, value in json.loads(result.read_text()).items():
+        tell(name, value)
 
 
 def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
@@ -364,6 +386,26 @@ def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> in
     return end.status
 
 
+def time_messages(device: torch.device, width: int) -> dict[str, float]:
+    """Return the milliseconds of a matmul, of messages of its matrix, and of both at once, on all ranks together.
+
+    Where both at once take as long as the longer one, the message is hidden.
+    """
+    whole, right = (torch.randn(width, width, device=device).to(running.compute_dtype(device)) for _ in range(2))
+    part = whole[: width // distributed.get_world_size()].clone()
+    found = {"ms of a matmul": 1e3 * seconds_of_call(partial(torch.mm, right, right), device)}
+    send = {
+        "an all-gather": partial(distributed.all_gather_into_tensor, whole, part, async_op=True),
+        "a reduce-scatter": partial(distributed.reduce_scatter_tensor, part, whole, async_op=True),
+    }
+
+    for name, start in send.items():
+        for beside, work in (("", lambda: None), (" beside a matmul", partial(torch.mm, right, right))):
+            step = lambda start=start, work=work: (start(), work())[0].wait()  # noqa: E731
+            found[f"ms of {name}{beside}"] = 1e3 * seconds_of_call(step, device)
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     """Train the cases that the command line lists. Return the exit status."""
     child_process.end_with_parent()
@@ -372,6 +414,13 @@ def main(argv: Sequence[str]) -> int:
     rank, world_size = launch_env.rank_and_world_size()
     if argv[1] == KILLED:
         return run_until_killed(cases[0], folder, rank, world_size)
+    if argv[1] == MESSAGES:
+        device = process_group.join_process_group(1.0, expected_ranks=world_size)
+        found = time_messages(device, WIDTH[device.type])
+        if rank == 0:
+            (folder / RESULT).write_text(json.dumps(found))
+        process_group.leave_process_group()
+        return 0
     for number, case in enumerate(cases, start=int(argv[1])):
         results = folder / f"{world_size}-{number}"
         results.mkdir(exist_ok=True)

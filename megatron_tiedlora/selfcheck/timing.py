@@ -5,7 +5,7 @@ import gc
 import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_tiedlora.base import installation, progress, shapes
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.tool_settings import BenchSettings
-from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
+from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes, timed
 
 Value = TypeVar("Value")
 _ALLOCATOR_SETTINGS = ("MALLOC_CONF", "MALLOC_MMAP_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -88,12 +88,29 @@ def kernel_class(name: str) -> str:
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def profiled(step: Callable[[], object]) -> list[Any]:
-    """Run `step` once under torch's profiler until the GPU has finished, and return the events."""
+def profiled(step: Callable[[], object], trace: Path | None = None) -> list[Any]:
+    """Run `step` once under torch's profiler until the GPU has finished, and return the events.
+
+    The trace is written to the file `trace`, NAME.json.gz, for https://ui.perfetto.dev, unless it is None.
+    """
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
     return list(profiler.events() or ())
+
+
+def seconds_by_kernel(events: Iterable[Any]) -> dict[str, tuple[float, int]]:
+    """Return the seconds and the number of calls of each GPU kernel among the events by name, the longest first."""
+    spent: dict[str, tuple[float, int]] = {}
+    for event in events:
+        # An annotation spans other kernels, so it is not counted.
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            seconds, calls = spent.get(event.name, (0.0, 0))
+            spent[event.name] = seconds + event.time_range.elapsed_us() / 1e6, calls + 1
+    return dict(sorted(spent.items(), key=lambda item: item[1], reverse=True))
 
 
 def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
@@ -102,11 +119,23 @@ def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
     The times of kernels that run at the same time are added.
     """
     spent = dict.fromkeys(CLASSES, 0.0)
-    for event in profiled(step):
-        # An annotation spans other kernels, so it is not counted.
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
-            spent[kernel_class(event.name)] += event.time_range.elapsed_us() / 1e6
+    for name, (seconds, _) in seconds_by_kernel(profiled(step)).items():
+        spent[kernel_class(name)] += seconds
     return spent
+
+
+def shares_in_words(spent: Mapping[str, float]) -> str:
+    """Return text with the share of each kernel class in their total time, or why there is none."""
+    total = sum(spent.values())
+    if not total:
+        return "unknown: torch's profiler saw no kernel; CUPTI may not be allowed here"
+    return ", ".join(f"{kind} {taken / total:.0%}" for kind, taken in spent.items() if taken)
+
+
+def seconds_of_call(step: Callable[[], object], device: torch.device, *, calls: int = 5, repeats: int = 3) -> float:
+    """Return the least average seconds of `calls` calls, which are queued before the device is waited for."""
+    step()
+    return min(timed(lambda: [step() for _ in range(calls)], device) for _ in range(repeats)) / calls
 
 
 def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:

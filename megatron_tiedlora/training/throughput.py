@@ -334,11 +334,7 @@ def compiled_kernels(
         if os.environ.get(name) == "1":
             raise UserError(f"{name} is 1")
     try:
-        if _CACHE_VARIABLE not in os.environ:
-            # torch.compile runs the code in its cache, and any user could create its default folder.
-            folder = Path(tempfile.gettempdir()) / f"megatron_tiedlora-kernels-{os.getuid()}"
-            make_private_folder(folder)
-            os.environ[_CACHE_VARIABLE] = str(folder)
+        use_private_cache()
         kernels = Kernels().compiled(static_widths=device.type != "cpu")
         given: dict[str, Any] = {"weight_maker": weight_maker, "dtype": dtype, "device": device}
         if device.type != "cpu":
@@ -360,6 +356,15 @@ def compiled_kernels(
     except Exception as error:  # compilers, or a missing one, can raise anything
         raise UserError(f"{type(error).__name__}: {first_line(error)}") from error
     return kernels
+
+
+def use_private_cache() -> None:
+    """Make torch.compile of this process use a folder that only this user can write. Raise UserError if it cannot."""
+    if _CACHE_VARIABLE not in os.environ:
+        # torch.compile runs the code in its cache, and any user could create its default folder.
+        folder = Path(tempfile.gettempdir()) / f"megatron_tiedlora-kernels-{os.getuid()}"
+        make_private_folder(folder)
+        os.environ[_CACHE_VARIABLE] = str(folder)
 
 
 def warm_up_widths(

@@ -42,6 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "the same in fp32": {"num_layers": 4, "packing": True, "lengths": [16, 16], "dtype": "fp32"},
     "4 layers of 70B, tensor 8": FOUR,
     "the same with all targets": {**FOUR, "targets": "all"},
+    "the same in two halves": {**FOUR, "rows": 2, "overlap": "halves"},
     "8 layers of 70B, tensor 8, first of two stages": {**TWO_STAGES, "lengths": [4096, 4096]},
     "4 layers of 7B, deterministic": {"num_layers": 4, "deterministic": True, "packing": True, "lengths": [512, 512]},
     "4 layers of 7B, data 8, ZeRO-2": {"num_layers": 4, "world_size": 8, "zero": "zero2.json"},
@@ -133,6 +134,7 @@ def counted(pattern: str) -> Callable[[Mapping[str, int]], int]:
 
 
 launches = counted("kernel:|gemm:|cudaGraphLaunch")  # kernels, matrix products, and CUDA graphs of these
+between_streams = counted("event:wait")  # waits of a stream for another one
 waits = counted(r"sync:|memcpy:.*(pageable| sync)")  # of the host for the device, also those that a copy would have
 messages = counted("nccl(?!:|Group)")  # NCCL's collectives, sends and receives
 communicators = counted("nccl:(init|split)")  # of NCCL that were made
@@ -152,6 +154,15 @@ def _per_layer(**order: Any) -> float:
 def _fewest(count: Callable[[Mapping[str, int]], int], **order: Any) -> int:
     """Of some steps: with garbage for numbers, some have more to clip."""
     return min(map(count, run_rank(steps=3, **order)["steps"]))
+
+
+def _waits_for_messages(recompute: str) -> float:
+    """Of a layer in two halves: waits of a stream for another, without the two of each message, to send and to use."""
+    given: dict[str, Any] = {"rows": 2, "overlap": "halves", "recompute": recompute, "compile": "true"}
+    found = [run_rank(**EIGHT, num_layers=number, lengths=[2048, 2048], **given) for number in (3, 5)]
+    few, many = ([min(map(count, one["steps"])) for count in (between_streams, messages)] for one in found)
+    assert many[1] > few[1], found
+    return (many[0] - few[0]) - 2 * (many[1] - few[1])
 
 
 def _starts_with_one_visible() -> float:
@@ -230,6 +241,7 @@ def _compiled_in_steps() -> float:
     for (tp_size, sequences), base in itertools.product(SPLITS, ({}, BASES["nf4"], BASES["products in fp8"], JOINED)):
         layout = {"tensor_parallel": tp_size, "world_size": tp_size, "sequence_parallel": sequences}
         again += run_rank(recompute="selective", steps=4, **COMPILE, **layout, **base)["more"]
+    again += run_rank(recompute="full", steps=4, overlap="halves", **COMPILE, **EIGHT)["more"]
     return again
 
 
@@ -312,15 +324,24 @@ FIGURES = [
         4 * 8,
     ),
     Figure("NCCL messages a step beside those", _messages_of_a_step, 6, 1),
+    *(
+        Figure(
+            f"waits between streams a layer beside two a message, two halves, tensor 8, recompute {recompute}",
+            partial(_waits_for_messages, recompute),
+            0,
+        )
+        for recompute in SHAPES
+    ),
     _waits("one stage", num_layers=2),
+    _waits("two halves, tensor 8", num_layers=2, rows=2, overlap="halves", **EIGHT),
     _waits("first of two stages", **TWO_STAGES),
-    Figure("launches a layer, forward and backward, compiled", _per_layer, 31),
+    Figure("launches a layer, forward and backward, compiled", _per_layer, 27),
     *(
         Figure(f"launches a layer, base in {name}", partial(_per_layer, **BASES[name]), most)
         for name, most in MOST.items()
     ),
     Figure("launches a layer, adapter in the matmul", partial(_per_layer, **JOINED), 27),
-    Figure("launches a layer, adapter in the matmul, tensor 8", partial(_per_layer, **EIGHT, **JOINED), 33),
+    Figure("launches a layer, adapter in the matmul, tensor 8", partial(_per_layer, **EIGHT, **JOINED), 28),
     Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 148),
     *(
         Figure(
@@ -354,7 +375,9 @@ FIGURES = [
     ),
     Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
     Figure(
-        "graphs compiled in steps, tensor 1 to 8, sequences sharded or not, bf16, nf4 and fp8", _compiled_in_steps, 0
+        "graphs compiled in steps, tensor 1 to 8, sequences sharded or not, halves, bf16, nf4, fp8",
+        _compiled_in_steps,
+        0,
     ),
     *(
         Figure(

@@ -55,6 +55,7 @@ class Order:
     rank: int = 8
     tensor_parallel: int = 1
     sequence_parallel: bool = True
+    overlap: str = "none"
     pipeline_parallel: int = 1
     recompute: str = "none"
     compile: str = "false"
@@ -138,7 +139,7 @@ def _built(order: Order, device: torch.device) -> Any:
     same = ("model", "method", "targets", "rank", "dtype", "deterministic", "base", "products", "keep_transposed")
     same += ("adapter_in_matmul",)
     same += ("compile", "recompute", "tensor_parallel", "pipeline_parallel", "packing", "max_length")
-    same += ("sequence_parallel",)
+    same += ("sequence_parallel", "overlap")
     settings = make_settings(
         {
             **{name: getattr(order, name) for name in same},

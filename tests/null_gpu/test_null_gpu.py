@@ -32,9 +32,9 @@ BELIEVING = "import sys, pytest, null_gpu_rank as r; r.prepare_environment(); r.
 
 @pytest.mark.nullgpu
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("part", ["host", "memory", "speed"])
+@pytest.mark.parametrize("part", ["host", "memory", "speed", "layers"])
 def test_a_part_of_check_gpu(part: str, tmp_path: Path) -> None:
-    """Waits, planned and reserved memory, and steps of every form, as `tiedlora check-gpu` counts them."""
+    """Waits, planned and reserved memory, steps of every form, and layers in every format, as check-gpu does."""
     start = [str(Path(os.environ["NULL_GPU"]) / "run"), sys.executable, "-c", BELIEVING]
     around = part_environment(part, "cuda")
     paths = [str(ROOT), str(ROOT / "tests" / "null_gpu"), os.environ.get("PYTHONPATH", "")]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from support.ranks import ENVIRONMENT, wait_for
 
 from megatron_tiedlora.commands import jobs
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.tool_settings import CheckGpuSettings
+from megatron_tiedlora.config.tool_settings import CHECK_PARTS, CheckGpuSettings
 from megatron_tiedlora.runtime import launch_env
 from megatron_tiedlora.selfcheck import parts
 
@@ -74,6 +75,15 @@ def test_the_page_has_every_test_and_what_to_do(suite: Element) -> None:
     assert "- failed **breaks** RuntimeError: first line" in page
 
 
+def test_the_state_of_the_gpu_and_long_lists_are_in_the_page() -> None:
+    text = "<testsuite name='p'><properties><property name='GPU before' value='hot'/></properties>{}</testsuite>"
+    case = "<testcase name='test_{}'><properties>" + "<property name='a' value='{}'/>" * 2 + "</properties></testcase>"
+    cases = case.format("short", "b" * 20, "c" * 20) + case.format("long", "x" * 300, "y" * 300)
+    page = list(parts.part_lines(ElementTree.fromstring(text.format(cases))))
+    assert page[3:6] == ["- GPU before: hot", f"- passed **short** a {'b' * 20}; a {'c' * 20}", "- passed **long**"]
+    assert page[6:] == [f"  - a {letter * 300}" for letter in "xy"]
+
+
 def test_advice_is_given_once(suite: Element) -> None:
     counts, *advice = parts.summary_lines([suite])
     assert counts == "6 failed, 1 warned, 3 skipped."
@@ -114,6 +124,49 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
     wait_for(lambda: not _runs(int(pid.read_text())), "the end of what the part had started", limit=5)
 
 
+HANGS = """
+import os, time
+import pytest
+
+def test_ends(record_property):
+    record_property("share", 0.5)
+    time.sleep(0.2)
+
+@pytest.mark.long
+def test_of_the_long_form():
+    pass
+
+@pytest.mark.if_time
+def test_is_not_begun():
+    time.sleep(100)
+
+def test_hangs(record_property):
+    record_property("cache", os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    time.sleep(100)
+"""
+
+
+def test_a_part_that_is_ended_keeps_the_tests_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_p.py").write_text(HANGS)
+    own = ("-p", "megatron_tiedlora.selfcheck.conftest", f"--check-folder={tmp_path}", "--check-seconds=0.1")
+    command = parts.part_command("p", f"--junitxml={tmp_path / 'p.xml'}", *own, "--check-device=cpu")
+    command[command.index(str(parts.FOLDER / "test_p.py"))] = str(tmp_path / "test_p.py")
+    environment = {**parts.part_environment("p", "cpu"), "PYTHONPATH": str(ROOT)}
+    monkeypatch.setattr(parts, "_SHOWN_SECONDS", 0.2)
+    shown: list[Element] = []
+
+    def shows(suite: Element) -> None:
+        shown.append(suite)
+
+    limits: dict[str, Any] = {"folder": tmp_path, "seconds": 12.0, "shows": shows}
+    suite = parts.run_part("p", command, environment=environment, **limits)
+    page = "\n".join(parts.part_lines(suite))
+    assert "- passed **ends** share 0.5" in page and "- failed **the part's process** not finished after 12 s" in page
+    assert "- skipped 1 tests: only the long form measures this" in page
+    assert "- skipped 1 tests: no time is left for this" in page
+    assert "- passed **ends** share 0.5" in "\n".join(parts.part_lines(shown[-1])), "it was told before the end"
+
+
 def test_a_part_that_finds_nothing_is_a_failure(tmp_path: Path) -> None:
     how, _, seen = run("print('nothing to do')", tmp_path)
     assert (how, seen) == ("failed", "ended with status 0; its last line: nothing to do")
@@ -145,7 +198,7 @@ def test_a_part_that_cannot_be_killed_holds_nothing_up(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_part_ends_with_the_command(number: int, status: int, tmp_path: Path) -> None:
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, str(TOOL), f"--output={tmp_path}", "--device=cpu", "--parts=correct", "--minutes=60"]
+    words = [sys.executable, str(TOOL), f"--output={tmp_path}", "--device=cpu", "--parts=correct", "--seconds=3600"]
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as command:
         log = tmp_path / "correct.log"
         wait_for(
@@ -190,7 +243,7 @@ def test_a_part_is_a_world_of_one_whatever_is_around_it(monkeypatch: pytest.Monk
 
 def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
     environment = {**os.environ, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(TOOL), f"--output={tmp_path}", "--minutes=60"]
+    command = [sys.executable, str(TOOL), f"--output={tmp_path}", "--seconds=3600"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 2, ended.stderr
     (line,) = ended.stderr.strip().splitlines()
@@ -198,7 +251,7 @@ def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
     (suite,) = ElementTree.parse(tmp_path / "report.xml").getroot()
     assert suite.get("name") == "env"
     assert [case.get("name") for case in suite.iter("testcase") if parts.verdict(case) == "failed"] == ["test_gpu"]
-    assert f"; torch {torch.__version__};" in (tmp_path / "report.md").read_text()
+    assert f"  - torch {torch.__version__}\n" in (tmp_path / "report.md").read_text()
 
 
 def test_without_pytest_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -217,7 +270,7 @@ def test_a_gpu_that_ranks_would_not_use_is_none(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"), [("--parts=speed,fast", "fast"), ("--parts=", "at least 1"), ("--minutes=0", "greater than 0")]
+    ("flag", "said"), [("--parts=speed,fast", "fast"), ("--parts=", "at least 1"), ("--seconds=0", "greater than 0")]
 )
 def test_wrong_flags_are_rejected(flag: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(jobs.UserError, match=said):
@@ -235,21 +288,91 @@ def test_a_failure_decides_the_exit_status(
 
     def run_part(part: str, command: list[str], *, seconds: float, **_: Any) -> Element:
         limits.append(seconds)
+        assert "--check-long=1" in command, "two parts have time for their long forms"
         assert f"--check-seconds={seconds}" in command
         text = f"<testsuite name='{part}'><testcase><{tag}><property name='warning' value='x'/></{tag}></testcase>"
         return ElementTree.fromstring(f"{text}</testsuite>")
 
     monkeypatch.setattr(parts, "run_part", run_part)
     assert call("check-gpu", ["--device=cpu", "--parts=env,correct", f"--output={tmp_path}"]) == expected
-    assert limits[1] > jobs.PART_SECONDS["correct"] + 0.9 * jobs.PART_SECONDS["env"], "what env left is for the next"
+    assert limits[0] < 480 and limits[1] > 470, "what env left is for the next"
 
 
-def test_all_parts_together_take_eight_minutes_and_each_is_there() -> None:
-    assert sum(jobs.part_limits(list(jobs.PART_SECONDS), None, num_gpus=1).values()) == 480
-    assert sum(jobs.part_limits(list(jobs.PART_SECONDS), None, num_gpus=8).values()) == 720
-    assert jobs.part_limits(["ranks"], None, num_gpus=1) == {"ranks": 480}
-    some = jobs.part_limits(["env", "ranks"], 3.0, num_gpus=0)
-    assert sum(some.values()) == 180 and some["ranks"] == 2 * some["env"]
-    assert {file.stem for file in parts.FOLDER.glob("test_*.py")} == {f"test_{part}" for part in jobs.PART_SECONDS}
-    for part in jobs.PART_SECONDS:
-        assert f"\n    {part} " in CheckGpuSettings.about
+def test_the_seconds_choose_parts_and_their_forms() -> None:
+    one, several = (jobs.part_limits(None, None, num_gpus=count) for count in (1, 8))
+    assert sum(limit.seconds for limit in one.values()) == pytest.approx(480)
+    assert sum(limit.seconds for limit in several.values()) == pytest.approx(600)
+    sure = [part for part, limit in one.items() if limit.seconds]
+    assert sure == [part for part in CHECK_PARTS if part != "ranks"], "eight minutes are enough for the others"
+    assert one["ranks"] == (0, CHECK_PARTS["ranks"][0], False), "it runs if time is left"
+    assert not any(one[part].is_long for part in sure if CHECK_PARTS[part][0] < CHECK_PARTS[part][1])
+    first = ["env", "correct", "attention", "speed", "ranks", "layers"]
+    assert list(several)[:6] == first and several["ranks"].seconds >= jobs.RANKS_OF_SEVERAL[0]
+    for count in (1, 8):
+        hour = jobs.part_limits(None, 3000, num_gpus=count)
+        assert hour.keys() == CHECK_PARTS.keys() and all(limit.is_long for limit in hour.values())
+        assert sum(limit.seconds for limit in hour.values()) == pytest.approx(3000)
+        assert all(hour[part].seconds >= CHECK_PARTS[part][1] for part in hour)
+    longer = jobs.part_limits(None, 1100, num_gpus=1)
+    assert longer["speed"].is_long and not longer["layers"].is_long and longer["ranks"].seconds > 0
+
+
+def test_given_parts_all_run_however_little_time_there_is() -> None:
+    assert jobs.part_limits(["ranks"], None, num_gpus=1) == {"ranks": (480, 0, True)}
+    some = jobs.part_limits(["speed", "env"], 13.5, num_gpus=0)
+    assert some == {"env": (4, 0, False), "speed": (9.5, 0, False)}, "in the order of worth"
+    assert next(iter(jobs.part_limits(None, 1, num_gpus=1).items())) == ("env", (1, 0, False))
+
+
+def test_each_part_is_in_the_table_and_in_the_help() -> None:
+    assert {file.stem for file in parts.FOLDER.glob("test_*.py")} == {f"test_{part}" for part in CHECK_PARTS}
+    for part, (short, long) in CHECK_PARTS.items():
+        assert f"\n    {part} " in CheckGpuSettings.about and 0 < short <= long
+
+
+CASE = "<testsuite name='{}'><testcase name='test_{}'><properties/></testcase></testsuite>"
+
+
+def test_a_run_that_is_killed_leaves_what_has_ended_in_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that has ended, and the tests that have ended of the part that runs."""
+
+    def run_part(part: str, command: list[str], *, folder: Path, shows: Any, **_: Any) -> Element:
+        (folder / f"{part}.log").write_text(f"said by {part}")
+        if part == "correct":
+            (folder / "attention.log").write_text("of an earlier run")
+            shows(ElementTree.fromstring(CASE.format(part, "begun")))
+            raise SystemExit(137)  # as a signal would: nothing after it is written
+        return ElementTree.fromstring(CASE.format(part, "whole"))
+
+    monkeypatch.setattr(parts, "run_part", run_part)
+    with pytest.raises(SystemExit):
+        call("check-gpu", ["--device=cpu", "--parts=env,correct,attention", f"--output={tmp_path / 'out'}"])
+    with zipfile.ZipFile(tmp_path / "out" / "report.zip") as archive:
+        names = {name.removeprefix("out/") for name in archive.namelist()}
+        page = archive.read("out/report.md").decode()
+    assert names == {"report.md", "report.xml", "env.log", "correct.log"}
+    assert "- passed **whole**" in page and "- passed **begun**" in page
+    assert page == (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_part_that_is_left_out_is_named_and_runs_if_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    now = 0.0
+
+    def run_part(part: str, command: list[str], *, seconds: float, **_: Any) -> Element:
+        nonlocal now
+        now += took
+        ran.append(part)
+        return ElementTree.fromstring(CASE.format(part, "whole"))
+
+    monkeypatch.setattr(parts, "run_part", run_part)
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: now)
+    for took, expected in ((40.0, list(CHECK_PARTS)), (55.0, list(CHECK_PARTS)[:-1])):
+        ran.clear()
+        assert call("check-gpu", ["--device=cpu", f"--output={tmp_path}"]) == 0
+        assert ran == expected
+        assert ("Left out for lack of time: ranks (give" in (tmp_path / "report.md").read_text()) == (took == 55)

@@ -49,6 +49,8 @@ def test_every_layout_that_fits_is_a_case() -> None:
     assert {case.zero for case in cases if (case.tp, case.pp) == (1, 1)} == {0, 1, 2, 3}
     assert any(not case.sp for case in cases) and any(case.dtype == "bf16" for case in cases)
     assert {case.dtype for case in cases_of(2, "cpu")} == {"fp32"}
+    assert {(case.tp, case.pp) for case in cases_of(8, "cuda", is_long=False)} == layouts
+    assert len(cases_of(8, "cuda", is_long=False)) <= 2 * test_ranks.CASES_OF_A_START < len(cases)
     assert Case(2, 2, sp=False).named(8) == "TP2 PP2 DP2 ZeRO-1, fp32, whole sequences"
 
 
@@ -193,10 +195,11 @@ def test_a_bare_machine_gets_the_wheels_of_its_python(tmp_path: Path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(1600)
 def test_the_whole_command_on_a_cpu(tmp_path: Path) -> None:
     """Steps at ZeRO 0 to 3, decoding, every layout of two ranks, and a killed one."""
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(TOOL), "--device=cpu", f"--output={tmp_path}", "--minutes=60"]
+    command = [sys.executable, str(TOOL), "--device=cpu", f"--output={tmp_path}", "--seconds=3600"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert ended.returncode == 0, ended.stdout
     cases: Any = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
