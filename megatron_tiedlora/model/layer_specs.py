@@ -23,7 +23,7 @@ from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, Mo
 from megatron_tiedlora.model import linears
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
-from megatron_tiedlora.model.regions import Exit, Needs, Recompute, Steps, run_steps, steps_of
+from megatron_tiedlora.model.regions import Needs, Recompute, RegionExit, Steps, run_steps, steps_of
 from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
 from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
@@ -113,7 +113,7 @@ class _GatedDown(torch.autograd.Function):
         operands: linears.Operands,
         projection: linears.Projection,
         kernels: Kernels,
-        leaving: Exit | None,
+        leaving: RegionExit | None,
         again: _GateUp | None,
         *inputs: Tensor | None,
     ) -> Tensor:

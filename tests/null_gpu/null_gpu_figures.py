@@ -347,7 +347,7 @@ FIGURES = [
     ),
     Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
     Figure(
-        "graphs compiled in steps, tensor 1 to 8, sequences sharded or not, halves, bf16, nf4, fp8", _compiled_in_steps, 0
+        "graphs compiled in steps, tensor 1 to 8, halves, bf16, nf4 and fp8", _compiled_in_steps, 0
     ),
     *(
         Figure(
