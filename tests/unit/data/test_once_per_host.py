@@ -279,8 +279,9 @@ time.sleep(60)
 
 
 def test_the_libraries_locks_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `filelock>=3.24` is asked for: where the file system has no locks, a file's existence is the lock that
-    `datasets` and `huggingface_hub` take, and the file of a killed process of this host does not count."""
+    """What `filelock>=4.1` is asked for: where the file system has no locks, a file's existence is the lock that
+    `datasets` and `huggingface_hub` take, and the file of a killed process of this host does not count. 3.23 raises
+    NotImplementedError, and 4.0 removes the file of a process that lives."""
     lock = tmp_path / "data.lock"
     holder = subprocess.Popen([sys.executable, "-W", "ignore", "-c", HOLD, str(lock)], stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"

@@ -196,6 +196,7 @@ ONCE = pytest.mark.parametrize("size", [64], indirect=True)
         # rank 5 itself, and a rank that is not there
         (["7", "8 5:2", "9 5:3 64:3"], HERE),
         # a stranger's values between them
+        (["", "7 2:2", "8 2:3", "9 2:4", "10 2:5", "11 2:6", "12 2:7"], "rank 2 on host0 stopped"),
         (["7", "", "8 2:2", "[1]", "9 2:3", "9 2", "10 2:4", "x:1", "12 2:6"], "rank 2 on host0 stopped"),
     ],
 )
