@@ -489,7 +489,8 @@ class TrafficCounter(TorchDispatchMode):
         )
         if group.size() == 1:  # DeepSpeed also sums over groups of one rank
             return
-        label = self._names.get(group.group_name, WORLD) if kind != "send" else PIPELINE
+        stages = kind == "send" and args[-1] == 0  # sums over many ranks also send, with another tag
+        label = PIPELINE if stages else self._names.get(group.group_name, WORLD)
         self.traffic.add(label, kind, _num_bytes(args[position]))
 
 
