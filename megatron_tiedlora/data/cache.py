@@ -7,9 +7,11 @@ process that acquires a folder writes it. The other processes wait for the folde
 collective can time out while a large data set is tokenised. A process stops waiting if nothing is written for long.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,10 +38,11 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.encode import Encoding, encoded_rows
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import held_out_rows
+from megatron_tiedlora.data.tables import file_key
 from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import Tokenizer, start_ids
-from megatron_tiedlora.runtime.launch_env import rank_number
+from megatron_tiedlora.runtime.launch_env import launch_file, rank_number
 from megatron_tiedlora.runtime.machine import source_hash
 
 _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS}
@@ -48,6 +51,9 @@ _SPLITS = {"train": np.int64, "validation": np.int64}
 _CODE = Path(__file__).parent  # these modules make ids of rows; if they change, data is tokenised again
 _BLOCK = 2**14  # rows that `_samples_of` processes at a time
 _SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # seconds before a waiting process's first log line; most between lines
+_LOCK_SECONDS = 1.0  # time between two looks at a lock, which may be in a home folder that all hosts share
+_OWN_FILE = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+_LONGEST_READING = 600.0  # seconds after which a process no longer waits for another that reads the same data
 
 _LOGGER = logging.getLogger(__name__)
 _Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
@@ -99,7 +105,7 @@ def tokenised_once(
         stored: dict[Split, _Stored] = {}
         keys: dict[Split, str] = {}
         for split, stream in streams.items():
-            content = stream.sha256()
+            content = stream.sha256(once_per_host)
             first_only = split != "train" and encoding.task.merge_by is not None
             keys[split] = cache_key(encoding, content, first_only=first_only)
             rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
@@ -146,34 +152,69 @@ def _once(
 
 
 def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
-    """Wait briefly before each yield while another process writes the folder `path`. Log this at intervals.
+    """Yield when this process may try again to take the folder `path`, which another process writes. Log the wait.
 
     Raises UserError if that process has written nothing for `timeout_minutes`.
     """
-    folder, started = output_folder.partial_folder(path), time.monotonic()
-    changed, said, size, seen = started, started, 0, None
-    while True:
-        now = time.monotonic()
+    folder, writer = output_folder.partial_folder(path), "another process"
+    size, seen, looked, changed = 0, None, 0.0, 0.0
+    for waited, logs in _pauses():
+        if logs:
+            line = "waiting for %s, which tokenises %s: %s so far, %.0f s waited"
+            _LOGGER.info(line, writer, names, bytes_in_words(size), waited)
+        if waited - looked < _LOCK_SECONDS and not path.exists():
+            continue
+        looked = waited
         with suppress(FileNotFoundError):  # the files may be renamed or removed at any time
             files = [file.stat() for file in folder.glob(f"{TEMPORARY_PREFIX}*/*")]
             size = sum(file.st_size for file in files)
             if seen != (seen := [(file.st_ino, file.st_size, file.st_mtime_ns) for file in files]):
-                changed = now
+                changed = waited
         writer = owner_in_words(folder) or "another process"
-        if now - changed > 60 * timeout_minutes:
+        if waited - changed > 60 * timeout_minutes:
             raise UserError(
                 f"{names}: {writer} is tokenising it, but has written nothing for {timeout_minutes:g} minutes; end that"
                 f" process, raise --timeout_minutes, or set {output_folder.CACHE_VARIABLE} to another folder"
             )
-        # One rank per host logs, because there is no process group yet.
-        if rank_number(local=True) == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
-            _LOGGER.info(
-                "waiting for %s, which tokenises %s: %s so far, %.0f s waited",
-                *(writer, names, bytes_in_words(size), now - started),
-            )
-            said = now
-        time.sleep(min(max((now - started) / 10, 0.05), 1.0))
         yield
+
+
+def _pauses() -> Iterator[tuple[float, bool]]:
+    """Pause before each yield. Yield the seconds waited, and whether this process, one per host, logs the wait now."""
+    started = said = time.monotonic()
+    while True:
+        time.sleep(min(max((time.monotonic() - started) / 10, 0.05), 1.0))
+        now = time.monotonic()
+        logs = rank_number(local=True) == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE)
+        said = now if logs else said
+        yield now - started, logs
+
+
+def once_per_host(work: Callable[[], str], *key: object) -> str:
+    """Return the word that `work` returns. Of the ranks of a launch on a host, one calls `work`, and the others wait.
+
+    A rank calls `work` itself if they cannot share a file, or after a long wait: the other rank may be suspended.
+    """
+    file = launch_file(hashlib.sha256(repr(key).encode()).hexdigest()[:32])
+    if file is None:
+        return work()
+    with suppress(OSError), os.fdopen(os.open(file, _OWN_FILE, 0o600), "a+b", buffering=0) as shared:
+        if os.fstat(shared.fileno()).st_uid != os.geteuid():
+            return work()
+        waited, pauses = 0.0, _pauses()
+        while waited < _LONGEST_READING:
+            with suppress(BlockingIOError):
+                fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            waited, logs = next(pauses)
+            if logs:
+                reader = os.pread(shared.fileno(), 999, 0).decode().split()[-1:]
+                _LOGGER.info("waiting for process %s, which reads %s, %.0f s waited", *reader, key[0], waited)
+        if not os.pread(shared.fileno(), 999, 0).endswith(b"\n"):  # processes, and the word when it is known
+            shared.write(b"%d " % os.getpid())
+            shared.write(f"{work()}\n".encode())
+        return os.pread(shared.fileno(), 999, 0).split()[-1].decode()
+    return work()
 
 
 # All rows ---------------------------------------------------------------------------------------------------------
@@ -335,7 +376,8 @@ def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
         # Opening a pipe would block. A sparse file may have any size, so sizes are checked before hashes.
         if any(not file.is_file() or file.stat().st_size != meta["sizes"][name] for name, file in files.items()):
             return None
-        if any(file_sha256(file) != sums[name] for name, file in files.items()):
+        hashes = {name: once_per_host(partial(file_sha256, file), *file_key(file)) for name, file in files.items()}
+        if any(hashes[name] != sums[name] for name in files):
             return None
         arrays = {name: np.empty(0, dtype) for name, dtype in dtypes.items()}  # an empty file cannot be mapped
         for name, file in files.items():

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 from megatron_tiedlora.base.child_process import limited
 from megatron_tiedlora.base.messages import UserError, first_line, shown, user_path
 from megatron_tiedlora.data import tables
-from megatron_tiedlora.data.tables import HubData, Row
+from megatron_tiedlora.data.tables import HubData, Once, Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _COMPRESSED = ".gz"
@@ -85,12 +85,12 @@ class LocalData:
         yield first
         yield from rows
 
-    def sha256(self) -> str:
+    def sha256(self, once: Once) -> str:
         """Return a hash of the files. Raises UserError if a file is missing or unreadable."""
         path = user_path(self.name)
         if tables.is_saved_folder(path):  # only the library knows which files have the split's rows
-            return self.split + tables.names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
-        return tables.names_and_contents(checked_files(path, self.name))
+            return self.split + tables.names_and_contents(sorted(filter(Path.is_file, path.rglob("*"))), once)
+        return tables.names_and_contents(checked_files(path, self.name), once)
 
 
 def row_data(name: str, *, split: str) -> LocalData | HubData:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.base.messages import UserError, nearest_name, shown, user_path
 from megatron_tiedlora.data.readers import about_num_rows, describe_fields, is_empty, named_files, row_data
-from megatron_tiedlora.data.tables import HubData, Row, names_and_contents, rows_sha256
+from megatron_tiedlora.data.tables import HubData, Once, Row, names_and_contents, rows_sha256
 from megatron_tiedlora.data.task import Reading, Split, Task
 from megatron_tiedlora.data.token_dataset import permutation
 
@@ -151,7 +151,7 @@ NumberedRow = tuple[int, int, Row]
 """The index of a row's source, the index of its sample, and the row."""
 
 
-_SourceRows = tuple[Source, Callable[[], Iterable[Row]], Callable[[], str]]
+_SourceRows = tuple[Source, Callable[[], Iterable[Row]], Callable[[Once], str]]
 """A source, a function that reads its rows, and a function that returns a hash of its data."""
 
 
@@ -200,13 +200,13 @@ class RowStream:
         counts = [about_num_rows(source.name) for source in self.sources]
         return None if None in counts else sum(count or 0 for count in counts)
 
-    def sha256(self) -> str:
-        """Return a hash of the names and contents of all data files, or of the generated rows. Raises UserError if a
-        file is missing or unreadable."""
+    def sha256(self, once: Once = lambda work, *_: work()) -> str:
+        """Return a hash of the names and contents of all data files, or of the generated rows. `once` calls the
+        functions that read them. Raises UserError if a file is missing or unreadable."""
         found = []
         for source, _, content in self._parts:
             with _readable(source.name):
-                found.append(content())
+                found.append(content(once))
         return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
     def _flat(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -264,14 +264,15 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         pair = task.read_files(given, flag) if given and task.read_files else None
     parts: tuple[_SourceRows, ...]
     if pair is not None:
-        parts = ((Source(given), pair, lambda: names_and_contents(local_files(given).values())),)
+        parts = ((Source(given), pair, lambda once: names_and_contents(local_files(given).values(), once)),)
     elif given and (hub is None or given != hub.hub_id):
         with _readable(given):
             named = [(source, row_data(source.name, split=split)) for source in parse_sources(given, flag)]
         parts = tuple((source, data.rows, data.sha256) for source, data in named)
     elif task.generate is not None:
         generated = partial(task.generate, split)
-        parts = ((Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
+        content = cache(lambda: rows_sha256(generated()))
+        parts = ((Source(task.name), generated, lambda _: content()),)
     else:
         assert hub is not None
         hub = replace(hub)  # a copy, so that loaded data is freed with the stream

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ _ARROW_FILE = b"ARROW1"  # the first bytes of Arrow's file format; its stream fo
 
 Row = tuple[dict[str, Any], str]
 """The fields of a row, and the source of the row for messages, such as "train.jsonl:12"."""
+
+Once = Callable[..., str]
+"""A function of (another function, its key) that calls the other function, or returns what it returned elsewhere."""
 
 
 def table_rows(path: Path) -> Iterator[Row]:
@@ -146,25 +149,35 @@ class HubData:
         """Yield all rows. Raises UserError as `data` does."""
         yield from numbered_rows(self.data, f"{self.hub_id}[{self.split}]")
 
-    def sha256(self) -> str:
+    def sha256(self, once: Once) -> str:
         """Return a hash of the files that the library has downloaded, or of the rows if there are no files."""
-        files = [Path(file["filename"]) for file in getattr(self.data, "cache_files", ())]
-        content = files_sha256(files) if files else rows_sha256(self.rows())
-        return f"{self.config_name} {self.split} {content}"  # several splits may be in one file
+
+        def content() -> str:
+            files = [Path(file["filename"]) for file in getattr(self.data, "cache_files", ())]
+            return files_sha256(files, once) if files else rows_sha256(self.rows())
+
+        # Several splits may be in one file.
+        return f"{self.config_name} {self.split} {once(content, self.hub_id, self)}"
 
 
-def files_sha256(files: Iterable[Path]) -> str:
+def file_key(file: Path) -> tuple[object, ...]:
+    """Return the path of a file and everything that changes when the file is written, as a key for `Once`."""
+    found = file.stat()
+    return file, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def files_sha256(files: Iterable[Path], once: Once) -> str:
     """Return a hash of the contents of files, in the given order. Raises UserError if a file cannot be read."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(bytes.fromhex(file_sha256(file)))
+        digest.update(bytes.fromhex(once(partial(file_sha256, file), *file_key(file))))
     return digest.hexdigest()
 
 
-def names_and_contents(files: Iterable[Path]) -> str:
+def names_and_contents(files: Iterable[Path], once: Once) -> str:
     """Return the names of files and a hash of their contents. Names are included because suffixes select the reader."""
     files = list(files)
-    return " ".join([*(file.name for file in files), files_sha256(files)])
+    return " ".join([*(file.name for file in files), files_sha256(files, once)])
 
 
 def rows_sha256(rows: Iterable[Row]) -> str:

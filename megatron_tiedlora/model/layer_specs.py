@@ -23,7 +23,7 @@ from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, Mo
 from megatron_tiedlora.model import linears
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
-from megatron_tiedlora.model.regions import Entry, Exit, Needs, Recompute, Steps, run_steps, steps_of
+from megatron_tiedlora.model.regions import Needs, Recompute, RegionEntry, RegionExit, Steps, run_steps, steps_of
 from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.frozen_weight import RoundedRows
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
@@ -101,7 +101,7 @@ class _GateUp:
         return self.projection.forward(x, linears.Operands(None, f, bias), ax, self.recompute.entry.take())[0]
 
 
-def _gates_gradient(grad_gated: Tensor, gate_up: Tensor, entry: Entry) -> Tensor | None:
+def _gates_gradient(grad_gated: Tensor, gate_up: Tensor, entry: RegionEntry) -> Tensor | None:
     """Return the gradient of gate and up, (b, s, 2 f). If the linear before reads rounded rows, `entry` gets them, and
     the gradient is returned only for an update."""
     rows, factors = (as_rows(grad_gated), as_rows(gate_up)), entry.weight.gradient_factors
@@ -122,8 +122,8 @@ class _GatedDown(torch.autograd.Function):
         grad_f: Tensor | None,
         operands: linears.Operands,
         projection: linears.Projection,
-        entry: Entry,
-        leaving: Exit | None,
+        entry: RegionEntry,
+        leaving: RegionExit | None,
         again: _GateUp | None,
         *inputs: Tensor | None,
     ) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron_tiedlora.adapters.low_rank import AllRows, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
-from megatron_tiedlora.model.regions import Entered, Entry, Exit, Needs, Steps, enter, run_steps
+from megatron_tiedlora.model.regions import Entered, Needs, RegionEntry, RegionExit, Steps, enter, run_steps
 from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows, Rows, frozen_parameter, register
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
@@ -114,7 +114,7 @@ class NormedLinear(nn.Module):
             hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
             recomputes: whether the input is recomputed before the backward pass of the linear.
         """
-        entry = Entry(self.frozen, update.rows, num_rows, tensor_parallel, self.kernels, recomputes)
+        entry = RegionEntry(self.frozen, update.rows, num_rows, tensor_parallel, self.kernels, recomputes)
         factors = {"a": update.a, "grad_a": update.grad_a}
         return enter(hidden, addend, entry, **factors, norm=self.norm, norm_bias=self.norm_bias, eps=self.eps)
 
@@ -230,8 +230,8 @@ class Projection:
 class _Projected(torch.autograd.Function):
     """Computes z, or with `split` the queries, keys and values from z.
 
-    A column-parallel linear receives x and A x through an `Entry`. A row-parallel linear has its own x, and leaves
-    through an `Exit` if there are other ranks.
+    A column-parallel linear receives x and A x through a `RegionEntry`. A row-parallel linear has its own x, and leaves
+    through a `RegionExit` if there are other ranks.
     """
 
     @staticmethod
@@ -243,20 +243,20 @@ class _Projected(torch.autograd.Function):
         grad_f: Tensor | None,
         operands: Operands,
         projection: Projection,
-        region: Entry | Exit | None,
+        region: RegionEntry | RegionExit | None,
         split: "SplitHeads | None",
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(split is not None)
         needs = Needs(*(ctx.needs_input_grad[index] for index in (0, 2, 3)))
         operand = None
-        if isinstance(region, Entry):
+        if isinstance(region, RegionEntry):
             x, ax = region.receive(x, ax)
             needs, operand = region.needs._replace(f=needs.f), region.take()
         projected, ax = projection.forward(x, operands, ax, operand)
-        if isinstance(region, Entry) and region.recomputes and needs.f:
+        if isinstance(region, RegionEntry) and region.recomputes and needs.f:
             region.ax = detached(ax)
         ctx.shape = x.shape
-        saved_x = x if needs.a and not isinstance(region, Entry) else None
+        saved_x = x if needs.a and not isinstance(region, RegionEntry) else None
         del x, operand
         results, saved = ((projected,), ()) if split is None else split.forward(projected)
         ctx.projection, ctx.region, ctx.split, ctx.needs = projection, region, split, needs
@@ -269,10 +269,10 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, ax, a, f, *saved = ctx.saved_tensors
         region, found = ctx.region, gradients[0]
-        if isinstance(region, Exit):
+        if isinstance(region, RegionExit):
             found = region.receive_gradient(found)
         grad_z = found if ctx.split is None else ctx.split.backward(gradients, *saved)
-        if isinstance(region, Entry):
+        if isinstance(region, RegionEntry):
             operand = region.take()
             grad_z = operand.rows.view(*ctx.shape[:-1], -1) if isinstance(operand, RoundedRows) else grad_z
             grad_x, grad_ax, grad_f = ctx.projection.gradients(grad_z, ax, f, ctx.needs, ctx.wide, operand)
@@ -292,7 +292,7 @@ class Partial(NamedTuple):
     """
 
     value: Tensor
-    exit: Exit | None
+    exit: RegionExit | None
     tensors: tuple[Tensor | None, ...] = ()
 
 
@@ -327,9 +327,9 @@ class RowParallelLinear(nn.Module):
         return self.finish(partial)
 
     @staticmethod
-    def exit(tensor_parallel: groups.TensorParallel) -> Exit | None:
+    def exit(tensor_parallel: groups.TensorParallel) -> RegionExit | None:
         """Return an object for the messages of one call, or None if there are no other ranks."""
-        return Exit(tensor_parallel) if tensor_parallel.group.size > 1 else None
+        return RegionExit(tensor_parallel) if tensor_parallel.group.size > 1 else None
 
     @staticmethod
     def leave(partial: Partial) -> Partial:

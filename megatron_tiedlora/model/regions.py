@@ -5,8 +5,8 @@
 
 A message is sent by one step of a layer and received by the next step. So another half of the micro-batch can be
 computed while it is on its way (`alternate`). In the backward pass, gradients are sent by the step that received in the
-forward pass. They travel in an `Entry` or `Exit`, not through autograd, because autograd must not use them before they
-have arrived.
+forward pass. They travel in a `RegionEntry` or `RegionExit`, not through autograd, because autograd must not use them
+before they have arrived.
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its shard of the sequence. A x is
 sent in the same message as x, and its gradient in the same message as the gradient of x.
@@ -42,7 +42,7 @@ NOTHING = Needs(x=False, a=False)
 
 
 @dataclass
-class Entry:
+class RegionEntry:
     """The messages with the input of a column-parallel linear, and with its gradient, for one call.
 
     Attributes:
@@ -199,13 +199,13 @@ class Entered(NamedTuple):
     hidden: Tensor
     normed: Tensor
     ax: Tensor | None
-    entry: Entry
+    entry: RegionEntry
 
 
 def enter(
     hidden: Tensor,
     addend: Tensor | None,
-    entry: Entry,
+    entry: RegionEntry,
     *,
     a: Tensor | None,
     grad_a: Tensor | None,
@@ -232,7 +232,7 @@ class _Entered(torch.autograd.Function):
         hidden: Tensor,
         addend: Tensor | None,
         grad_a: Tensor | None,
-        entry: Entry,
+        entry: RegionEntry,
         a: Tensor | None,
         norm: Tensor | None,
         norm_bias: Tensor | None,
@@ -254,7 +254,7 @@ class _Entered(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         total, root, a, norm, norm_bias = ctx.saved_tensors
-        entry: Entry = ctx.entry
+        entry: RegionEntry = ctx.entry
         root = entry.root if root is None else root
         grad_normed, grad_ax = entry.receive_gradients(a)
         grad_a = None
@@ -277,7 +277,7 @@ class _Entered(torch.autograd.Function):
 
 
 @dataclass
-class Exit:
+class RegionExit:
     """The messages with the partial sums of a row-parallel linear, and with their gradient, for one call.
 
     Attributes:
@@ -329,7 +329,7 @@ class Exit:
 
 class _Left(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, exit_: Exit, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, exit_: RegionExit, *tensors: Tensor | None) -> Tensor:
         ctx.exit = exit_
         ctx.save_for_backward(*tensors)
         return exit_.take()
@@ -346,7 +346,7 @@ class _Left(torch.autograd.Function):
 class Recompute:
     """Recomputes x and A x of a column-parallel linear in the backward pass, and sends them as in the forward pass."""
 
-    entry: Entry
+    entry: RegionEntry
     eps: float | None
     _started: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 

@@ -27,6 +27,9 @@ from megatron_tiedlora.base.messages import UserError, shown
 
 Value = TypeVar("Value")
 
+_RING_RANKS = 16  # ranks that sum on a ring; no host of 16 GPUs or fewer uses the tree
+_TREE_TAG = 1  # DeepSpeed's messages between pipeline stages have the tag 0
+
 
 def world_size() -> int:
     """Return the number of ranks in the process group, or 1 if there is no group."""
@@ -35,30 +38,42 @@ def world_size() -> int:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Return the elementwise fp64 sum of `values` over all ranks. Every rank gets the same result."""
-    return _reduced(values, distributed.ReduceOp.SUM)
+    return _reduced(torch.tensor(values, dtype=torch.float64), distributed.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
     """Return the elementwise fp64 maximum of `values` over all ranks. Every rank gets the same result."""
-    return _reduced(values, distributed.ReduceOp.MAX)
-
-
-def _reduced(values: Sequence[float], op: distributed.ReduceOp.RedOpType) -> list[float]:
-    if world_size() == 1:
-        return [float(value) for value in values]
-    numbers = torch.tensor(values, dtype=torch.float64)
-    distributed.all_reduce(numbers, op=op)
-    return cast(list[float], numbers.tolist())
+    return _reduced(torch.tensor(values, dtype=torch.float64), distributed.ReduceOp.MAX)
 
 
 def gather_numbers(value: int) -> list[int]:
     """Gather an integer below 2^63 from each rank, and return the list in rank order on every rank."""
-    if world_size() == 1:
-        return [value]
     numbers = torch.zeros(world_size(), dtype=torch.int64)
-    numbers[distributed.get_rank()] = value
-    distributed.all_reduce(numbers)
-    return cast(list[int], numbers.tolist())
+    numbers[distributed.get_rank() if len(numbers) > 1 else 0] = value
+    return _reduced(numbers, distributed.ReduceOp.SUM)
+
+
+def _reduced(numbers: Tensor, op: distributed.ReduceOp.RedOpType) -> list[Any]:
+    """Return the elementwise result over all ranks, with the same bits on every rank. `numbers` is overwritten.
+
+    Among n ranks, gloo's all-reduce is a ring of 2 (n - 1) hops. More than `_RING_RANKS` ranks reduce to rank 0 on a
+    binomial tree, and gloo broadcasts the result on such a tree: 2 log2(n) hops. The order of additions depends only
+    on n. Most hops are between ranks of one host, because launchers number the ranks of a host consecutively.
+    """
+    size, step = world_size(), 1
+    if size > _RING_RANKS:
+        rank, combine = distributed.get_rank(), torch.add if op == distributed.ReduceOp.SUM else torch.maximum
+        while step < size and not rank & step:
+            if rank + step < size:
+                distributed.recv(other := torch.zeros_like(numbers), rank + step, tag=_TREE_TAG)
+                combine(numbers, other, out=numbers)
+            step *= 2
+        if rank:
+            distributed.send(numbers, rank - step, tag=_TREE_TAG)
+        distributed.broadcast(numbers, src=0)
+    elif size > 1:
+        distributed.all_reduce(numbers, op=op)
+    return numbers.tolist()
 
 
 def first_message(message: str | None) -> str | None:

@@ -21,6 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.messages import UserError, count_text
 
+SUM = distributed.ReduceOp.SUM
+ReduceOp = distributed.ReduceOp.RedOpType
+Sending = distributed.Work | None  # of a collective that was started; None if it is complete
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
@@ -99,28 +103,21 @@ class RankGroup:
     rank: int = 0
     size: int = 1
 
-    def all_reduce_(
-        self,
-        tensor: Tensor,
-        op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM,
-        *,
-        async_op: bool = False,
-    ) -> distributed.Work | None:
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp = SUM, *, async_op: bool = False) -> Sending:
         """Reduce a contiguous tensor over the group in place. The reduction `op` is by default the sum.
 
         With `async_op`, this and the other methods return before the result is complete; `wait` of the returned work
         waits for it.
         """
-        return cast("distributed.Work | None", distributed.all_reduce(tensor, op, self.handle, async_op))
+        return cast(Sending, distributed.all_reduce(tensor, op, self.handle, async_op))
 
-    def all_gather_into(self, gathered: Tensor, tensor: Tensor, *, async_op: bool = False) -> distributed.Work | None:
+    def all_gather_into(self, gathered: Tensor, tensor: Tensor, *, async_op: bool = False) -> Sending:
         """Write the contiguous tensors of all ranks to `gathered`, concatenated along the first dimension."""
-        return cast("distributed.Work | None", _all_gather_into(gathered, tensor, self.handle, async_op))
+        return cast(Sending, _all_gather_into(gathered, tensor, self.handle, async_op))
 
-    def reduce_scatter_into(self, mine: Tensor, parts: Tensor, *, async_op: bool = False) -> distributed.Work | None:
+    def reduce_scatter_into(self, mine: Tensor, parts: Tensor, *, async_op: bool = False) -> Sending:
         """Sum `parts` over the ranks, and write this rank's slice of the sum along dimension 0 to `mine`."""
-        sum_ = distributed.ReduceOp.SUM
-        return cast("distributed.Work | None", _reduce_scatter_into(mine, parts, sum_, self.handle, async_op))
+        return cast(Sending, _reduce_scatter_into(mine, parts, SUM, self.handle, async_op))
 
 
 ALONE = RankGroup()
@@ -192,7 +189,7 @@ class Pending:
     """
 
     tensor: Tensor
-    work: distributed.Work | None = None
+    work: Sending = None
 
     def wait(self) -> Tensor:
         """Return the tensor when it is complete."""
@@ -202,20 +199,12 @@ class Pending:
         return self.tensor
 
 
-def all_reduce(
-    tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
-) -> Tensor:
+def all_reduce(tensor: Tensor, group: RankGroup, op: ReduceOp = SUM) -> Tensor:
     """Return `tensor` reduced over the group by `op`, bit-equal on every rank. The input is not modified."""
     return start_all_reduce(tensor, group, op).wait()
 
 
-def start_all_reduce(
-    tensor: Tensor,
-    group: RankGroup,
-    op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM,
-    *,
-    async_op: bool = False,
-) -> Pending:
+def start_all_reduce(tensor: Tensor, group: RankGroup, op: ReduceOp = SUM, *, async_op: bool = False) -> Pending:
     """Start `all_reduce`. Without `async_op`, the result is complete."""
     if group.size == 1:
         return Pending(tensor)
@@ -500,7 +489,8 @@ class TrafficCounter(TorchDispatchMode):
         )
         if group.size() == 1:  # DeepSpeed also sums over groups of one rank
             return
-        label = self._names.get(group.group_name, WORLD) if kind != "send" else PIPELINE
+        stages = kind == "send" and args[-1] == 0  # sums over many ranks also send, with another tag
+        label = PIPELINE if stages else self._names.get(group.group_name, WORLD)
         self.traffic.add(label, kind, _num_bytes(args[position]))
 
 

@@ -5,6 +5,8 @@ shows the failure within seconds. A thread of each rank sends heartbeats over a 
 the process group. This module does not open a port. The first rank that knows why the run fails writes the reason to
 the store. So all ranks have the same reason, and only one rank shows it. The caller decides how a rank ends.
 
+Only rank 0 reads keys of every rank, and publishes what it finds. So others read a few keys, whatever the world size.
+
 torch's store does not authenticate its clients. So values that cannot be parsed are ignored and do not end a thread.
 """
 
@@ -28,7 +30,7 @@ BEAT_SECONDS = 1.0
 _MISSED_BEATS = 4  # after a failed message, a rank that misses this many heartbeats is lost
 _LEFT, _FAILED = "left", "failed"  # the last heartbeat of a rank that finished, and of a rank that failed
 _ENDED = (_LEFT, _FAILED)
-_LOST, _REASON = "lost", "reason"  # keys of the store that rank 0 creates
+_LOST, _REASON, _HOSTS = "lost", "reason", "hosts"  # keys of the store that rank 0 creates
 _key = "beat/{}".format  # the key of a rank's heartbeat
 
 
@@ -90,7 +92,7 @@ class Heartbeat:
     def start(self) -> "Heartbeat":
         """Exchange host names between ranks, start the heartbeat and return it. All ranks must call this."""
         if self.rank == 0:
-            self.store.set(_LOST, "")
+            self.store.set(_LOST, "0")
             self.store.set(_REASON, "")
         self.store.set(_key(self.rank), "0")
         host = socket.gethostname()
@@ -98,9 +100,12 @@ class Heartbeat:
             address = socket.gethostbyname(host)  # gloo listens on this address
         except OSError:
             address = ""
-        self.store.set(f"host/{self.rank}", f"{host} {address}")  # last: peers wait for it
-        found = self.store.multi_get([f"host/{rank}" for rank in range(self.world_size)])
-        self._hosts, _, self._addresses = zip(*(one_line(_text(each)).partition(" ") for each in found), strict=True)
+        self.store.set(f"host/{self.rank}", f"{host} {address}")  # last: rank 0 waits for it, and the others for rank 0
+        if self.rank == 0:
+            given = self.store.multi_get([f"host/{rank}" for rank in range(self.world_size)])
+            self.store.set(_HOSTS, "\n".join(one_line(_text(each)) for each in given))
+        found = [*_text(self.store.get(_HOSTS)).split("\n"), *[""] * self.world_size][: self.world_size]
+        self._hosts, _, self._addresses = zip(*(one_line(each).partition(" ") for each in found), strict=True)
         self._threads = tuple(
             threading.Thread(target=target, name=f"heartbeat{target.__name__}", daemon=True)
             for target in (self._beat_on, self._watch)
@@ -177,21 +182,32 @@ class Heartbeat:
         """Find the reason why a message between ranks failed, share it with all ranks, and return the failure.
 
         This waits for a few heartbeats. The reason is the one that another rank shared, or the ranks whose heartbeats
-        have stopped. Without either, the reason is `symptom`.
+        have stopped, by rank 0's checks. Without either, the reason is `symptom`.
         """
         self._ends = True
-        deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
-        here, before = rank_line(self.rank, self._host(self.rank), self.step(), symptom), None
+        here = rank_line(self.rank, self._host(self.rank), self.step(), symptom)
+        silent, checks, last, changed = set[int](), list[int](), b"", 0  # the numbers of rank 0's checks
         try:
-            before = self._beats()
-            silent = {rank for rank, beat in before.items() if rank != self.rank and beat not in _ENDED}
-            while silent and time.monotonic() < deadline and not self._line(self.store.get(_REASON)):
+            for turn in range(3 * 4 * _MISSED_BEATS):
+                lost, reason, main = self.store.multi_get([_LOST, _REASON, _key(0)])
+                number, unchanged = self._told(lost)
+                if self._line(reason):
+                    break
+                if main != last:
+                    last, changed = main, turn
+                if number not in (-1, *checks[-1:]):
+                    checks.append(number)
+                    passed = number - checks[0]  # since the first one, a rank that lives has changed its heartbeat
+                    silent = {rank for rank, times in unchanged.items() if times >= passed}
+                    if passed > _MISSED_BEATS or (passed > 1 and not silent):
+                        break
+                elif turn - changed > 4 * _MISSED_BEATS:  # rank 0 no longer checks
+                    silent = {0} if self.rank and _text(main) not in _ENDED else set()
+                    break
                 time.sleep(self.beat_seconds / 4)
-                now = self._beats()
-                silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError:
             # A rank in the symptom other than rank 0 was lost first, so it is the reason: launchers then ended rank 0.
-            is_other = before is not None and re.search(r"\[(rank|one of ranks) [1-9]", symptom)
+            is_other = checks and re.search(r"\[(rank|one of ranks) [1-9]", symptom)
             return self._store_gone(here if is_other else "")
         self._main_gone = 0 in silent
         return self._share(self._gone_line(silent) if silent else here)
@@ -205,12 +221,11 @@ class Heartbeat:
 
     def wait_for_others(self, *, beats: int = 3) -> None:
         """Wait on rank 0 until all other ranks have stopped their heartbeats, because the store may end with rank 0."""
-        deadline = time.monotonic() + beats * self.beat_seconds
+        deadline, left = time.monotonic() + beats * self.beat_seconds, {*range(1, self.world_size)}
         with suppress(RuntimeError):
-            while self.rank == 0 and time.monotonic() < deadline:
-                if all(beat in _ENDED for rank, beat in self._beats().items() if rank not in self._lost):
-                    return
-                time.sleep(self.beat_seconds / 10)
+            while self.rank == 0 and left and time.monotonic() < deadline:
+                left = {rank for rank, beat in self._beats(left).items() if beat not in _ENDED} - self._lost
+                time.sleep(self.beat_seconds / 10 if left else 0)
 
     def _share(self, line: str) -> PeerFailure:
         """Share `line` as the reason and return the failure, whose reason is another rank's if it was shared first."""
@@ -233,10 +248,19 @@ class Heartbeat:
     def _host(self, rank: int) -> str:
         return self._hosts[rank] if self._hosts else socket.gethostname()
 
-    def _beats(self) -> dict[int, str]:
-        """Return the last heartbeat of every rank."""
-        found = self.store.multi_get([_key(rank) for rank in range(self.world_size)])
-        return {rank: _text(beat) for rank, beat in enumerate(found)}
+    def _beats(self, ranks: Collection[int]) -> dict[int, str]:
+        """Return the last heartbeats of ranks."""
+        return dict(zip(ranks, map(_text, self.store.multi_get([*map(_key, ranks)])), strict=True))
+
+    def _told(self, value: bytes) -> tuple[int, dict[int, int]]:
+        """Return what rank 0 has published under _LOST: the number of its last check, or -1 if the value cannot be
+        parsed, and `_unchanged` of the other ranks."""
+        try:
+            number, *words = map(int, re.split("[ :]", _text(value)))
+            found = dict(zip(words[::2], words[1::2], strict=True))
+        except ValueError:
+            return -1, {}
+        return number, {rank: found[rank] for rank in found.keys() & range(self.world_size) if rank != self.rank}
 
     def _gone_line(self, ranks: Collection[int]) -> str:
         named = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in sorted(ranks)[:8])
@@ -255,19 +279,19 @@ class Heartbeat:
     # In threads -------------------------------------------------------------------------------------------------
 
     def _beat_on(self) -> None:
-        """Send heartbeats. Rank 0 checks all ranks. Other ranks check rank 0 and read its list of lost ranks."""
+        """Send heartbeats. Rank 0 checks all ranks and publishes the result. Other ranks read it, and check rank 0."""
         count, heard = 0, dict.fromkeys(range(self.world_size), ("", 0))
         while not self._over.wait(self.beat_seconds):
             count += 1
             try:
                 self.store.set(_key(self.rank), str(count))
                 if self.rank == 0:
-                    self._lost = self._silent(heard, self._beats())
-                    self.store.set(_LOST, " ".join(map(str, sorted(self._lost))))
+                    unchanged = self._unchanged(heard, self._beats(heard))
+                    self.store.set(_LOST, " ".join([str(count), *(f"{rank}:{n}" for rank, n in unchanged.items())]))
                 lost, reason, main = self.store.multi_get([_LOST, _REASON, _key(0)])
                 if self.rank:
-                    known, named = self._silent(heard, {0: _text(main)}), set(_text(lost).split())
-                    self._lost = known | {rank for rank in heard if rank != self.rank and str(rank) in named}
+                    unchanged = self._told(lost)[1] | self._unchanged(heard, {0: _text(main)})
+                self._lost = frozenset(rank for rank, times in unchanged.items() if times > self._patience)
                 self._unanswered = 0
                 self._main_left, self._reason = _text(main) == _LEFT, self._line(reason)
             except RuntimeError:  # the store did not answer, which `_watch` counts
@@ -279,16 +303,13 @@ class Heartbeat:
         so a process that was suspended does not count heartbeats as missing when it resumes."""
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
-    def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
-        """Return the ranks whose heartbeat has not changed for too long, and update `heard` with the new heartbeats."""
+    def _unchanged(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> dict[int, int]:
+        """Return how many times in a row other ranks' heartbeats were the same, if more than once, by rank. Update
+        `heard` with the new heartbeats. Ranks that have ended are left out."""
         for rank, beat in beats.items():
             before, times = heard[rank]
             heard[rank] = (beat, times + 1 if beat == before else 1)
-        return frozenset(
-            rank
-            for rank, beat in beats.items()
-            if rank != self.rank and beat not in _ENDED and heard[rank][1] > self._patience
-        )
+        return {r: heard[r][1] for r in beats if r != self.rank and beats[r] not in _ENDED and heard[r][1] > 1}
 
     def _watch(self) -> None:
         """Call `on_failure` if another rank fails and this rank's main thread does not end."""

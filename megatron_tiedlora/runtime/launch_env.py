@@ -6,6 +6,7 @@ contact any host. Only functions that need GPUs import torch, so that --help and
 
 import os
 import re
+import resource
 import socket
 import stat
 import subprocess
@@ -29,7 +30,7 @@ _TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
 _MOST_HOSTS = 1_000_000
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torch's launchers set these
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # a variable with the number of ranks that the job should start
-_FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
+_LAUNCH_FILE, _LAUNCH_SECONDS = "megatron_tiedlora-launch-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # the shell of a batch script lacks the first two
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
@@ -171,13 +172,15 @@ def prepare_environment() -> None:
     Variables that are already set do not change. Without CUDA, DS_ACCELERATOR is set so that DeepSpeed does not search
     for an accelerator. For ranks of `srun`, the values come from Slurm's variables, and the step's first host is the
     master. For ranks of MPI, DeepSpeed sets the variables and gets the master's address from mpi4py, unless MASTER_ADDR
-    is set. `tiedlora train` without a launcher runs as one rank on a free port.
+    is set. `tiedlora train` without a launcher runs as one rank on a free port. The limit of open files is raised.
 
     Raises:
         UserError: Slurm's variables cannot be read.
     """
     import torch
 
+    with suppress(ValueError, OSError):  # gloo needs a descriptor for each rank
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     environment = os.environ
     defaults = _CUDA_DEFAULTS if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     for name, value in defaults.items():
@@ -297,27 +300,35 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
 
 
 def first_to_fail() -> bool:
-    """Return whether this rank is the first rank to fail on its host. Only this rank then reports the reason.
+    """Return whether this rank is the first rank to fail on its host, which creates a file and reports the reason."""
+    try:
+        if (file := launch_file("failed")) is not None:
+            file.touch(0o600, exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a second report is better than none
+        return True
+    return True
 
-    The first rank creates an empty file in the temporary folder, named after its launcher. Old files are removed.
+
+def launch_file(name: str) -> Path | None:
+    """Return the path of a temporary file of the ranks of this launch on this host. Remove old files of this kind.
+
+    The path contains the launcher's process. Return None for a single rank, or if the path cannot be determined.
     """
     try:
         if _rank_and_world_size()[1] == 1:
-            return True
+            return None
         launcher, folder = psutil.Process(os.getppid()), Path(tempfile.gettempdir())
-        mine = f"{_FAILED}{os.getuid()}-"
+        mine = f"{_LAUNCH_FILE}{os.getuid()}-"
         for old in folder.glob(f"{mine}*"):
             with suppress(OSError):  # a peer has just removed it
-                if time.time() - old.stat().st_mtime > _FAILED_SECONDS:
+                if time.time() - old.stat().st_mtime > _LAUNCH_SECONDS:
                     old.unlink()
         start = "-".join(os.environ.get(variable, "") for variable in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
-        name = f"{mine}{launcher.pid}-{launcher.create_time():.2f}-{start}"
-        os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        return False
-    except (UserError, OSError, psutil.Error):  # a second report is better than none
-        return True
-    return True
+        return folder / f"{mine}{launcher.pid}-{launcher.create_time():.2f}-{start}-{name}"
+    except (UserError, OSError, psutil.Error):
+        return None
 
 
 def rank_number(*, local: bool = False) -> int:

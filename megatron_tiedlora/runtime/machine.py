@@ -151,7 +151,7 @@ def machine_record() -> MachineRecord:
         memory_bytes=memory.total,
         free_memory_bytes=memory.available,
         shm_bytes=shutil.disk_usage(shm).free if shm.is_dir() else 0,
-        nofile=_limit("RLIMIT_NOFILE"),
+        nofile=_limit("RLIMIT_NOFILE", hard=True),  # ranks raise the soft limit
         memlock=_limit("RLIMIT_MEMLOCK"),
         name_addresses=resolve(host),
         interfaces={
@@ -189,9 +189,9 @@ def _devices() -> dict[str, Any]:
         return {"torch_error": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def _limit(name: str) -> int | None:
-    soft = resource.getrlimit(getattr(resource, name))[0]
-    return None if soft == resource.RLIM_INFINITY else soft
+def _limit(name: str, *, hard: bool = False) -> int | None:
+    limit = resource.getrlimit(getattr(resource, name))[hard]
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def resolve(name: str) -> list[str]:

@@ -26,6 +26,7 @@ from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
 from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES, rank_number, uses_gpu
 
 _UNIQUE = ("GPU-", "MIG-")  # prefixes of globally unique names
+_LAZY_RANKS = 512  # with more, gloo connects two ranks at their first message: N^2 connections would take minutes
 _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # a variable of NCCL since 2.30
 
 
@@ -54,6 +55,8 @@ def meet(device: torch.device, timeout: timedelta) -> None:
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > _LAZY_RANKS:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
     here = (socket.gethostname(), gpu_name(device))

@@ -374,11 +374,7 @@ FIGURES = [
         for recompute, order in SHAPES.items()
     ),
     Figure("graphs compiled again, 7 or more lengths x 3 recomputes", _compiled_again, 0),
-    Figure(
-        "graphs compiled in steps, tensor 1 to 8, sequences sharded or not, halves, bf16, nf4, fp8",
-        _compiled_in_steps,
-        0,
-    ),
+    Figure("graphs compiled in steps, tensor 1 to 8, halves, bf16, nf4 and fp8", _compiled_in_steps, 0),
     *(
         Figure(
             f"{name}, kernels that round to fp8",

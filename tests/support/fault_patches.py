@@ -118,7 +118,7 @@ def u_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
     """What the rank's rows of B give to the gradient of the layer's input is not summed; the frozen product's is."""
-    entry = importlib.import_module(REGIONS).Entry
+    entry = importlib.import_module(REGIONS).RegionEntry
     send, receive = entry.send_gradients, entry.receive_gradients
 
     def send_apart(self: Any, of_normed: Any, of_low: Any, a: Any) -> None:
@@ -133,8 +133,8 @@ def adapter_input_gradient_left_out(patch: pytest.MonkeyPatch) -> None:
             summed = summed + parts[self.tensor_parallel.group.rank % len(parts)].view(summed.shape)
         return summed, low
 
-    patch.setattr(f"{REGIONS}.Entry.send_gradients", send_apart)
-    patch.setattr(f"{REGIONS}.Entry.receive_gradients", receive_apart)
+    patch.setattr(f"{REGIONS}.RegionEntry.send_gradients", send_apart)
+    patch.setattr(f"{REGIONS}.RegionEntry.receive_gradients", receive_apart)
 
 
 # The norm ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ MODULES = {"PyYAML": "yaml", "protobuf": "google", "reasoning-gym": "reasoning_g
 BY_OTHERS = {
     "google": "transformers reads a bare tokenizer.model through it",
     "gguf": "transformers reads the demo's weights through it",
+    "filelock": "huggingface_hub and datasets lock files with it",
     "tensorboard": "torch.utils.tensorboard",
     "reasoning_gym": "the demo task loads one file of it",
     "mpi4py": "DeepSpeed's start by mpirun",

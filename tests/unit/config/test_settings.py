@@ -27,7 +27,7 @@ INTERFACE = {
     " keep_checkpoints take_over base_differs report_to profile adapters share_micro_batches halving gpu",
     "model": "model tokenizer dtype base products keep_transposed max_length",
     "adapter": "init_from method rank alpha layers targets init_std_a init_std_b dropout",
-    "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
+    "parallel": "tensor_parallel pipeline_parallel sequence_parallel overlap replica_check_steps",
     "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size columns train_on"
     " chat_template add_bos special_tokens_in_text",
     "speed": "packing compile adapter_in_matmul recompute",
