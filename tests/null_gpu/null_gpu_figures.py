@@ -60,7 +60,7 @@ BASES: dict[str, dict[str, Any]] = {
 # At most 8 launches beside those of plain weights: each dequantises or rounds for one of 8 matmuls. Products in fp8
 # transpose the codes for 4 of them.
 # Products in fp8 round 4 of 8 within other kernels.
-MOST = {"nf4": 39, "int8": 39, "fp8": 39, "products in fp8": 35, "products in fp8, transposed copies kept": 31}
+MOST = {"nf4": 35, "int8": 35, "fp8": 35, "products in fp8": 35, "products in fp8, transposed copies kept": 31}
 JOINED = {"adapter_in_matmul": True}
 EIGHT = {"world_size": 8, "tensor_parallel": 8}
 NARROW: dict[str, dict[str, Any]] = {
