@@ -61,7 +61,7 @@ class SwiGlu(nn.Module):
             update: the updates of the layer; only gate_up and down_proj are used.
             recomputes: whether gate and up are recomputed in the backward pass instead of being saved.
         """
-        linear, leaving = self.gate_up, self.down.exit(tensor_parallel)
+        linear, leaving = self.gate_up, RegionExit(tensor_parallel)
         gate_up, down = (update.get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         entered = linear.enter(hidden, addend, tensor_parallel, gate_up, num_rows=len(hidden), recomputes=recomputes)
         hidden, again, inputs = entered.hidden, None, tuple[Tensor | None, ...]()
@@ -69,7 +69,7 @@ class SwiGlu(nn.Module):
             recompute = Recompute(entered.entry, linear.eps)
             again = _GateUp(recompute, linears.Projection(linear.frozen, gate_up.rows))
             inputs = hidden.detach(), gate_up.a, linear.norm, linear.norm_bias
-            if leaving is not None and tensor_parallel.overlap:
+            if tensor_parallel.overlap:
                 leaving.recompute = recompute
         yield
         (gates,) = linear.project(entered, gate_up)
@@ -78,14 +78,14 @@ class SwiGlu(nn.Module):
         yield
         operands, projection = linears.Operands(down.a, down.f), linears.Projection(self.down.frozen, down.rows)
         saved = (*inputs, gate_up.f, linear.bias) if recomputes else ()
-        value: Tensor = _GatedDown.apply(
+        partial: Tensor = _GatedDown.apply(
             *(gates, down.grad_a, down.grad_f, operands, projection, entry, leaving, again), *saved
         )
         del gates
-        early = inputs if leaving is not None and leaving.recompute is not None else ()
-        partial = self.down.leave(linears.Partial(value, leaving, early))
+        leaving.send(partial)
+        early = () if leaving.recompute is None else inputs
         yield
-        return hidden, self.down.finish(partial)
+        return hidden, self.down.finish(leaving.receive(partial, *early))
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _GatedDown(torch.autograd.Function):
         operands: linears.Operands,
         projection: linears.Projection,
         entry: RegionEntry,
-        leaving: RegionExit | None,
+        leaving: RegionExit,
         again: _GateUp | None,
         *inputs: Tensor | None,
     ) -> Tensor:
@@ -150,15 +150,13 @@ class _GatedDown(torch.autograd.Function):
         ax, a, f, *saved = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # so that gate and up can be freed below; else autograd holds them to the end
         needs, num_inputs = ctx.needs, len(ctx.needs_input_grad)
-        if ctx.leaving is not None:
-            gradient = ctx.leaving.receive_gradient(gradient)
-        assert gradient is not None
+        grad_z = ctx.leaving.receive_gradient(gradient).flatten(0, -2)
         gate_up = saved[0] if ctx.again is None else ctx.again.again(*saved)
         del saved
         gated = ctx.entry.kernels.gate(as_rows(gate_up)) if needs.a else None
-        operands, rows = linears.Operands(a, f), gradient.flatten(0, -2)
-        grad_gated, *of_factors = ctx.projection.backward(rows, gated, ax, operands, needs, ctx.wide)
-        del gated, gradient, rows
+        operands = linears.Operands(a, f)
+        grad_gated, *of_factors = ctx.projection.backward(grad_z, gated, ax, operands, needs, ctx.wide)
+        del gated, grad_z
         if grad_gated is not None:
             grad_gated = _gates_gradient(grad_gated, gate_up, ctx.entry)
         return grad_gated, *of_factors, *(None,) * (num_inputs - 3)

@@ -231,7 +231,7 @@ class _Projected(torch.autograd.Function):
     """Computes z, or with `split` the queries, keys and values from z.
 
     A column-parallel linear receives x and A x through a `RegionEntry`. A row-parallel linear has its own x, and leaves
-    through a `RegionExit` if there are other ranks.
+    through a `RegionExit`.
     """
 
     @staticmethod
@@ -243,7 +243,7 @@ class _Projected(torch.autograd.Function):
         grad_f: Tensor | None,
         operands: Operands,
         projection: Projection,
-        region: RegionEntry | RegionExit | None,
+        region: RegionEntry | RegionExit,
         split: "SplitHeads | None",
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(split is not None)
@@ -268,32 +268,18 @@ class _Projected(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, ax, a, f, *saved = ctx.saved_tensors
-        region, found = ctx.region, gradients[0]
-        if isinstance(region, RegionExit):
-            found = region.receive_gradient(found)
-        grad_z = found if ctx.split is None else ctx.split.backward(gradients, *saved)
+        region, operands = ctx.region, Operands(a, f)
         if isinstance(region, RegionEntry):
+            grad_z = gradients[0] if ctx.split is None else ctx.split.backward(gradients, *saved)
             operand = region.take()
             grad_z = operand.rows.view(*ctx.shape[:-1], -1) if isinstance(operand, RoundedRows) else grad_z
             grad_x, grad_ax, grad_f = ctx.projection.gradients(grad_z, ax, f, ctx.needs, ctx.wide, operand)
             region.send_gradients(grad_x, grad_ax, a)
             return None, None, None, grad_f, *(None,) * 4
-        grad_x, grad_a, grad_f = ctx.projection.backward(grad_z, x, ax, Operands(a, f), ctx.needs, ctx.wide)
+        grad_z = region.receive_gradient(gradients[0])
+        grad_x, grad_a, grad_f = ctx.projection.backward(grad_z, x, ax, operands, ctx.needs, ctx.wide)
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
         return grad_x, None, grad_a, grad_f, *(None,) * 4
-
-
-class Partial(NamedTuple):
-    """This rank's partial sum of the output of a row-parallel linear, (b, s, out), which is being summed over ranks.
-
-    Attributes:
-        exit: the messages; None if there are no other ranks.
-        tensors: the arguments of `Recompute.start`, if it sends a message before its result is needed.
-    """
-
-    value: Tensor
-    exit: RegionExit | None
-    tensors: tuple[Tensor | None, ...] = ()
 
 
 class RowParallelLinear(nn.Module):
@@ -316,34 +302,20 @@ class RowParallelLinear(nn.Module):
         self, local_hidden: Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
     ) -> Steps[Tensor]:
         """Yield when the partial sum is being sent. Return y from this rank's local features (..., local in)."""
-        update = update or LinearUpdate()
-        leaving = self.exit(tensor_parallel)
+        update, leaving = update or LinearUpdate(), RegionExit(tensor_parallel)
         operands, projection = Operands(update.a, update.f), Projection(self.frozen, update.rows)
         slots = update.grad_a, update.grad_f
-        (value,) = _Projected.apply(local_hidden, None, *slots, operands, projection, leaving, None)
-        partial = self.leave(Partial(value, leaving))
-        del local_hidden, value
+        (partial,) = _Projected.apply(local_hidden, None, *slots, operands, projection, leaving, None)
+        leaving.send(partial)
+        del local_hidden
         yield
-        return self.finish(partial)
+        return self.finish(leaving.receive(partial))
 
-    @staticmethod
-    def exit(tensor_parallel: groups.TensorParallel) -> RegionExit | None:
-        """Return an object for the messages of one call, or None if there are no other ranks."""
-        return RegionExit(tensor_parallel) if tensor_parallel.group.size > 1 else None
-
-    @staticmethod
-    def leave(partial: Partial) -> Partial:
-        """Start to sum `partial` over the ranks, and return it."""
-        if partial.exit is not None:
-            partial.exit.send(partial.value)
-        return partial
-
-    def finish(self, partial: Partial) -> Tensor:
-        """Return y from the result of `leave`, as activations between layers. The bias is added once.
+    def finish(self, output: Tensor) -> Tensor:
+        """Return y from the sum of the ranks' partial sums, in the shape of activations between layers.
 
         Under sequence parallelism, the norm is computed on this rank's shard of the sequence.
         """
-        output = partial.value if partial.exit is None else partial.exit.receive(partial.value, *partial.tensors)
         output = output if self.bias is None else output + self.bias
         return output if self.norm is None else self.norm(output)
 

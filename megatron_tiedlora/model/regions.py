@@ -292,6 +292,8 @@ class RegionExit:
     def send(self, partial: Tensor) -> None:
         """Start to sum the ranks' partial sums, (b, s, d)."""
         group, overlap = self.tensor_parallel.group, self.tensor_parallel.overlap
+        if group.size == 1:
+            return
         if self.tensor_parallel.sequence_parallel:
             rows = groups.end_to_end(partial.detach())[0]
             self._sent = groups.start_reduce_scatter(rows, group, async_op=overlap)
@@ -303,7 +305,7 @@ class RegionExit:
 
         In the backward pass, every rank gets the gradient of the sum, gathered if it is sharded along the sequence.
         """
-        return cast(Tensor, _Left.apply(partial, self, *tensors))
+        return partial if self._sent is None else cast(Tensor, _Left.apply(partial, self, *tensors))
 
     def take(self) -> Tensor:
         """Return the sum when it has arrived."""
