@@ -25,7 +25,7 @@ from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.regions import Entered, Needs, RegionEntry, RegionExit, Steps, enter, run_steps
 from megatron_tiedlora.parallel import groups
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows, Rows, frozen_parameter, register
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, MatmulInput, RoundedRows, frozen_parameter, register
 from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
 from megatron_tiedlora.parallel.loss import first_derivative_only
 
@@ -158,7 +158,7 @@ class Projection:
     rows: AllRows
 
     def forward(
-        self, x: Tensor, operands: Operands, ax: Tensor | None = None, operand: Rows | None = None
+        self, x: Tensor, operands: Operands, ax: Tensor | None = None, operand: MatmulInput | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return z (..., local out) from x (..., local in), and A x (..., r), unless `ax` is already A x.
 
@@ -184,7 +184,7 @@ class Projection:
         f: Tensor | None,
         needs: Needs,
         wide: torch.dtype | None,
-        operand: Rows | None = None,
+        operand: MatmulInput | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients of x without that of the update, of A x, and of F, from dz (..., local out).
 

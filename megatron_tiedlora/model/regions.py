@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside
 from megatron_tiedlora.parallel import groups
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows, Rows
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, MatmulInput, RoundedRows
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, as_wide_rows, detached
 from megatron_tiedlora.parallel.loss import first_derivative_only
 
@@ -66,7 +66,7 @@ class RegionEntry:
     root: Tensor | None = None
     ax: Tensor | None = None
     adapted: bool = False
-    operand: Rows | None = None
+    operand: MatmulInput | None = None
     _width: int | None = None  # the columns of A x in the message
     _sent: groups.Pending | None = None
     _gradients: tuple[groups.Pending | None, Tensor | None] = (None, None)
@@ -151,7 +151,7 @@ class RegionEntry:
     def _overlap(self) -> bool:
         return self.tensor_parallel.overlap
 
-    def take(self) -> Rows | None:
+    def take(self) -> MatmulInput | None:
         """Return `operand`, and forget it."""
         found, self.operand = self.operand, None
         return found

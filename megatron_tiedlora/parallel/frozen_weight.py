@@ -53,7 +53,7 @@ class RoundedRows(NamedTuple):
         return self.codes if self.values is None else self.values
 
 
-Rows = Tensor | RoundedRows
+MatmulInput = Tensor | RoundedRows
 
 
 class FrozenWeight:
@@ -112,7 +112,7 @@ class FrozenWeight:
         """
         return None
 
-    def times_transposed(self, x: Rows, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    def times_transposed(self, x: MatmulInput, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return x W^T + bias, (tokens, out), for x (tokens, in), written to `out` if given.
 
         If x has more columns, so has W (see the class). Autograd does not record this matmul.
@@ -122,7 +122,7 @@ class FrozenWeight:
         transposed = self.tensor.detach()[:, : x.shape[1]].t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
-    def times(self, grad_y: Rows, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: MatmulInput, *, out: Tensor | None = None) -> Tensor:
         """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record this.
 
         If `out` has more columns, so has W (see the class).

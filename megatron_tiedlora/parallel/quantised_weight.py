@@ -24,8 +24,8 @@ from megatron_tiedlora.parallel.frozen_weight import (
     MESSAGE_MULTIPLE,
     Columns,
     FrozenWeight,
+    MatmulInput,
     RoundedRows,
-    Rows,
     WeightMaker,
     frozen_parameter,
 )
@@ -156,11 +156,11 @@ class QuantisedWeight(FrozenWeight):
         self._dequantise(out)
         return FrozenWeight(out)
 
-    def times_transposed(self, x: Rows, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    def times_transposed(self, x: MatmulInput, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times_transposed`."""
         return self._dequantised().times_transposed(x, bias, out=out)
 
-    def times(self, grad_y: Rows, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: MatmulInput, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`."""
         return self._dequantised().times(grad_y, out=out)
 
@@ -368,7 +368,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         """See `FrozenWeight.gradient_factors`. They are the scales of the weight's rows."""
         return self.scales.view(1, -1)
 
-    def times_transposed(self, x: Rows, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    def times_transposed(self, x: MatmulInput, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
         codes, scales = x[1:] if isinstance(x, RoundedRows) else self.kernels.round_rows(as_wide_rows(x), x.shape[1])
         if self._runs_in_fp8:
@@ -382,7 +382,7 @@ class Fp8MatmulWeight(RowScaledWeight):
             y += bias
         return y if out is None else out.copy_(y)
 
-    def times(self, grad_y: Rows, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: MatmulInput, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`; dy s is rounded to fp8."""
         factors = self.gradient_factors
         given = grad_y if isinstance(grad_y, RoundedRows) else (None, *self.kernels.round_scaled_rows(grad_y, factors))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megatron_tiedlora.parallel import groups
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, RoundedRows, Rows
+from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, MatmulInput, RoundedRows
 from megatron_tiedlora.parallel.kernels import Kernels, has_rows
 
 META = "meta"
@@ -201,15 +201,15 @@ class CountedWeight(FrozenWeight):
         """Return factors without values if the matmul is in FP8."""
         return self._factors
 
-    def times_transposed(self, x: Rows, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    def times_transposed(self, x: MatmulInput, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return x W^T + bias as FrozenWeight does, and count the matmul."""
         return self._counted("weights", x, partial(super().times_transposed, bias=bias, out=out), out)
 
-    def times(self, grad_y: Rows, *, out: Tensor | None = None) -> Tensor:
+    def times(self, grad_y: MatmulInput, *, out: Tensor | None = None) -> Tensor:
         """Return grad_y W as FrozenWeight does, and count the matmul."""
         return self._counted("weights_back", grad_y, partial(super().times, out=out), out)
 
-    def _counted(self, name: str, x: Rows, multiply: Callable[[Tensor], Tensor], out: Tensor | None) -> Tensor:
+    def _counted(self, name: str, x: MatmulInput, multiply: Callable[[Tensor], Tensor], out: Tensor | None) -> Tensor:
         counts, rounded = self._counts, 0 if isinstance(x, RoundedRows) else x.numel()
         with counts.as_one():
             x = x.codes.to(self.tensor.dtype) if isinstance(x, RoundedRows) else x

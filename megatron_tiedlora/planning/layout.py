@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import UNQUANTISED, ModelShape
 from megatron_tiedlora.model import batch, weights
 from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
-from megatron_tiedlora.parallel.frozen_weight import padded
+from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, padded
 from megatron_tiedlora.planning.trace import Kind
 
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
@@ -305,6 +306,19 @@ class StagePlan:
             )
             found.setdefault(kind, []).append(block)
         return found
+
+
+def check_spare_columns(layout: Layout, *, several: bool) -> None:
+    """Raise UserError if --adapter_in_matmul is set and weights cannot have columns for the update of one adapter."""
+    reasons = {
+        "a base that is not quantised": layout.storage.base is not None,
+        f"a --rank of at most {MESSAGE_MULTIPLE}": any(adapter.rank > MESSAGE_MULTIPLE for adapter in layout.adapters),
+        "a ZeRO stage below 3 (--ds_config)": layout.zero_stage == 3,
+        "a single adapter (no --adapters)": several,
+    }
+    missing = [reason for reason, found in reasons.items() if found]
+    if layout.storage.adapter_in_matmul and missing:
+        raise UserError(f"--adapter_in_matmul true needs {missing[0]}. Remove --adapter_in_matmul")
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:

@@ -28,7 +28,7 @@ from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
 from megatron_tiedlora.parallel.kernels import Kernels
-from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
+from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, check_spare_columns, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine, attending
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
@@ -275,24 +275,10 @@ def plan_run(
         raise UserError(f"{plan.rank_excess[0]}. Give at most this rank")
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
-    if settings.adapter_in_matmul:
-        check_adapter_in_matmul(settings, zero_stage=engine.zero_stage)
+    check_spare_columns(plan.layout, several=settings.adapters is not None)
     if settings.products is not None and on_gpu:
         quantised_weight.check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
     return plan
-
-
-def check_adapter_in_matmul(settings: Settings, *, zero_stage: int) -> None:
-    """Raise UserError if weights cannot have columns for the update of one adapter."""
-    spare = frozen_weight.MESSAGE_MULTIPLE
-    reasons = {
-        "a base that is not quantised": settings.base is not None,
-        f"a --rank of at most {spare}": settings.rank > spare,
-        "a ZeRO stage below 3 (--ds_config)": zero_stage == 3,
-        "a single adapter (no --adapters)": settings.adapters is not None,
-    }
-    if missing := next((reason for reason, found in reasons.items() if found), None):
-        raise UserError(f"--adapter_in_matmul true needs {missing}. Remove --adapter_in_matmul")
 
 
 def _check_halves(grid: groups.Grid, sizes: batch.BatchPlan, *, zero_stage: int) -> None:

@@ -329,7 +329,9 @@ class HalvedWeight(FrozenWeight):
         self.second = second
 
     @classmethod
-    def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> HalvedWeight:
+    def empty(  # type: ignore[override]
+        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, after_norm: bool = False
+    ) -> HalvedWeight:
         return cls(*(frozen_parameter(*local_shape, dtype=dtype) for _ in range(2)))
 
     @property

@@ -51,12 +51,15 @@ def test_bytes_of_rounding_are_those_of_its_operations() -> None:
 
 
 def test_fp8_matmuls_are_planned_as_they_are_written() -> None:
-    """Rounding costs a few per cent; uncompiled kernels, which moved 35 and 49 bytes, made them slower than bf16."""
+    """Rounding costs a few per cent; uncompiled kernels, which moved 35 and 49 bytes, took a fifth of the speed.
+
+    Norms, gates and their gradients round what they write, for a byte a number.
+    """
     seven, plain = fastest("llama2-7b", 32, FP8), fastest("llama2-7b", 32, "--formats=none")
     free = changed(H100, round__forward=0.0, round__backward=0.0)
     ratio = fastest("llama2-7b", 32, FP8, machine=free).tokens_per_second / seven.tokens_per_second
     assert 1.02 < ratio < 1.1 and seven.tokens_per_second > 1.15 * plain.tokens_per_second
-    assert fastest("llama2-7b", 32, FP8, machine=EAGER).tokens_per_second < plain.tokens_per_second
+    assert fastest("llama2-7b", 32, FP8, machine=EAGER).tokens_per_second < 0.85 * seven.tokens_per_second
 
 
 def test_70b_is_fastest_in_fp8() -> None:
