@@ -78,7 +78,11 @@ def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
 def add_and_normalise(
     hidden: Tensor, addend: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden + addend, and the results of `normalise` for this sum."""
+    """Return hidden + addend, and the results of `normalise` for this sum.
+
+    A compiled kernel may use the sum before it is rounded, so the results can differ from those for the returned sum by
+    a rounding of the sum.
+    """
     total = hidden + addend
     return total, *normalise(total, weight, bias, eps)
 
