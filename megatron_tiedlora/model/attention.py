@@ -211,10 +211,10 @@ class Attention(nn.Module):
     ) -> Steps[tuple[Tensor, Tensor]]:
         """Yield after the first step, and return hidden + addend and the result of `attend` for this sum."""
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
-        given: dict[str, Any] = {"num_rows": len(context.positions), "addend": addend, "table": table}
+        given: dict[str, Any] = {"num_rows": len(context.positions), "table": table}
         given["overlap"] = tensor_parallel.overlap
         own = (update or {}).get(shapes.QKV)
-        hidden, (query, key, value) = yield from steps_of(self.qkv, hidden, tensor_parallel, own, **given)
+        hidden, (query, key, value) = yield from steps_of(self.qkv, hidden, tensor_parallel, own, addend, **given)
         if isinstance(cache, tuple):
             heads = split_rows((query, key, value), [own.positions.shape for own in context.of_segments])
             by_segment = zip(heads, context.of_segments, cache, strict=True)

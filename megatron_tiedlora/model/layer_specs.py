@@ -66,14 +66,13 @@ class SwiGlu(nn.Module):
         entered = linear.enter(hidden, addend, tensor_parallel, gate_up, num_rows=len(hidden), recomputes=recomputes)
         hidden, again, inputs = entered.hidden, None, tuple[Tensor | None, ...]()
         if recomputes:
-            recompute = Recompute(entered.entry, linear.eps)
-            again = _GateUp(recompute, linears.Projection(linear.frozen, gate_up.rows))
+            again = _GateUp(Recompute(entered.entry, linear.eps), linears.Projection(linear.frozen, gate_up.rows))
             inputs = hidden.detach(), gate_up.a, linear.norm, linear.norm_bias
-            if tensor_parallel.overlap:
-                leaving.recompute = recompute
         yield
         (gates,) = linear.project(entered, gate_up)
         entry = entered.entry
+        if again is not None and tensor_parallel.overlap and (gates.requires_grad or down.grad_a is not None):
+            leaving.recompute = again.recompute
         del entered
         yield
         operands, projection = linears.Operands(down.a, down.f), linears.Projection(self.down.frozen, down.rows)

@@ -356,9 +356,9 @@ class QkvLinear(NormedLinear):
         hidden: Tensor,
         tensor_parallel: groups.TensorParallel,
         update: LinearUpdate | None = None,
+        addend: Tensor | None = None,
         *,
         num_rows: int,
-        addend: Tensor | None = None,
         table: tuple[Tensor, ...] = (),
     ) -> Steps[tuple[Tensor, tuple[Tensor, ...]]]:
         """Yield when x is being sent. Return hidden + addend, and queries, keys and values as views of one tensor.

@@ -81,7 +81,9 @@ def add_and_normalise(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Return hidden + addend if there is an addend, and the results of `normalise` for this sum.
 
-    With `joined` (T, m), m >= d, the normalised rows are written to its first columns and not returned.
+    With `joined` (T, m), m >= d, the normalised rows are written to its first columns and not returned. A compiled
+    kernel may use the sum before it is rounded, so the results can differ from those for the returned sum by a rounding
+    of the sum.
     """
     total = None if addend is None else hidden + addend
     normed, root = normalise(hidden if total is None else total, weight, bias, eps)

@@ -137,7 +137,7 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) ->
     """Return the bytes that a micro-batch keeps between its passes, and the additional bytes at the peak of a pass."""
 
     saved, workspace = (value / sizes.halves for value in attention)  # one half is computed at a time
-    workspace += saved if stage.layout.recompute == "full" else 0
+    workspace += sizes.halves * saved if stage.layout.recompute == "full" else 0
 
     def most(moments: Sequence[Moment]) -> float:
         return max((one.alive + _temporary_bytes(stage.layout, workspace, one) for one in moments), default=0.0)

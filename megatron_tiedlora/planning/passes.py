@@ -104,10 +104,11 @@ def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: float) -> Stage
         backward.add(plain.backward, times=number)
         more = {key: count - plain.backward.get(key, 0) for key, count in whole.backward.items()}
         again.add(more, times=number)
+        number *= sizes.halves  # whose kernels the host launches
         forward["blocks"] += number
         # A block below the first adapted layer has no backward pass.
         backward["blocks"] += number * (kind.earlier or any(kind.adapters))
-        again["blocks"] += number * round(more.get("attention", 0))
+        again["blocks"] += number * round(more.get("attention", 0)) / sizes.halves
     for work in found:  # a trace counts attention in units of a block's forward pass
         work["attention"] *= 2 * squared_lengths * stage.shape.heads.rows[0] / stage.layout.tp_size
     return found

@@ -2,8 +2,8 @@
 
     step = the longest path through the passes of all stages + messages once per step + time outside passes
 
-The time of a pass is the sum of its terms. Only two terms overlap with other terms: kernel launches by the host of a
-GPU, and gathers of ZeRO-3 with `overlap_comm`.
+The time of a pass is the sum of its terms. Only three terms overlap with other terms: kernel launches by the host of a
+GPU, gathers of ZeRO-3 with `overlap_comm`, and tensor-parallel messages with `--overlap halves`.
 
 A pass starts once its rank has finished the previous pass and its input is ready. With 1F1B and p equal stages, each
 stage is idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation here also handles unequal stages.
@@ -261,7 +261,8 @@ def _hidden(terms: Sequence[Term], stage: StagePlan, machine: Machine) -> Term:
     Each of the four linears of a block, the first one with attention, is computed beside one message.
     """
     spent, sizes = Seconds.of(terms), {name: linear.num_weights for name, linear in stage.shape.block.adaptable.items()}
-    computed, message = spent.matmuls + spent.elementwise + spent.dequantised, spent.tensor / len(sizes)
+    hidden = 1 - stage.is_last / len(stage.blocks)  # behind the last attention, halves do not alternate
+    computed, message = spent.matmuls + spent.elementwise + spent.dequantised, hidden * spent.tensor / len(sizes)
     beside = [
         computed * size / sum(sizes.values()) + (spent.attention if name == shapes.QKV else 0.0)
         for name, size in sizes.items()

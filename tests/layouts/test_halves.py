@@ -181,10 +181,13 @@ def test_a_matmul_of_the_other_half_is_beside_each_message(
     Alone are the first and the last message of each pass, and in the backward pass another one: of the first layer,
     which needs no gradient of its input.
     """
-    longer = write_tiny_model(tmp_path / "m", tokenizer=False, num_layers=5, head_dim=6)
+    longer, blocking = write_tiny_model(tmp_path / "m", tokenizer=False, num_layers=5, head_dim=6), set[int]()
     for model, layers in ((folder, (1, 2, 3)), (longer, (1, 2, 3, 4, 5))):
         with monkeypatch.context() as patch:
-            assert _alone(_logged(model, patch, cut=cut, recompute=recompute, layers=layers)) == most, layers
+            log = _logged(model, patch, cut=cut, recompute=recompute, layers=layers)
+            assert _alone(log) == most, layers
+            blocking.add(sum(kind == "blocks" for kind, _ in log))
+    assert len(blocking) == 1, "no message between the embedding and the last attention is waited for at once"
 
 
 @pytest.mark.parametrize(("cut", "most"), [(True, 5), (False, 2)])

@@ -258,6 +258,8 @@ def _half_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> 
             cases += [Case(short, layout, targets=targets, **given) for targets in (("qkv",), ALL_TARGETS)]
             cases += [Case(short, layout, method="lora", layers=(2,), targets=ALL_TARGETS, **given)]
             cases += [Case(short, layout, packed=True, dropout=0.25, targets=ALL_TARGETS, **given)]
+            # nothing before down_proj of the second layer has a gradient
+            cases += [Case(short, layout, method="vera", layers=(2,), targets=("down_proj",), **given)]
             cases += [Case(folders["olmo2"], layout, targets=ALL_TARGETS, **given)] if layout[0] == 2 else []
     if whole:
         return cases
