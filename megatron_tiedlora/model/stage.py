@@ -429,7 +429,8 @@ class Stage(nn.Module):
         if self.recompute != "full":
             return _run([self._steps(half, self.blocks, tensor_parallel, caches) for half in halves])
         outputs: list[Any] = [half.hidden for half in halves]
-        halves = [half._replace(hidden=half.hidden.new_empty(0)) for half in halves]  # checkpoints keep what `call` refers to
+        # Checkpoints keep what `call` refers to.
+        halves = [half._replace(hidden=half.hidden.new_empty(0)) for half in halves]
         for index in self.blocks:
 
             def call(*hidden: Tensor, index: int = index) -> list[Any]:
