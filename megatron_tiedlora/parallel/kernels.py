@@ -29,6 +29,9 @@ HOST_NUMBERS_AT_ONCE = dict.fromkeys((*_IN_CACHE, "dequantise_blocks_"), 2**19)
 COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in one more tensor
 
 
+# Options of torch.compile on GPUs. A kernel that reads this often gets blocks for accesses of 8 bytes (torch 2.11); the
+# compiler finds better ones by trying some at the first call.
+_SEARCHED: dict[str, dict[str, Any]] = {"norm_gradient": {"coordinate_descent_tuning": True}}
 # Arguments of kernels whose first dimension is not the rows.
 _WITHOUT_ROWS = ("weight", "bias", "factors", "levels", "matrix", "transposed")
 
@@ -404,7 +407,12 @@ class Kernels:
         """
         # On a CPU the compiler reads a table of levels one element at a time.
         names = [own.name for own in fields(self) if static_widths or own.name != "dequantise_blocks_"]
-        compiled = {name: torch.compile(getattr(self, name), dynamic=not static_widths) for name in names}
+        compiled = {
+            name: torch.compile(
+                getattr(self, name), dynamic=not static_widths, options=_SEARCHED.get(name) if static_widths else None
+            )
+            for name in names
+        }
         return replace(self.by_rows(in_parts), **compiled)
 
     def by_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
