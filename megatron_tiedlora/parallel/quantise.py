@@ -110,7 +110,7 @@ def quantise_rows(values: Tensor, maxima: Tensor, name: str) -> tuple[Tensor, Te
         maxima: the largest |value| of each full row, (rows,) fp32.
     """
     largest = LARGEST_LEVEL[name]
-    scales = maxima / largest
+    scales = maxima / torch.full_like(maxima, largest)  # CUDA would multiply by the inverse of a plain number
     scaled = values.float() / torch.where(scales > 0, scales, 1.0)[:, None]
     scaled = scaled.clamp_(-largest, largest)
     return (scaled.round_() if name == "int8" else scaled).to(CODE_TYPE[name]), scales
