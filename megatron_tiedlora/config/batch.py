@@ -65,7 +65,13 @@ def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int
 
 
 def plan_batches(
-    global_batch_size: int, micro_batch_size: int | None, data_parallel: int, *, max_rows: int = 1, min_steps: int = 1
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    data_parallel: int,
+    *,
+    max_rows: int = 1,
+    min_steps: int = 1,
+    multiple: int = 1,
 ) -> BatchPlan:
     """Return the division of `global_batch_size` samples into micro-batches on `data_parallel` ranks.
 
@@ -74,6 +80,7 @@ def plan_batches(
             is at most `max_rows` and, if possible, allows `min_steps` accumulation steps.
         max_rows: maximum rows per forward pass if `micro_batch_size` is None; see `default_rows`.
         min_steps: minimum number of accumulation steps if `micro_batch_size` is None and a rank has enough samples.
+        multiple: the rows are a multiple of this if `micro_batch_size` is None and the samples per rank allow it.
 
     Raises:
         UserError: the global batch is not a multiple of micro-batch x data-parallel size. The message has these values
@@ -91,7 +98,8 @@ def plan_batches(
     if micro_batch_size is None:
         share = global_batch_size // data_parallel
         largest = max(1, min(max_rows, share // min_steps))
-        micro_batch_size = max(rows for rows in range(1, largest + 1) if share % rows == 0)
+        sizes = [rows for rows in range(1, max(largest, multiple) + 1) if share % rows == 0]
+        micro_batch_size = max([rows for rows in sizes if rows % multiple == 0] or sizes)
     return BatchPlan(global_batch_size, micro_batch_size, data_parallel)
 
 

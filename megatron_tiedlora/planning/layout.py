@@ -121,6 +121,11 @@ class Layout:
         return self.tp_size * self.pp_size * self.dp_size
 
     @property
+    def rounds(self) -> bool:
+        """Whether the inputs of the blocks' matmuls are rounded to fp8."""
+        return self.storage.products is not None
+
+    @property
     def sequence_parallel(self) -> bool:
         """Whether activations between layers are sharded along the sequence."""
         return self.shards_sequences and self.tp_size > 1

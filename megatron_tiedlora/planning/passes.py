@@ -197,8 +197,7 @@ _tracer = cache(Tracer)
 def tracer_of(shape: ModelShape, layout: Layout) -> Tracer:
     """Return the tracer of a model in this layout. Layouts with equal settings share one tracer."""
     of_group = {"tp_size": layout.tp_size, "sequence_parallel": layout.sequence_parallel}
-    rounds = layout.storage.products is not None
-    return _tracer(shape, dtype=layout.dtype, on_gpu=layout.on_gpu, rounds=rounds, **of_group)
+    return _tracer(shape, dtype=layout.dtype, on_gpu=layout.on_gpu, rounds=layout.rounds, **of_group)
 
 
 def traces(stage: StagePlan, sizes: Sizes, recompute: str | None = None) -> list[Trace]:

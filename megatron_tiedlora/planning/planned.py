@@ -219,7 +219,7 @@ _Part = TypeVar("_Part")
 
 _GRID = ("tp_size", "pp_size", "dp_size")
 _ENGINE = ("zero_stage", "live_parameters", "overlaps_gathers")
-_CHOICES = (*_GRID, "rows", "shards_sequences", "recompute")
+_CHOICES = (*_GRID, "rows", "shards_sequences", "recompute", "rounds")
 # The fields of a layout on which each value depends. Layouts with equal fields share the value.
 _DEPENDS = {
     "stages": (*_GRID, "storage"),

@@ -247,6 +247,7 @@ def plan_run(
             max_length=settings.max_length, packing=settings.packing, on_gpu=on_gpu, otherwise=task.micro_batch_rows
         ),
         min_steps=least if on_gpu else 1,
+        multiple=2 if settings.overlap == "halves" else 1,
     )
     packed_length = settings.max_length if settings.packing else None
     batches = replace(batches, packed_length=packed_length, min_micro_batches=least)

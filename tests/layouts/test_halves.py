@@ -218,3 +218,10 @@ def test_what_cannot_be_halved_is_refused(given: dict[str, object], words: str) 
     same = {"model": "llama2-7b", "task": "demo", "overlap": "halves", "global_batch_size": 8}
     settings = make_settings({**same, **given})
     assert words in refusal(lambda: plan_run(settings, rank=0, world_size=4))
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(8, 4), (4, 2), (12, 2), (20, 2)])
+def test_the_default_rows_are_even(batch: int, rows: int) -> None:
+    given = {"model": "llama2-7b", "task": "demo", "overlap": "halves", "tensor_parallel": 2}
+    plan = plan_run(make_settings({**given, "global_batch_size": batch}), rank=0, world_size=4)
+    assert plan.batches.micro_batch_size == rows, "of a rank's samples, which are half of all"
