@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 from zipfile import ZIP_DEFLATED, ZipFile
 
+import psutil
 import torch
 
 from megatron_tiedlora.base.files import new_file, write_text
@@ -33,6 +34,7 @@ FOLDER = Path(__file__).parent
 OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": "", "long": 0}
 MOST_IN_A_LINE = 400  # characters of a test's measured values; more are a list
 WARNING = "warning"  # the name of a property that is a warning, not a measured value
+NO_TIME = "no time is left for this: give more --seconds"
 _SHOWN_SECONDS = 5.0
 # Bits of nvidia-smi's reasons for low clocks. Bit 1, an idle GPU, slows nothing.
 _SLOWED = {
@@ -59,6 +61,12 @@ STUCK_FIX = (
 def option(config: Any, name: str) -> Any:
     """Return the value of a GPU check option in a pytest session. OPTIONS has the names and defaults."""
     return config.getoption(f"--check-{name}", OPTIONS[name])
+
+
+def seconds_left(config: Any) -> float:
+    """Return the seconds until `tiedlora check-gpu` ends this process; in `pytest -m gpu` all of a part's time."""
+    spent = time.time() - psutil.Process().create_time() if option(config, "folder") else 0.0
+    return float(option(config, "seconds") - spent)
 
 
 def warn_unless(good: bool, tell: Tell, fix: str) -> None:

@@ -161,7 +161,9 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
     began = time.monotonic()
     ended = Ranks(2, {}, [], tmp_path, tmp_path, 30.0).run(0, [], 2, 1.0, grace=0.5)
     assert ended.statuses == [3, None] and ended.why() == "here" and 0.5 <= ended.seconds < 10
-    ended = Ranks(2, {}, [], tmp_path, tmp_path, 0.5).run(0, [], 2, 1.0)
+    ended = Ranks(2, {test_ranks.CTAS: "8"}, [], tmp_path, tmp_path, 0.5).run(test_ranks.MESSAGES, [], 2, 1.0)
+    names = {f"ranks-{first}-{rank}-of-2.log" for first in ("0", "messages8") for rank in range(2)}
+    assert {file.name for file in tmp_path.glob("*.log")} == names, "no launch replaces another's"
     assert ended.statuses[1] is None and time.monotonic() - began < 30
     assert EndedRanks([None, None], ["x", "y"], 0.0).why() == "not finished in time; the last line of rank 0: x"
     assert EndedRanks([0, 0], ["x", "y"], 0.0).why() == ""
