@@ -107,8 +107,8 @@ class RunPlan:
         """Return `machine` with the attention kernel of rows that hold several samples (`packed`) or one each."""
         settings, gpu = self.settings, GPUS[self.settings.gpu or DEFAULT_GPU]
         length, head_dim = None if packed else settings.max_length, self.source.shape.heads.dim
-        options = {"head_dim": head_dim, "length": length, "deterministic": settings.deterministic}
-        return attending(gpu, **options) if self.on_gpu else CPU
+        own = attending(gpu, head_dim=head_dim, length=length, deterministic=settings.deterministic)
+        return own if self.on_gpu else CPU
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """Return the global batch of the step that follows `consumed_samples` samples."""

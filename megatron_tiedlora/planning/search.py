@@ -277,8 +277,8 @@ def search(plan: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
     if any(own.reads_data for own in first.values()):
         plan.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
     head_dim, length = plan.source.shape.heads.dim, None if plan.data else settings.max_length
-    options = {"head_dim": head_dim, "length": length, "deterministic": settings.deterministic}
-    plan.machine = machines.attending(plan.machine, **options)
+    given: dict[str, Any] = {"head_dim": head_dim, "length": length, "deterministic": settings.deterministic}
+    plan.machine = machines.attending(plan.machine, **given)
     same: dict[str, Any] = {"machine": plan.machine, "per_node": plan.per_node, "known": {}}
     plan.candidates = tuple(
         Candidate(**variant, **same, engine_file=engine_file, storage=storage)
