@@ -74,11 +74,11 @@ def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.dev
 
 def test_control(device: torch.device, tell: Tell) -> None:
     """Check that the comparison detects a mask that wrongly hides one token."""
-    heads, _ = random_heads(CASES[1], 2, 256, device, torch.float64)
+    (query, key, value), _ = random_heads(CASES[1], 2, 256, device, torch.float64)
     ids = torch.zeros(2, 256, dtype=torch.int64)
     shifted = ids.clone()
     shifted[:, 0] = 1
-    found, expected = (plain_attention(*heads, which) for which in (shifted, ids))
+    found, expected = (plain_attention(query, key, value, which) for which in (shifted, ids))
     tell("relative error", error := relative(found, expected))
     assert error >= LEAST_SEEN, "this check computes wrong errors here: report this with the versions of part env"
 
@@ -124,7 +124,8 @@ def random_heads(case: Heads, rows: int, length: int, device: torch.device, dtyp
 
 def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, weight: Tensor) -> list[Tensor]:
     """Return the output and the gradients of query, key and value for the loss sum(output * weight)."""
-    output = route(*heads, ids)
+    query, key, value = heads
+    output = route(query, key, value, ids)
     return [output.detach(), *torch.autograd.grad(output, heads, weight)]
 
 
@@ -147,8 +148,10 @@ def speed(route: AttentionCall, length: int, document: int, peak: float, device:
     """
     ids = torch.arange(length)[None] // document if document < length else None
     heads, weight = random_heads(HEADS, 1, length, device, compute_dtype(device))
-    backward = partial(torch.autograd.grad, route(*heads, ids), heads, weight, retain_graph=True)
-    seconds = [seconds_of_call(step, device) for step in (partial(route, *heads, ids), backward)]
+    query, key, value = heads
+    forward = partial(route, query, key, value, ids)
+    backward = partial(torch.autograd.grad, forward(), heads, weight, retain_graph=True)
+    seconds = [seconds_of_call(step, device) for step in (forward, backward)]
     lengths = [min(document, length - start) for start in range(0, length, document)]
     flops = 2 * HEADS.heads * HEADS.head_dim * sum(part**2 for part in lengths)
     pairs = zip(("forwards", "backwards"), seconds, (flops, 2.5 * flops), strict=True)
