@@ -21,7 +21,7 @@ _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
 # The parts of check-gpu in order of worth, with the seconds that the short and the long form of each need.
 CHECK_PARTS = {
     "env": (40, 60), "correct": (110, 130), "attention": (35, 60), "speed": (95, 500), "layers": (100, 550),
-    "memory": (45, 45), "host": (30, 30), "decode": (25, 25), "ranks": (100, 100),
+    "memory": (45, 45), "host": (30, 30), "decode": (25, 25), "ranks": (100, 140),
 }
 
 

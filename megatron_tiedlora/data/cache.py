@@ -53,6 +53,7 @@ _BLOCK = 2**14  # rows that `_samples_of` processes at a time
 _SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # seconds before a waiting process's first log line; most between lines
 _LOCK_SECONDS = 1.0  # time between two looks at a lock, which may be in a home folder that all hosts share
 _OWN_FILE = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST_SHARED = 2**16  # bytes of the file that the ranks of a host share: a process number of each, and a hash
 _LONGEST_READING = 600.0  # seconds after which a process no longer waits for another that reads the same data
 
 _LOGGER = logging.getLogger(__name__)
@@ -208,12 +209,15 @@ def once_per_host(work: Callable[[], str], *key: object) -> str:
                 break
             waited, logs = next(pauses)
             if logs:
-                reader = os.pread(shared.fileno(), 999, 0).decode().split()[-1:]
+                reader = os.pread(shared.fileno(), _MOST_SHARED, 0).decode().split()[-1:]
                 _LOGGER.info("waiting for process %s, which reads %s, %.0f s waited", *reader, key[0], waited)
-        if not os.pread(shared.fileno(), 999, 0).endswith(b"\n"):  # processes, and the word when it is known
-            shared.write(b"%d " % os.getpid())
-            shared.write(f"{work()}\n".encode())
-        return os.pread(shared.fileno(), 999, 0).split()[-1].decode()
+        said = os.pread(shared.fileno(), _MOST_SHARED, 0)  # processes, and the word when it is known
+        if said.endswith(b"\n"):
+            return said.split()[-1].decode()
+        shared.write(b"%d " % os.getpid())
+        word = work()
+        shared.write(f"{word}\n".encode())  # a process that no longer waits may write after it
+        return word
     return work()
 
 

@@ -67,7 +67,7 @@ class AttentionRoute:
     otherwise: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}{self.otherwise and f', {self.otherwise} for packed rows'} ({self.reason})"
+        return f"{self.name}{self.otherwise and f', {self.otherwise} for other rows'} ({self.reason})"
 
 
 @cache
@@ -88,7 +88,8 @@ def choose_attention(
     attend: Attend = one_by_one
     name = "PyTorch's attention, one document after another"
     for candidate in CANDIDATES if device.type == "cuda" else ():
-        obstacle = candidate.obstacle(torch.cuda.get_device_capability(device), dtype, head_dim)
+        capability = torch.cuda.get_device_capability(device)
+        obstacle = candidate.obstacle(capability, dtype, head_dim, deterministic=deterministic)
         if obstacle is None:
             try:
                 made = candidate.make(deterministic)
@@ -189,18 +190,23 @@ class FusedKernel:
     multiple: int | None = None
 
     def make(self, deterministic: bool) -> Attend:
-        """Return the kernel's function; see `choose_attention`. Raises ValueError if it cannot be deterministic."""
-        if deterministic and self.kernel is _torch_cudnn:
-            raise ValueError("its gradients differ from run to run")
+        """Return the kernel's function; see `choose_attention`."""
         return _from_library(self.kernel, deterministic) if isinstance(self.kernel, str) else self.kernel
 
     def obstacle(
-        self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int, *, here: Installed | None = None
+        self,
+        capability: tuple[int, int],
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        here: Installed | None = None,
+        deterministic: bool = False,
     ) -> str | None:
-        """Return the reason why the kernel cannot run, as words that follow its name, or None if it can run.
+        """Return the reason why the kernel is not chosen, as words that follow its name, or None if it can run.
 
         Args:
             here: which libraries are installed; None for those of this computer.
+            deterministic: see `choose_attention`. Whether a library's kernel can be deterministic shows when it runs.
         """
         if dtype not in self.min_capability:
             return f"has no {str(dtype).removeprefix('torch.')}"
@@ -212,6 +218,8 @@ class FusedKernel:
             return "is not installed"
         if self.kernel is _torch_cudnn and here is None and (torch.backends.cudnn.version() or 0) < _CUDNN:
             return "needs cuDNN 9.15.1"
+        if self.kernel is _torch_cudnn and deterministic:
+            return "has gradients that differ from run to run"
         return None
 
 

@@ -132,16 +132,23 @@ ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
 
 
 def attention_kernel(
-    capability: tuple[int, int], head_dim: int = 128, *, whole: bool = True, here: Installed | None = ().__contains__
+    capability: tuple[int, int],
+    head_dim: int = 128,
+    *,
+    whole: bool = True,
+    here: Installed | None = ().__contains__,
+    deterministic: bool = False,
 ) -> FusedKernel:
     """Return the attention kernel that a run in 16 bits uses on a GPU of this capability.
 
     Args:
         whole: whether each row is one document, of a length that every kernel supports.
-        here: see `FusedKernel.obstacle`. By default no library is installed, as after `pip install` of this project.
+        here, deterministic: see `FusedKernel.obstacle`. By default no library is installed, as after `pip install` of
+            this project.
     """
+    given: dict[str, Any] = {"here": here, "deterministic": deterministic}
     able = (one for one in CANDIDATES if whole or one.multiple is None)
-    return next(one for one in able if one.obstacle(capability, torch.bfloat16, head_dim, here=here) is None)
+    return next(one for one in able if one.obstacle(capability, torch.bfloat16, head_dim, **given) is None)
 
 
 def attention_of(machine: Machine) -> str | None:
@@ -150,13 +157,14 @@ def attention_of(machine: Machine) -> str | None:
     return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
 
 
-def attending(machine: Machine, *, head_dim: int, length: int | None) -> Machine:
+def attending(machine: Machine, *, head_dim: int, length: int | None, deterministic: bool = False) -> Machine:
     """Return a machine of `GPUS` with the constant of the attention kernel that a run uses; others as they are.
 
     Libraries count as installed only if they are installed on this computer, and if it has such a GPU.
 
     Args:
         length: the tokens of each row, if a row is one document; None for packed samples and rows of many lengths.
+        deterministic: see `choose_attention`.
     """
     preset = GPUS.get(machine.name)
     if preset is None or machine.constants["attention.bf16"] != preset.constants["attention.bf16"]:
@@ -164,7 +172,7 @@ def attending(machine: Machine, *, head_dim: int, length: int | None) -> Machine
     assert machine.capability is not None, "a GPU has a capability"
     whole = length is not None and all(length % one.multiple == 0 for one in CANDIDATES if one.multiple is not None)
     options: dict[str, Any] = {"here": None} if is_here(machine) else {}
-    kernel = attention_kernel(machine.capability, head_dim, whole=whole, **options)
+    kernel = attention_kernel(machine.capability, head_dim, whole=whole, deterministic=deterministic, **options)
     share = ATTENTION[machine.capability].get(kernel.name)
     return machine if share is None else machine.changed({"attention.bf16": share})
 
@@ -184,6 +192,8 @@ def attention_in_words(route: AttentionRoute, device: torch.device, *, head_dim:
     capability, name = torch.cuda.get_device_capability(device), (packing and route.otherwise) or route.name
     known, faster = ATTENTION.get(capability, {}), faster_attention(capability, name, head_dim=head_dim)
     words = f"{route}; {known[name].value} of the peak in bf16 is expected" if name in known else str(route)
+    if route.otherwise in known and name != route.otherwise:
+        words += f" ({known[route.otherwise].value} for other rows)"
     if faster is None or is_installed(str(faster.kernel)):  # a kernel that is installed does not run here
         return words
     return f"{words}, and {known[faster.name].value} with {faster.name}: {faster.install}"

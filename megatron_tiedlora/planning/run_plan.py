@@ -101,8 +101,14 @@ class RunPlan:
     @property
     def machine(self) -> Machine:
         """The machine whose constants are used for planning: the GPU of --gpu, or the default GPU or CPU."""
-        gpu, length = GPUS[self.settings.gpu or DEFAULT_GPU], None if self.reads_data else self.settings.max_length
-        return attending(gpu, head_dim=self.source.shape.heads.dim, length=length) if self.on_gpu else CPU
+        return self.machine_for(packed=self.reads_data)
+
+    def machine_for(self, *, packed: bool) -> Machine:
+        """Return `machine` with the attention kernel of rows that hold several samples (`packed`) or one each."""
+        settings, gpu = self.settings, GPUS[self.settings.gpu or DEFAULT_GPU]
+        length, head_dim = None if packed else settings.max_length, self.source.shape.heads.dim
+        own = attending(gpu, head_dim=head_dim, length=length, deterministic=settings.deterministic)
+        return own if self.on_gpu else CPU
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """Return the global batch of the step that follows `consumed_samples` samples."""

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -12,11 +11,10 @@ import torch
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.runtime import launch_env, process_group
-from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, gpu_state, option, why_no_gpu
+from megatron_tiedlora.selfcheck.parts import NO_TIME, OPTIONS, Tell, gpu_state, option, seconds_left, why_no_gpu
 from megatron_tiedlora.training.throughput import use_private_cache
 
-_STARTED = time.monotonic()
-MOST_SPENT = 0.8  # share of the part's time after which no further measurement starts
+LEAST_LEFT = 0.2  # share of the part's time that must be left when a measurement starts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker `gpu`, and make this process end when `tiedlora check-gpu` ends."""
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "long: only in the long form of a part")
-    config.addinivalue_line("markers", "if_time: only before most of the part's time is over")
+    config.addinivalue_line("markers", "if_time(short, long): only if so many seconds are left, in each form")
     if option(config, "folder"):
         end_with_parent()
 
@@ -38,9 +36,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests of the long form in the short form, and measurements for which no time is left."""
     if item.get_closest_marker("long") and not option(item.config, "long"):
         pytest.skip("only the long form measures this: give --seconds 3000")
-    over = time.monotonic() - _STARTED > MOST_SPENT * option(item.config, "seconds")
-    if over and option(item.config, "folder") and item.get_closest_marker("if_time"):
-        pytest.skip("no time is left for this: give more --seconds")
+    if (marker := item.get_closest_marker("if_time")) is not None:
+        least = marker.args[option(item.config, "long")] if marker.args else LEAST_LEFT * option(item.config, "seconds")
+        if seconds_left(item.config) < least:
+            pytest.skip(NO_TIME)
 
 
 @pytest.hookimpl(wrapper=True)

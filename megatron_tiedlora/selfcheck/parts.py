@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 from zipfile import ZIP_DEFLATED, ZipFile
 
+import psutil
 import torch
 
 from megatron_tiedlora.base.files import new_file, write_text
@@ -33,6 +34,7 @@ FOLDER = Path(__file__).parent
 OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": "", "long": 0}
 MOST_IN_A_LINE = 400  # characters of a test's measured values; more are a list
 WARNING = "warning"  # the name of a property that is a warning, not a measured value
+NO_TIME = "no time is left for this: give more --seconds"
 _SHOWN_SECONDS = 5.0
 # Bits of nvidia-smi's reasons for low clocks. Bit 1, an idle GPU, slows nothing.
 _SLOWED = {
@@ -59,6 +61,12 @@ STUCK_FIX = (
 def option(config: Any, name: str) -> Any:
     """Return the value of a GPU check option in a pytest session. OPTIONS has the names and defaults."""
     return config.getoption(f"--check-{name}", OPTIONS[name])
+
+
+def seconds_left(config: Any) -> float:
+    """Return the seconds until `tiedlora check-gpu` ends this process; in `pytest -m gpu` all of a part's time."""
+    spent = time.time() - psutil.Process().create_time() if option(config, "folder") else 0.0
+    return float(option(config, "seconds") - spent)
 
 
 def warn_unless(good: bool, tell: Tell, fix: str) -> None:
@@ -163,7 +171,9 @@ def run_part(
         shows: called with the results of the tests that have ended, every few seconds until the part ends.
     """
     file, log = folder / f"{part}.xml", folder / f"{part}.log"
-    file.unlink(missing_ok=True)
+    for old in _files_of(part, folder):
+        old.unlink(missing_ok=True)
+    found: Element | None = None
     hangs, started = True, time.monotonic()
     with log.open("wb") as output:
         streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
@@ -173,14 +183,14 @@ def run_part(
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(min(left, _SHOWN_SECONDS))
                     hangs = False
-                if hangs and (found := _results(part, file)) is not None:
+                if hangs and (found := _results(part, file, found)) is not None:
                     shows(found)
         finally:
             with suppress(ProcessLookupError, PermissionError):  # also its child processes
                 os.killpg(process.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
                 process.wait(end_seconds)
-    found = _results(part, file)
+    found = _results(part, file, found)
     suite = Element("testsuite", name=part) if found is None else found
     if hangs or process.returncode not in (0, 1) or suite.find("testcase") is None:  # 1: tests failed
         fix = ERROR_FIX if not hangs else STUCK_FIX if process.poll() is None else HANG_FIX
@@ -192,12 +202,18 @@ def run_part(
     return suite
 
 
-def _results(part: str, file: Path) -> Element | None:
-    """Return the junit test suite that a part has written; None if there is none."""
+def _files_of(part: str, folder: Path) -> list[Path]:
+    """Return the files that a part and its process have written. Users may keep other files in the folder."""
+    ours = re.compile(rf"{part}(\.(log|xml)|-.+\.(log|json|json\.gz))")
+    return sorted(file for file in folder.iterdir() if ours.fullmatch(file.name) and file.is_file())
+
+
+def _results(part: str, file: Path, before: Element | None) -> Element | None:
+    """Return the junit test suite that a part has written, or the one `before` if the part died while it wrote."""
     try:
         suite = next(ElementTree.parse(file).getroot().iter("testsuite"))
     except (OSError, ElementTree.ParseError):
-        return None
+        return before
     suite.set("name", part)
     return suite
 
@@ -208,11 +224,10 @@ def write_reports(folder: Path, page: Iterable[str], suites: Sequence[Element]) 
     root.extend(suites)
     write_text(folder / "report.md", "".join(f"{line}\n" for line in page))
     write_text(folder / "report.xml", f"{ElementTree.tostring(root, encoding='unicode')}\n")
-    names = ("report.md", "report.xml", *(suite.get("name", "") for suite in suites))
+    files = (file for suite in suites for file in _files_of(suite.get("name", ""), folder))
     with new_file(folder / "report.zip") as file, ZipFile(file, "w", ZIP_DEFLATED) as archive:
-        for each in sorted(folder.iterdir()):
-            if each.is_file() and each.name.startswith(names):
-                archive.write(each, f"{folder.name}/{each.name}")
+        for each in (folder / "report.md", folder / "report.xml", *files):
+            archive.write(each, f"{folder.name}/{each.name}")
 
 
 # The page -------------------------------------------------------------------------------------------------------------

@@ -214,9 +214,8 @@ def measure_layout(
         UserError: a setting is not valid. Every rank raises this error before anything starts.
         RunStopped: the launcher process has ended.
     """
-    file = settings.constants
-    machine = None if file is None else machines.read_machine(user_path(file, flag="--constants"))
-    run = start(plan_benchmark(settings, rank=rank, world_size=world_size, **changes), settings)
+    plan = plan_benchmark(settings, rank=rank, world_size=world_size, **changes)
+    machine, run = machine_of(plan, settings), start(plan, settings)
     device = run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
@@ -224,10 +223,10 @@ def measure_layout(
     timers = {"step": lambda: run.seconds_of(next(given))}
     seconds = timing.take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
     peak = None if held is None else timing.peak_bytes(device)
-    planned = run.planned(steps[-1], machine or run.plan.machine)
+    planned = run.planned(steps[-1], machine)
     mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1], planned), "planned_peak": None}
     record = None
-    if machine is not None:
+    if settings.constants is not None:
         memory = planned.memory(run.plan.grid.pp_rank)
         # On a CPU, the estimate for an idle process is added, but not the estimate for the allocator's free memory.
         mine["planned_peak"] = memory.allocated + (0.0 if run.plan.on_gpu else memory.libraries)
@@ -236,6 +235,13 @@ def measure_layout(
     report = None if ranks is None else {**_report(run, settings, steps[-1], seconds, ranks), "planned": record}
     run.runner.engine.destroy()  # or it would keep the memory of the run
     return report, planned
+
+
+def machine_of(plan: RunPlan, settings: BenchSettings) -> machines.Machine:
+    """Return the machine of --constants, or else the machine of the plan with the attention kernel of these rows."""
+    if settings.constants is not None:
+        return machines.read_machine(user_path(settings.constants, flag="--constants"))
+    return plan.machine_for(packed=plan.reads_data or (settings.documents or 1) > 1)
 
 
 def start(plan: RunPlan, settings: BenchSettings) -> Started:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.gpu
 AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """A function of queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s)
 int64 on the CPU or None. It returns the attention output, (b, s, heads * head_dim)."""
+Drawn = tuple[list[Tensor], Tensor]  # random queries, keys and values, and a random gradient of the output
 
 CHOSEN = "chosen by the package"  # an error of any other kernel does not fail a test
 ONE_BY_ONE = "one document after another"
@@ -66,15 +67,15 @@ def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.dev
     """Compare every kernel with plain attention in fp64. The package's choice is last: only its errors fail a test."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("a CPU may have no fast bf16")
-    lengths = LENGTHS if packed else (sum(LENGTHS),)
+    drawn = random_heads(case, 2, sum(LENGTHS), device, dtype)
     for name, route in reversed(attention_routes(device, dtype, case.head_dim).items()):
-        compare(tell, name, route, case, lengths, device=device, dtype=dtype)
+        compare(tell, name, route, drawn, LENGTHS if packed else (sum(LENGTHS),))
 
 
 def test_control(device: torch.device, tell: Tell) -> None:
     """Check that the comparison detects a mask that wrongly hides one token."""
-    case, ids = CASES[1], torch.zeros(2, 256, dtype=torch.int64)
-    query, key, value = random_heads(case, ids.shape[1], device=device, dtype=torch.float64)
+    (query, key, value), _ = random_heads(CASES[1], 2, 256, device, torch.float64)
+    ids = torch.zeros(2, 256, dtype=torch.int64)
     shifted = ids.clone()
     shifted[:, 0] = 1
     found, expected = (plain_attention(query, key, value, which) for which in (shifted, ids))
@@ -82,31 +83,20 @@ def test_control(device: torch.device, tell: Tell) -> None:
     assert error >= LEAST_SEEN, "this check computes wrong errors here: report this with the versions of part env"
 
 
-def compare(
-    tell: Tell,
-    name: str,
-    route: AttentionCall,
-    case: Heads,
-    lengths: Sequence[int],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Compare the output and the gradients of a kernel with fp64, on two rows of documents with these `lengths`."""
-    packed = len(lengths) > 1
-    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
-    heads = random_heads(case, ids.shape[1], device=device, dtype=dtype)
-    weight = torch.randn(2, ids.shape[1], case.heads * case.head_dim, device=device, dtype=dtype)
+def compare(tell: Tell, name: str, route: AttentionCall, drawn: Drawn, lengths: Sequence[int]) -> None:
+    """Compare the output and the gradients of a kernel with fp64, on rows of documents with these `lengths`."""
+    heads, weight = drawn
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(len(weight), -1)
     good = False
-    with optional(tell, name, device):
-        found = results(route, heads, ids if packed else None, weight)
+    with optional(tell, name, weight.device):
+        found = results(route, heads, ids if len(lengths) > 1 else None, weight)
         wide = [tensor.detach().double().requires_grad_() for tensor in heads]
         expected = results(plain_attention, wide, ids, weight.double())
         names = ("out", "dq", "dk", "dv")
         errors = {what: relative(a, b) for what, a, b in zip(names, found, expected, strict=True)}
         worst = worst_of(errors)
         tell(f"{name}: error of {worst}", errors[worst])
-        good = errors[worst] <= BOUNDS[dtype]
+        good = errors[worst] <= BOUNDS[weight.dtype]
         warn_unless(good or name == CHOSEN, tell, WRONG_FIX)
     assert good or name != CHOSEN, WRONG_FIX
 
@@ -124,20 +114,19 @@ def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
             torch.cuda.synchronize()  # the device may be lost
 
 
-def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Return random queries, keys and values of two rows, which require gradients."""
-    draw = torch.Generator(device).manual_seed(length)
-    return [
-        torch.randn(2, heads, length, case.head_dim, generator=draw, device=device, dtype=dtype).requires_grad_()
-        for heads in (case.heads, case.kv_heads, case.kv_heads)
-    ]
+def random_heads(case: Heads, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> Drawn:
+    """Return `Drawn` values of some rows. The queries, keys and values require gradients."""
+    draw = partial(torch.randn, generator=torch.Generator(device).manual_seed(length), device=device, dtype=dtype)
+    counts = (case.heads, case.kv_heads, case.kv_heads)
+    heads = [draw(rows, number, length, case.head_dim).requires_grad_() for number in counts]
+    return heads, draw(rows, length, case.heads * case.head_dim)
 
 
 def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, weight: Tensor) -> list[Tensor]:
     """Return the output and the gradients of query, key and value for the loss sum(output * weight)."""
     query, key, value = heads
     output = route(query, key, value, ids)
-    return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
+    return [output.detach(), *torch.autograd.grad(output, heads, weight)]
 
 
 @pytest.mark.parametrize("length", LENGTHS_TIMED)
@@ -158,10 +147,11 @@ def speed(route: AttentionCall, length: int, document: int, peak: float, device:
     forward pass, so its share is lower. Only scores within documents of so many tokens are computed.
     """
     ids = torch.arange(length)[None] // document if document < length else None
-    heads, weight = drawn(length, device)
+    heads, weight = random_heads(HEADS, 1, length, device, compute_dtype(device))
     query, key, value = heads
-    backward = partial(torch.autograd.grad, route(query, key, value, ids), heads, weight, retain_graph=True)
-    seconds = [seconds_of_call(step, device) for step in (partial(route, query, key, value, ids), backward)]
+    forward = partial(route, query, key, value, ids)
+    backward = partial(torch.autograd.grad, forward(), heads, weight, retain_graph=True)
+    seconds = [seconds_of_call(step, device) for step in (forward, backward)]
     lengths = [min(document, length - start) for start in range(0, length, document)]
     flops = 2 * HEADS.heads * HEADS.head_dim * sum(part**2 for part in lengths)
     pairs = zip(("forwards", "backwards"), seconds, (flops, 2.5 * flops), strict=True)
@@ -175,7 +165,7 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []
             for length in range(1000, 1144, 24):
-                heads, weight = drawn(length, gpu)
+                heads, weight = random_heads(HEADS, 1, length, gpu, compute_dtype(gpu))
                 torch.cuda.synchronize()
                 first, again = (timed(partial(results, route, heads, None, weight), gpu) for _ in range(2))
                 costs.append(first - again)
@@ -185,33 +175,17 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
             warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
 
 
-def drawn(length: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Return random queries, keys and values of one row, and a random gradient of the output."""
-    draw = partial(torch.randn, device=device, dtype=compute_dtype(device))
-    heads = [draw(1, HEADS.heads, length, HEADS.head_dim).requires_grad_() for _ in range(3)]
-    return heads, draw(1, length, HEADS.heads * HEADS.head_dim)
-
-
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
     """Return every attention kernel that works on the device, by name. The package's choice is the first."""
     chosen = choose_attention(device, dtype, head_dim)
     if chosen.attend is None:
         return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
-    routes = {CHOSEN: _within(chosen.attend), ONE_BY_ONE: _within(one_by_one)}
+    routes, capability = {CHOSEN: _within(chosen.attend)}, torch.cuda.get_device_capability(device)
     for candidate in CANDIDATES:
-        if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
+        if candidate.name != chosen.name and candidate.obstacle(capability, dtype, head_dim) is None:
             # created when it is called, because its library may fail
             routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False))(*heads)
-    return routes
-
-
-def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """Return why a kernel cannot run on the device, by kernel name. Each text can follow the word "it"."""
-    if device.type == "cpu":
-        return {}
-    capability = torch.cuda.get_device_capability(device)
-    found = {candidate.name: candidate.obstacle(capability, dtype, head_dim) for candidate in CANDIDATES}
-    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
+    return {**routes, ONE_BY_ONE: _within(one_by_one)}
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:

@@ -46,6 +46,7 @@ TOKENS = ((4096,), (2048, 4096, 8192, 16384))  # of a matmul, in the short and i
 APART = (0, 8, 16)  # elements between the rows of an input
 RANK = 8  # of the adapter whose narrow matmuls are measured
 SECONDS, CONSTANTS = (12.0, 60.0), "layers-constants.json"  # in the short and in the long form; the file
+COMPILING = 20.0  # seconds beside them, for kernels that are compiled
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,7 @@ def measure_linear(linear: LinearShape, tp_size: int, tokens: int, device: torch
     tell(f"{linear.name} {rows} x {width}, {tokens} tokens, TFLOP/s forwards and backwards", "; ".join(texts))
 
 
+@pytest.mark.if_time(*(seconds + COMPILING for seconds in SECONDS))
 def test_constants(
     joined: torch.device, model: str, is_long: bool, pytestconfig: pytest.Config, tell: parts.Tell
 ) -> None:

@@ -141,6 +141,25 @@ def test_an_error_is_each_ranks_own(launch: Path, tmp_path: Path) -> None:
     assert once_per_host(lambda: WORK, "a") == WORK == once_per_host(refuse, "a")
 
 
+def test_a_process_that_no_longer_waits_gives_no_wrong_word(launch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes its number after the word, at any time. And the numbers of many processes do not hide the word."""
+    original = os.pread
+
+    def pread(number: int, size: int, offset: int) -> bytes:
+        (shared,) = launch.iterdir()
+        if shared.read_bytes().endswith(b"\n"):
+            shared.write_bytes(shared.read_bytes() + b"4217 ")
+        return original(number, size, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", pread)
+        for _ in range(2):
+            assert once_per_host(lambda: WORK, "a") == WORK
+    (shared,) = launch.iterdir()
+    shared.write_text(f"{'4217 ' * 1000}{WORK}\n")
+    assert once_per_host(refuse, "a") == WORK
+
+
 # Waiting ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
@@ -22,7 +23,7 @@ from megatron_tiedlora.commands import jobs
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.tool_settings import CHECK_PARTS, CheckGpuSettings
 from megatron_tiedlora.runtime import launch_env
-from megatron_tiedlora.selfcheck import parts
+from megatron_tiedlora.selfcheck import conftest, parts, test_layers, test_ranks
 
 TOOL = ROOT / "tools" / "check_gpu.py"
 
@@ -165,6 +166,70 @@ def test_a_part_that_is_ended_keeps_the_tests_that_have_ended(tmp_path: Path, mo
     assert "- skipped 1 tests: only the long form measures this" in page
     assert "- skipped 1 tests: no time is left for this" in page
     assert "- passed **ends** share 0.5" in "\n".join(parts.part_lines(shown[-1])), "it was told before the end"
+
+
+def test_a_part_that_dies_while_it_writes_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_SHOWN_SECONDS", 0.1)
+    shown: list[Element] = []
+    code = f"""if True:
+        import os, pathlib, time
+        file = pathlib.Path('{tmp_path}/p.xml')
+        file.write_text("<testsuite><testcase classname='x' name='test_ends'/></testsuite>")
+        while not pathlib.Path('{tmp_path}/told').exists():
+            time.sleep(0.05)
+        file.write_text("<testsuite><testcase cla")
+        os.abort()"""
+
+    def shows(suite: Element) -> None:
+        shown.append(suite)
+        (tmp_path / "told").touch()
+
+    limits: dict[str, Any] = {"folder": tmp_path, "seconds": 20.0, "shows": shows}
+    suite = parts.run_part("p", [sys.executable, "-c", code], environment=os.environ, **limits)
+    assert [case.get("name") for case in suite.iter("testcase")] == ["test_ends", "the part's process"]
+    assert shown and suite.get("name") == "p"
+
+
+def test_only_files_of_this_run_are_mailed_and_only_its_own_are_removed(tmp_path: Path) -> None:
+    old = ["p-trace.json.gz", "p-constants.json", "p-messages8-0-of-2.log", "p.xml"]
+    users = ["p-notes.txt", "p.json", "pq.log", "p.yaml"]
+    for name in (*old, *users):
+        (tmp_path / name).touch()
+    run(f"open('{tmp_path}/p-new.json', 'w'); print('nothing')", tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {*users, "p.log", "p-new.json"}
+    parts.write_reports(tmp_path, ["page"], [Element("testsuite", name="p")])
+    with zipfile.ZipFile(tmp_path / "report.zip") as archive:
+        names = {Path(name).name for name in archive.namelist()}
+    assert names == {"report.md", "report.xml", "p.log", "p-new.json"}
+
+
+@pytest.mark.parametrize(
+    ("given", "is_long", "left", "runs"),
+    [((), 0, 21, True), ((), 0, 19, False), ((32, 80), 0, 33, True), ((32, 80), 0, 31, False), ((32, 80), 1, 9, False)],
+)
+def test_a_measurement_begins_if_its_time_is_left(
+    given: tuple[float, ...], is_long: int, left: float, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100 seconds that began with the process, whose imports take some of them."""
+    monkeypatch.setattr(parts.psutil.Process, "create_time", lambda _: parts.time.time() - 100 + left)
+    options = {"--check-seconds": 100.0, "--check-folder": "x", "--check-long": is_long}
+    config: Any = SimpleNamespace(getoption=lambda name, _: options[name])
+    marks = {"if_time": SimpleNamespace(args=given)}
+    item: Any = SimpleNamespace(config=config, get_closest_marker=marks.get)
+    try:
+        conftest.pytest_runtest_setup(item)
+    except pytest.skip.Exception as skipped:
+        assert not runs and str(skipped) == parts.NO_TIME
+    else:
+        assert runs
+    options["--check-folder"] = ""
+    assert parts.seconds_left(config) == 100
+
+
+def test_what_takes_long_begins_only_if_its_time_is_left() -> None:
+    (mark,) = (mark for mark in vars(test_layers.test_constants)["pytestmark"] if mark.name == "if_time")
+    assert all(least > seconds for least, seconds in zip(mark.args, test_layers.SECONDS, strict=True))
+    assert "if_time" in {mark.name for mark in vars(test_ranks.test_messages)["pytestmark"]}
 
 
 def test_a_part_that_finds_nothing_is_a_failure(tmp_path: Path) -> None:
@@ -313,6 +378,8 @@ def test_the_seconds_choose_parts_and_their_forms() -> None:
         assert hour.keys() == CHECK_PARTS.keys() and all(limit.is_long for limit in hour.values())
         assert sum(limit.seconds for limit in hour.values()) == pytest.approx(3000)
         assert all(hour[part].seconds >= CHECK_PARTS[part][1] for part in hour)
+    enough = jobs.part_limits(None, sum(short for short, _ in CHECK_PARTS.values()), num_gpus=1)
+    assert enough["ranks"].seconds > 0 and not enough["ranks"].is_long
     longer = jobs.part_limits(None, 1100, num_gpus=1)
     assert longer["speed"].is_long and not longer["layers"].is_long and longer["ranks"].seconds > 0
 

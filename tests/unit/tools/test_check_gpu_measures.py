@@ -206,6 +206,10 @@ def test_messages_are_timed_with_the_blocks_that_were_asked_for(
     assert given == [{"A": "1"}, {"A": "1", "NCCL_MIN_CTAS": "8"}] and told == {"ms": 1.5}
     with pytest.raises(AssertionError, match="an error"):  # not the result of another number of blocks
         test_ranks.test_messages("4", ranks, told)
+    late = test_ranks.EndedRanks([None, 0], ["importing", ""], 0.0)
+    monkeypatch.setattr(test_ranks.Ranks, "run", lambda *_, **__: late)
+    with pytest.raises(pytest.skip.Exception, match="no time is left"):
+        test_ranks.test_messages("4", ranks, told)
 
 
 # Steps and traces -----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT
 
+from megatron_tiedlora.model.fused_attention import AttentionRoute, one_by_one
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight
 from megatron_tiedlora.selfcheck import (
@@ -161,7 +162,9 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
     began = time.monotonic()
     ended = Ranks(2, {}, [], tmp_path, tmp_path, 30.0).run(0, [], 2, 1.0, grace=0.5)
     assert ended.statuses == [3, None] and ended.why() == "here" and 0.5 <= ended.seconds < 10
-    ended = Ranks(2, {}, [], tmp_path, tmp_path, 0.5).run(0, [], 2, 1.0)
+    ended = Ranks(2, {test_ranks.CTAS: "8"}, [], tmp_path, tmp_path, 0.5).run(test_ranks.MESSAGES, [], 2, 1.0)
+    names = {f"ranks-{first}-{rank}-of-2.log" for first in ("0", "messages8") for rank in range(2)}
+    assert {file.name for file in tmp_path.glob("*.log")} == names, "no launch replaces another's"
     assert ended.statuses[1] is None and time.monotonic() - began < 30
     assert EndedRanks([None, None], ["x", "y"], 0.0).why() == "not finished in time; the last line of rank 0: x"
     assert EndedRanks([0, 0], ["x", "y"], 0.0).why() == ""
@@ -237,9 +240,8 @@ def test_a_device_that_is_too_fast_has_computed_nothing_and_a_plan_that_is_too_l
 
 
 def compared(route: Any, *, name: str = test_attention.CHOSEN, lengths: Sequence[int] = (1, 30, 64, 7)) -> str:
-    case = test_attention.CASES[1]
-    options = {"lengths": lengths, "device": CPU, "dtype": torch.float32}
-    return outcome_of(test_attention.compare, name=name, route=route, case=case, **options)
+    drawn = test_attention.random_heads(test_attention.CASES[1], 2, sum(lengths), CPU, torch.float32)
+    return outcome_of(test_attention.compare, name=name, route=route, drawn=drawn, lengths=lengths)
 
 
 def test_every_route_here_is_right_packed_or_not() -> None:
@@ -277,11 +279,12 @@ def test_a_kernel_that_is_not_taken_may_fail() -> None:
         compared(fails)
 
 
-def test_kernels_that_are_not_here_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_that_can_run_here_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    found = test_attention.attention_obstacles(torch.device("cuda"), torch.float32, 128)
-    assert found["PyTorch's flash kernel"] == "has no float32"
-    assert "PyTorch's memory-efficient kernel" not in found
+    chosen = AttentionRoute("PyTorch's flash kernel", "a reason", one_by_one)
+    monkeypatch.setattr(test_attention, "choose_attention", lambda *_: chosen)
+    found = list(test_attention.attention_routes(torch.device("cuda"), torch.float32, 128))
+    assert found == [test_attention.CHOSEN, "PyTorch's memory-efficient kernel", test_attention.ONE_BY_ONE]
 
 
 # The model ------------------------------------------------------------------------------------------------------------
