@@ -13,7 +13,7 @@ the prompts are replayed as CUDA graphs where possible (`step_graphs`).
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -67,7 +67,9 @@ class Decoder:
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
-        self.graphs = find_step_graphs(self.device, groups, calls_together=calls_together)
+        self.graphs = (
+            find_step_graphs(self.device, groups, calls_together=calls_together) if stage.can_be_captured else None
+        )
         self.idle: list[list[KeyValueCache]] = []  # caches of finished batches, for the next batch
         self._updates: dict[int, LayerUpdate] = {}
         self._read: tuple[str, ...] = ()  # the adapters that these updates belong to
@@ -81,9 +83,7 @@ class Decoder:
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence. Idle
         caches are freed first, and all graphs."""
-        self.idle.clear()
-        if self.graphs is not None:
-            self.graphs.clear()
+        self.close()
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
         heads = self.shape.heads
         local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
@@ -98,6 +98,12 @@ class Decoder:
                     cache.clear()
                 return self.idle.pop(index)
         return self.new_caches(batch, capacity)
+
+    def close(self) -> None:
+        """Free all graphs and idle caches. NCCL does not end a communicator that a graph uses."""
+        self.idle.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @torch.no_grad()
     def forward(
@@ -117,7 +123,36 @@ class Decoder:
             for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`,
                 the loss of each token, (tokens,).
         """
-        segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
+        inputs, positions, of_tokens, predict = self._call(rows, wanted, labels)
+        if self.pipeline.rank > 0:
+            distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
+        if self.graphs is not None and rows[0].caches[0].filled and wanted is None and labels is None:
+            output = self.graphs.run(_key(rows), predict, inputs, positions)
+        else:
+            output = predict(inputs, positions, of_tokens)
+        for some in rows:
+            for cache in some.caches:
+                cache.filled += some.tokens.shape[1]
+        if self.is_last:
+            return output.flatten(0, 1)
+        work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
+        self._keep(work, output)
+        return None
+
+    @torch.no_grad()
+    def capture(self, rows: Sequence[AdapterRows]) -> None:
+        """Let later calls of `forward` replay the step of these rows, if it was run before. No message of this rank may
+        be in flight. If the capture fails, no step of this stage is captured any more."""
+        if self.graphs is not None and self.graphs.lacks_some:
+            inputs, positions, _, predict = self._call(rows)
+            if not self.graphs.capture(_key(rows), predict, inputs, positions):
+                self.graphs, self.stage.can_be_captured = None, False
+
+    def _call(
+        self, rows: Sequence[AdapterRows], wanted: RowTensors | None = None, labels: RowTensors | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Callable[..., torch.Tensor]]:
+        """Return the stage's input, which is empty on later stages, the positions, the labels, and the function."""
+        segments = _segments(rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
         picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
@@ -130,24 +165,10 @@ class Decoder:
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
-            distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         predict = partial(
             self.stage.predict, segments=segments, caches=all_caches, updates=self._updates_of(segments), wanted=picked
         )
-        if self.graphs is not None and caches[0].filled and wanted is None and labels is None:
-            firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
-            read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
-            output = self.graphs.run((segments, *read), predict, inputs, positions)
-        else:
-            output = predict(inputs, positions, of_tokens)
-        for some in rows:
-            for cache in some.caches:
-                cache.filled += some.tokens.shape[1]
-        if self.is_last:
-            return output.flatten(0, 1)
-        work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
-        self._keep(work, output)
-        return None
+        return inputs, positions, of_tokens, predict
 
     def _updates_of(self, segments: AdapterSegments) -> Mapping[int, LayerUpdate]:
         names = tuple(segment.adapter for segment in segments)
@@ -183,6 +204,16 @@ class Decoder:
         """Wait until every message has been received."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()
+
+
+def _segments(rows: Sequence[AdapterRows]) -> AdapterSegments:
+    return tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
+
+
+def _key(rows: Sequence[AdapterRows]) -> Hashable:
+    """Return what the kernels of a step depend on."""
+    firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
+    return _segments(rows), *((cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts)
 
 
 def _among_all(segments: AdapterSegments, wanted: RowTensors) -> Iterator[torch.Tensor]:
@@ -259,12 +290,15 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
     for step in range(1, num_steps + 1):
         for part in parts:
             part.advance()
-        if step % every and step < num_steps:
-            continue
-        for part in parts:  # no message may be in flight when all ranks agree, or stages would deadlock
-            part.collect()
-        decoder.finish()
-        if agree(all(part.is_done for part in parts)):
+        agrees = step % every == 0 or step == num_steps
+        if agrees:  # no message may be in flight when all ranks agree, or stages would deadlock
+            for part in parts:
+                part.collect()
+            decoder.finish()
+        if agrees or decoder.pipeline.size == 1:
+            for part in parts:
+                part.capture()
+        if agrees and agree(all(part.is_done for part in parts)):
             break
     if decoder.graphs:
         decoder.idle += [batch.caches for some in batches for batch in some]
@@ -384,6 +418,11 @@ class _Part:
         self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
         if self.decoder.pipeline.size == 1:
             self.collect()
+
+    def capture(self) -> None:
+        """Capture the next step. If there is none, capture the last one again for later batches with these caches."""
+        if left := [batch for batch in self.computed if not batch.is_done] or self.computed:
+            self.decoder.capture([batch.newest_rows() for batch in left])
 
     def _read_prompts(self) -> torch.Tensor | None:
         """Fill the caches. Return the first new token of every sequence, (b,), on the last stage, otherwise None."""
