@@ -28,7 +28,7 @@ from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.batch import filled
-from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, find_step_graphs
+from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, Step, find_step_graphs
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
@@ -67,9 +67,8 @@ class Decoder:
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
-        self.graphs = (
-            find_step_graphs(self.device, groups, calls_together=calls_together) if stage.can_be_captured else None
-        )
+        found = find_step_graphs(self.device, groups, calls_together=calls_together)
+        self.graphs = found if stage.can_be_captured else None
         self.idle: list[list[KeyValueCache]] = []  # caches of finished batches, for the next batch
         self._updates: dict[int, LayerUpdate] = {}
         self._read: tuple[str, ...] = ()  # the adapters that these updates belong to
@@ -123,13 +122,13 @@ class Decoder:
             for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`,
                 the loss of each token, (tokens,).
         """
-        inputs, positions, of_tokens, predict = self._call(rows, wanted, labels)
+        call = _, predict, inputs, positions = self._call(rows, wanted, labels)
         if self.pipeline.rank > 0:
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         if self.graphs is not None and rows[0].caches[0].filled and wanted is None and labels is None:
-            output = self.graphs.run(_key(rows), predict, inputs, positions)
+            output = self.graphs.run(*call)
         else:
-            output = predict(inputs, positions, of_tokens)
+            output = predict(inputs, positions)
         for some in rows:
             for cache in some.caches:
                 cache.filled += some.tokens.shape[1]
@@ -141,18 +140,15 @@ class Decoder:
 
     @torch.no_grad()
     def capture(self, rows: Sequence[AdapterRows]) -> None:
-        """Let later calls of `forward` replay the step of these rows, if it was run before. No message of this rank may
-        be in flight. If the capture fails, no step of this stage is captured any more."""
-        if self.graphs is not None and self.graphs.lacks_some:
-            inputs, positions, _, predict = self._call(rows)
-            if not self.graphs.capture(_key(rows), predict, inputs, positions):
-                self.graphs, self.stage.can_be_captured = None, False
+        """Capture the step of these rows; see `StepGraphs.capture`."""
+        if self.graphs is not None and not self.graphs.capture(*self._call(rows)):
+            self.graphs, self.stage.can_be_captured = None, False
 
     def _call(
         self, rows: Sequence[AdapterRows], wanted: RowTensors | None = None, labels: RowTensors | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Callable[..., torch.Tensor]]:
-        """Return the stage's input, which is empty on later stages, the positions, the labels, and the function."""
-        segments = _segments(rows)
+    ) -> tuple[Hashable, Step, torch.Tensor, torch.Tensor]:
+        """Return what the kernels of a call depend on, its function, input (empty on later stages) and positions."""
+        segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
         picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
@@ -165,10 +161,11 @@ class Decoder:
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
-        predict = partial(
-            self.stage.predict, segments=segments, caches=all_caches, updates=self._updates_of(segments), wanted=picked
-        )
-        return inputs, positions, of_tokens, predict
+        updates = self._updates_of(segments)
+        options = {"labels": of_tokens, "segments": segments, "caches": all_caches, "updates": updates}
+        firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
+        read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
+        return (segments, *read), partial(self.stage.predict, **options, wanted=picked), inputs, positions
 
     def _updates_of(self, segments: AdapterSegments) -> Mapping[int, LayerUpdate]:
         names = tuple(segment.adapter for segment in segments)
@@ -204,16 +201,6 @@ class Decoder:
         """Wait until every message has been received."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()
-
-
-def _segments(rows: Sequence[AdapterRows]) -> AdapterSegments:
-    return tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
-
-
-def _key(rows: Sequence[AdapterRows]) -> Hashable:
-    """Return what the kernels of a step depend on."""
-    firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
-    return _segments(rows), *((cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts)
 
 
 def _among_all(segments: AdapterSegments, wanted: RowTensors) -> Iterator[torch.Tensor]:
@@ -291,13 +278,13 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
         for part in parts:
             part.advance()
         agrees = step % every == 0 or step == num_steps
-        if agrees:  # no message may be in flight when all ranks agree, or stages would deadlock
-            for part in parts:
-                part.collect()
-            decoder.finish()
-        if agrees or decoder.pipeline.size == 1:
-            for part in parts:
-                part.capture()
+        if not agrees and decoder.pipeline.size > 1:
+            continue
+        for part in parts:  # no message may be in flight when all ranks agree, or stages would deadlock
+            part.collect()
+        decoder.finish()
+        for part in parts:
+            part.capture()
         if agrees and agree(all(part.is_done for part in parts)):
             break
     if decoder.graphs:
@@ -420,8 +407,9 @@ class _Part:
             self.collect()
 
     def capture(self) -> None:
-        """Capture the next step. If there is none, capture the last one again for later batches with these caches."""
-        if left := [batch for batch in self.computed if not batch.is_done] or self.computed:
+        """Capture the next step. If there is none, capture the last one, for later batches with these caches."""
+        left, graphs = [batch for batch in self.computed if not batch.is_done] or self.computed, self.decoder.graphs
+        if left and graphs is not None and graphs.lacks_some:
             self.decoder.capture([batch.newest_rows() for batch in left])
 
     def _read_prompts(self) -> torch.Tensor | None:

@@ -80,12 +80,10 @@ class StepGraphs:
         return found.output.clone()  # the next replay overwrites the output, which may still be sent
 
     def capture(self, key: Hashable, step: Step, *inputs: Tensor) -> bool:
-        """Capture a step that was run and is not captured. The values of `inputs` are not used.
+        """Capture a step that was run and is not captured. `run` then replays it. The values of `inputs` are not used.
 
-        No message between ranks may be in flight: PyTorch waits for all work of the GPU before a capture.
-
-        Returns:
-            False if it fails. Then the reason is logged, all graphs are freed, and no other step should be captured.
+        No message may be in flight: PyTorch first waits for all work of the GPU. If the capture fails, log the reason,
+        free all graphs, and return False. Then no other step should be captured.
         """
         if self._seen.get(key, True) is None:
             try:
