@@ -201,19 +201,22 @@ def once_per_host(work: Callable[[], str], *key: object) -> str:
     with suppress(OSError), os.fdopen(os.open(file, _OWN_FILE, 0o600), "a+b", buffering=0) as shared:
         if os.fstat(shared.fileno()).st_uid != os.geteuid():
             return work()
-        waited, pauses = 0.0, _pauses()
+        waited, pauses, read = 0.0, _pauses(), partial(os.pread, shared.fileno(), 2**20, 0)
         while waited < _LONGEST_READING:
             with suppress(BlockingIOError):
                 fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             waited, logs = next(pauses)
             if logs:
-                reader = os.pread(shared.fileno(), 999, 0).decode().split()[-1:]
+                reader = read().decode().split()[-1:]
                 _LOGGER.info("waiting for process %s, which reads %s, %.0f s waited", *reader, key[0], waited)
-        if not os.pread(shared.fileno(), 999, 0).endswith(b"\n"):  # processes, and the word when it is known
-            shared.write(b"%d " % os.getpid())
-            shared.write(f"{work()}\n".encode())
-        return os.pread(shared.fileno(), 999, 0).split()[-1].decode()
+        *known, _ = read().split(b"\n")  # each line has processes and, when it is known, the word
+        if known:
+            return known[-1].split()[-1].decode()
+        shared.write(b"%d " % os.getpid())
+        word = work()
+        shared.write(f"{word}\n".encode())
+        return word
     return work()
 
 
