@@ -161,11 +161,11 @@ class Decoder:
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
-        updates = self._updates_of(segments)
-        options = {"labels": of_tokens, "segments": segments, "caches": all_caches, "updates": updates}
+        options: dict[str, Any] = {"labels": of_tokens, "segments": segments, "caches": all_caches, "wanted": picked}
+        predict = partial(self.stage.predict, **options, updates=self._updates_of(segments))
         firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
         read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
-        return (segments, *read), partial(self.stage.predict, **options, wanted=picked), inputs, positions
+        return (segments, *read), predict, inputs, positions
 
     def _updates_of(self, segments: AdapterSegments) -> Mapping[int, LayerUpdate]:
         names = tuple(segment.adapter for segment in segments)
