@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from megatron_tiedlora.evaluation.step_graphs import StepGraphs, find_step_graph
 from megatron_tiedlora.model.attention import rotation_table
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
+from megatron_tiedlora.training import loop
 
 NEW = 19  # tokens
 ALONE = Grid(0, 1)
@@ -322,6 +324,19 @@ def test_an_error_frees_the_graphs(folder: Path) -> None:
         assert graphs and decoder.idle
         raise ValueError("other")
     assert not graphs and not decoder.idle
+
+
+def test_a_validation_that_fails_closes_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    def answer(decoder: Any, *_: Any, **__: Any) -> None:
+        raise RuntimeError(f"in flight, {len(closed)} closed")
+
+    monkeypatch.setattr(loop, "Decoder", lambda *_, **__: SimpleNamespace(close=lambda: closed.append("graphs")))
+    monkeypatch.setattr(loop, "answer_all", answer)
+    with pytest.raises(RuntimeError, match="in flight, 0 closed"):
+        loop.Evaluation._answers(MagicMock(), [MagicMock()], {"": MagicMock()})
+    assert closed == ["graphs"]
 
 
 def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, Any]:
