@@ -11,6 +11,7 @@ model, an adapter, a merged model or a PEFT folder.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,14 +80,8 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         show(*headline(plans, scored, stage.attention.route(device, plan.dtype)))
-    with stop.deferred():
-        answers = answer_all(
-            Decoder(stage, groups, plan.source.shape),
-            scored,
-            grid=plan.grid,
-            agree=stop.agree,
-            progress=is_main,
-        )
+    with stop.deferred(), closing(Decoder(stage, groups, plan.source.shape)) as decoder:
+        answers = answer_all(decoder, scored, grid=plan.grid, agree=stop.agree, progress=is_main)
     if output is None:
         return
     stop.raise_if_requested()

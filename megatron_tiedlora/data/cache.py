@@ -53,7 +53,6 @@ _BLOCK = 2**14  # rows that `_samples_of` processes at a time
 _SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # seconds before a waiting process's first log line; most between lines
 _LOCK_SECONDS = 1.0  # time between two looks at a lock, which may be in a home folder that all hosts share
 _OWN_FILE = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOST_SHARED = 2**16  # bytes of the file that the ranks of a host share: a process number of each, and a hash
 _LONGEST_READING = 600.0  # seconds after which a process no longer waits for another that reads the same data
 
 _LOGGER = logging.getLogger(__name__)
@@ -202,21 +201,21 @@ def once_per_host(work: Callable[[], str], *key: object) -> str:
     with suppress(OSError), os.fdopen(os.open(file, _OWN_FILE, 0o600), "a+b", buffering=0) as shared:
         if os.fstat(shared.fileno()).st_uid != os.geteuid():
             return work()
-        waited, pauses = 0.0, _pauses()
+        waited, pauses, read = 0.0, _pauses(), partial(os.pread, shared.fileno(), 2**20, 0)
         while waited < _LONGEST_READING:
             with suppress(BlockingIOError):
                 fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             waited, logs = next(pauses)
             if logs:
-                reader = os.pread(shared.fileno(), _MOST_SHARED, 0).decode().split()[-1:]
+                reader = read().decode().split()[-1:]
                 _LOGGER.info("waiting for process %s, which reads %s, %.0f s waited", *reader, key[0], waited)
-        said = os.pread(shared.fileno(), _MOST_SHARED, 0)  # processes, and the word when it is known
-        if said.endswith(b"\n"):
-            return said.split()[-1].decode()
+        *known, _ = read().split(b"\n")  # each line has processes and, when it is known, the word
+        if known:
+            return known[-1].split()[-1].decode()
         shared.write(b"%d " % os.getpid())
         word = work()
-        shared.write(f"{word}\n".encode())  # a process that no longer waits may write after it
+        shared.write(f"{word}\n".encode())
         return word
     return work()
 

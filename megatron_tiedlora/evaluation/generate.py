@@ -13,7 +13,7 @@ the prompts are replayed as CUDA graphs where possible (`step_graphs`).
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -28,7 +28,7 @@ from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.batch import filled
-from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, find_step_graphs
+from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, Step, find_step_graphs
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
@@ -67,7 +67,8 @@ class Decoder:
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
-        self.graphs = find_step_graphs(self.device, groups, calls_together=calls_together)
+        found = find_step_graphs(self.device, groups, calls_together=calls_together)
+        self.graphs = found if stage.can_be_captured else None
         self.idle: list[list[KeyValueCache]] = []  # caches of finished batches, for the next batch
         self._updates: dict[int, LayerUpdate] = {}
         self._read: tuple[str, ...] = ()  # the adapters that these updates belong to
@@ -81,9 +82,7 @@ class Decoder:
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence. Idle
         caches are freed first, and all graphs."""
-        self.idle.clear()
-        if self.graphs is not None:
-            self.graphs.clear()
+        self.close()
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
         heads = self.shape.heads
         local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
@@ -98,6 +97,12 @@ class Decoder:
                     cache.clear()
                 return self.idle.pop(index)
         return self.new_caches(batch, capacity)
+
+    def close(self) -> None:
+        """Free all graphs and idle caches. NCCL does not end a communicator that a graph uses."""
+        self.idle.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     @torch.no_grad()
     def forward(
@@ -117,6 +122,32 @@ class Decoder:
             for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`,
                 the loss of each token, (tokens,).
         """
+        call = _, predict, inputs, positions = self._call(rows, wanted, labels)
+        if self.pipeline.rank > 0:
+            distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
+        if self.graphs is not None and rows[0].caches[0].filled and wanted is None and labels is None:
+            output = self.graphs.run(*call)
+        else:
+            output = predict(inputs, positions)
+        for some in rows:
+            for cache in some.caches:
+                cache.filled += some.tokens.shape[1]
+        if self.is_last:
+            return output.flatten(0, 1)
+        work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
+        self._keep(work, output)
+        return None
+
+    @torch.no_grad()
+    def capture(self, rows: Sequence[AdapterRows]) -> None:
+        """Capture the step of these rows; see `StepGraphs.capture`."""
+        if self.graphs is not None and not self.graphs.capture(*self._call(rows)):
+            self.graphs, self.stage.can_be_captured = None, False
+
+    def _call(
+        self, rows: Sequence[AdapterRows], wanted: RowTensors | None = None, labels: RowTensors | None = None
+    ) -> tuple[Hashable, Step, torch.Tensor, torch.Tensor]:
+        """Return what the kernels of a call depend on, its function, input (empty on later stages) and positions."""
         segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
@@ -130,24 +161,11 @@ class Decoder:
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
-            distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        predict = partial(
-            self.stage.predict, segments=segments, caches=all_caches, updates=self._updates_of(segments), wanted=picked
-        )
-        if self.graphs is not None and caches[0].filled and wanted is None and labels is None:
-            firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
-            read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
-            output = self.graphs.run((segments, *read), predict, inputs, positions)
-        else:
-            output = predict(inputs, positions, of_tokens)
-        for some in rows:
-            for cache in some.caches:
-                cache.filled += some.tokens.shape[1]
-        if self.is_last:
-            return output.flatten(0, 1)
-        work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
-        self._keep(work, output)
-        return None
+        options: dict[str, Any] = {"labels": of_tokens, "segments": segments, "caches": all_caches, "wanted": picked}
+        predict = partial(self.stage.predict, **options, updates=self._updates_of(segments))
+        firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
+        read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
+        return (segments, *read), predict, inputs, positions
 
     def _updates_of(self, segments: AdapterSegments) -> Mapping[int, LayerUpdate]:
         names = tuple(segment.adapter for segment in segments)
@@ -259,12 +277,15 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
     for step in range(1, num_steps + 1):
         for part in parts:
             part.advance()
-        if step % every and step < num_steps:
+        agrees = step % every == 0 or step == num_steps
+        if not agrees and decoder.pipeline.size > 1:
             continue
         for part in parts:  # no message may be in flight when all ranks agree, or stages would deadlock
             part.collect()
         decoder.finish()
-        if agree(all(part.is_done for part in parts)):
+        for part in parts:
+            part.capture()
+        if agrees and agree(all(part.is_done for part in parts)):
             break
     if decoder.graphs:
         decoder.idle += [batch.caches for some in batches for batch in some]
@@ -384,6 +405,12 @@ class _Part:
         self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
         if self.decoder.pipeline.size == 1:
             self.collect()
+
+    def capture(self) -> None:
+        """Capture the next step. If there is none, capture the last one, for later batches with these caches."""
+        left, graphs = [batch for batch in self.computed if not batch.is_done] or self.computed, self.decoder.graphs
+        if left and graphs is not None and graphs.lacks_some:
+            self.decoder.capture([batch.newest_rows() for batch in left])
 
     def _read_prompts(self) -> torch.Tensor | None:
         """Fill the caches. Return the first new token of every sequence, (b,), on the last stage, otherwise None."""

@@ -9,6 +9,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ _LOGGER = logging.getLogger(__name__)
 # Attention on a GPU reads a multiple of this number of keys. Fewer would need more graphs; more would read more padding
 # (128: at most 1 GB per token for 16 sequences of a 7B model, whose weights are 13 GB).
 KEYS_READ_TOGETHER = 128
-MOST_GRAPHS = 16  # of a decoder; each takes about 10 MB of the driver's memory for 32 layers
+MOST_GRAPHS = 16  # of a decoder, or 2 per stage; each takes about 10 MB of the driver's memory for 32 layers
 Step = Callable[..., Tensor]
 
 
@@ -39,18 +40,21 @@ class CapturedStep(NamedTuple):
 class StepGraphs:
     """The CUDA graphs of a decoder. They share one memory pool, as they are never replayed at the same time.
 
-    A step runs uncaptured when its key is new, which loads its kernels, and is captured the next time. All ranks of a
-    model decide this alike. If a capture fails, all later steps run uncaptured, and the reason is logged.
+    A step runs uncaptured until `capture` is called for its key. The first run loads its kernels.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, most: int = MOST_GRAPHS) -> None:
+        self._device, self._most = device, most
         self._seen: OrderedDict[Hashable, CapturedStep | None] = OrderedDict()  # the most recently used is the last
-        self._failed = False
 
     def __bool__(self) -> bool:
         """Return whether there are graphs to replay."""
         return any(self._seen.values())
+
+    @property
+    def lacks_some(self) -> bool:
+        """Return whether a step was run that is not captured."""
+        return None in self._seen.values()
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -64,35 +68,35 @@ class StepGraphs:
             step: a function whose kernels depend on `key` alone, and that neither waits for the GPU nor copies from the
                 host. Its other tensors keep their addresses.
         """
-        if self._failed:
-            return step(*inputs)
-        if key not in self._seen:
-            self._keep(key, None)
-            return self._warm_up(step, inputs)
-        found = self._seen[key]
+        found = self._seen.pop(key, None)
+        self._seen[key] = found
+        if len(self._seen) > self._most:
+            self._seen.popitem(last=False)
         if found is None:
-            try:
-                found = self._capture(step, tuple(given.clone() for given in inputs))
-            except Exception as error:  # whatever it is, the same step may run uncaptured
-                _tell(f"a step cannot be captured ({first_line(error.__context__ or error)})")
-                self.clear()
-                self._failed = True
-                return step(*inputs)
-        self._keep(key, found)
+            return self._warm_up(step, inputs)
         for mine, given in zip(found.inputs, inputs, strict=True):
             mine.copy_(given)
         found.graph.replay()
         return found.output.clone()  # the next replay overwrites the output, which may still be sent
 
+    def capture(self, key: Hashable, step: Step, *inputs: Tensor) -> bool:
+        """Capture a step that was run and is not captured. `run` then replays it. The values of `inputs` are not used.
+
+        No message may be in flight: PyTorch first waits for all work of the GPU. If the capture fails, log the reason,
+        free all graphs, and return False. Then no other step should be captured.
+        """
+        if self._seen.get(key, True) is None:
+            try:
+                self._seen[key] = self._capture(step, tuple(given.clone() for given in inputs))
+            except Exception as error:  # whatever it is, the same step may run uncaptured
+                _tell(f"a step cannot be captured ({first_line(error.__context__ or error)})")
+                self.clear()
+                return False
+        return True
+
     def clear(self) -> None:
         """Free all graphs and their memory."""
         self._seen.clear()
-
-    def _keep(self, key: Hashable, found: CapturedStep | None) -> None:
-        self._seen[key] = found
-        self._seen.move_to_end(key)
-        if len(self._seen) > MOST_GRAPHS:
-            self._seen.popitem(last=False)
 
     def _warm_up(self, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
         """Run a step uncaptured on the stream of captures, so that libraries load kernels and prepare workspaces."""
@@ -106,10 +110,18 @@ class StepGraphs:
     def _capture(self, step: Step, inputs: tuple[Tensor, ...]) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()
         pool = next((found.graph.pool() for found in self._seen.values() if found is not None), None)
+        pool = pool or torch.cuda.graph_pool_handle()
         # Other threads may call CUDA meanwhile. The outer context leaves the stream, which a failed capture does not.
         capture = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(self._stream), capture:
-            output = step(*inputs)
+        try:
+            with torch.cuda.stream(self._stream), capture:
+                output = step(*inputs)
+        except BaseException:
+            # PyTorch (pull request 180395) would keep the pool in use, and never free memory again to make room.
+            with suppress(AttributeError, RuntimeError):  # it is not in use
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
+                torch._C._cuda_releasePool(self._stream.device_index, pool)
+            raise
         return CapturedStep(graph, inputs, output, step)
 
 
@@ -126,7 +138,7 @@ def find_step_graphs(device: torch.device, groups: ParallelGroups, *, calls_toge
     elif tensor.size > 1 and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
         reason = "NCCL_GRAPH_REGISTER is not 0, so NCCL may access memory illegally; export NCCL_GRAPH_REGISTER=0"
     if not reason:
-        return StepGraphs(device)
+        return StepGraphs(device, most=max(MOST_GRAPHS, 2 * groups.pipeline.size))
     if tensor.rank == groups.pipeline.rank == groups.data.rank == 0:
         _tell(reason)
     return None

@@ -176,6 +176,7 @@ class Stage(nn.Module):
     Attributes:
         adapter_group: the adapters of the stage; None if there are none.
         adapter: the only adapter, if an engine sums, shards and steps its tensors; it is then a submodule.
+        can_be_captured: False after a decoding step could not be captured as a CUDA graph.
     """
 
     anchor: nn.Parameter | None
@@ -210,6 +211,7 @@ class Stage(nn.Module):
                 norm = head.norm.weight
                 rows = -(-head.vocab_size // self.tensor_parallel.group.size)
                 head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
+        self.can_be_captured = True
         self.set_recompute(recompute)
         self.hold(adapters, is_engines=is_engines)
 

@@ -1,8 +1,8 @@
 """Exchange small values between all ranks outside the model: sums, errors and decisions of rank 0.
 
 With a single rank nothing is sent. Everything is sent as CPU tensors over gloo, so no rank waits for a GPU. If a peer
-has died, the exchange raises an error at once. The size is sent first, then the value as bytes. Fields, strings and
-numbers are sent as JSON, tensors as safetensors:
+has died, the exchange raises an error at once (a first one with `TORCH_GLOO_LAZY_INIT` may hang). The size is sent
+first, then the value as bytes. Fields, strings and numbers are sent as JSON, tensors as safetensors:
 
     message = length of the JSON (8 bytes) | JSON | safetensors, if there are tensors
 

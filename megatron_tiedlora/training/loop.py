@@ -8,7 +8,7 @@ separate evaluations, and a failure affects only its own adapter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -107,11 +107,12 @@ class Evaluation:
         """Generate answers with each adapter, and return them on rank 0."""
         runner, plan, agree = self.step.runner, runs[0].plan, self.step.stop.agree
         runner.engine.module.eval()
-        decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
+        together = plan.engine.zero_stage == 3
         parts = [asked] if self.step.capacity else [{name: one} for name, one in asked.items()]
         answers: dict[str, list[Answer]] = {}
-        for part in parts:
-            answers |= answer_all(decoder, part, grid=plan.grid, agree=agree, progress=plan.grid.rank == 0)
+        with closing(Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=together)) as decoder:
+            for part in parts:
+                answers |= answer_all(decoder, part, grid=plan.grid, agree=agree, progress=plan.grid.rank == 0)
         return answers
 
 

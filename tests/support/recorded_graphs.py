@@ -1,12 +1,12 @@
 """CUDA graphs on a CPU: what a step computes is recorded, operation by operation, and replayed on the same tensors.
 
-As on a GPU, a capture computes nothing that lasts, a replay knows nothing of Python, and what waits for the device, or
-copies a number from the host, ends the capture with an error.
+As on a GPU, a capture waits for this rank's messages and computes nothing that lasts, a replay knows nothing of Python,
+and what waits for the device, or copies a number from the host, ends the capture with an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from megatron_tiedlora.evaluation.generate import Decoder
-from megatron_tiedlora.evaluation.step_graphs import CapturedStep, Step, StepGraphs
+from megatron_tiedlora.evaluation.step_graphs import MOST_GRAPHS, CapturedStep, Step, StepGraphs
 
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::lift_fresh", "aten::is_nonzero")
 
@@ -78,9 +78,10 @@ class RecordedGraph(TorchDispatchMode):
 class RecordedSteps(StepGraphs):
     """The graphs of a decoder on a CPU. `captured` has all that were ever made."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
+    def __init__(self, messages: Collection[Any] = (), *, most: int = MOST_GRAPHS) -> None:
+        super().__init__(torch.device("cpu"), most=most)
         self.captured: list[CapturedStep] = []
+        self._messages = messages  # those of this rank that are in flight
 
     @property
     def num_kept(self) -> int:
@@ -96,6 +97,7 @@ class RecordedSteps(StepGraphs):
         return step(*inputs)
 
     def _capture(self, step: Step, inputs: tuple[torch.Tensor, ...]) -> CapturedStep:
+        assert not self._messages, "stages that capture at the same time would wait for each other"
         graph = RecordedGraph()
         with graph:
             output = step(*inputs)
@@ -103,7 +105,7 @@ class RecordedSteps(StepGraphs):
         return self.captured[-1]
 
 
-def recorded(decoder: Decoder, *, granularity: int) -> RecordedSteps:
+def recorded(decoder: Decoder, *, granularity: int, most: int = MOST_GRAPHS) -> RecordedSteps:
     """Let a decoder replay its steps, and read a multiple of so many keys."""
-    decoder.graphs, decoder.granularity = RecordedSteps(), granularity
+    decoder.graphs, decoder.granularity = RecordedSteps(decoder._in_flight, most=most), granularity
     return decoder.graphs

@@ -204,6 +204,18 @@ def test_what_a_killed_rank_began_is_read_by_the_next(launch: Path) -> None:
         assert once_per_host(lambda: WORK, "a") == WORK == once_per_host(refuse, "a")
 
 
+def test_processes_that_waited_too_long_write_without_the_lock(launch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their numbers, before and after the word, are not taken for it, however many they are."""
+    numbers, read = b"".join(b"%d " % number for number in range(4000000, 4000200)), os.pread
+
+    def others_first(file: int, *where: int) -> bytes:
+        os.write(file, numbers)
+        return read(file, *where)
+
+    monkeypatch.setattr(os, "pread", others_first)
+    assert once_per_host(lambda: WORK, "a") == WORK == once_per_host(refuse, "a")
+
+
 def test_locks_of_the_cache_are_looked_at_once_a_second(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the folder that the other process makes more often."""
     data, looks = write_rows(store.folder / "a.jsonl", rows(9)), Counter[str]()
