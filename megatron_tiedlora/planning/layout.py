@@ -122,8 +122,8 @@ class Layout:
 
     @property
     def rounds(self) -> bool:
-        """Whether the inputs of the blocks' matmuls are rounded to fp8."""
-        return self.storage.products is not None
+        """Whether compiled kernels also round their results to fp8, for the blocks' matmuls."""
+        return self.storage.products is not None and self.compiled
 
     @property
     def sequence_parallel(self) -> bool:

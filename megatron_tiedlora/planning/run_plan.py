@@ -293,12 +293,11 @@ def _check_halves(grid: groups.Grid, sizes: batch.BatchPlan, *, zero_stage: int)
     if grid.tp_size == 1:
         raise UserError("--overlap halves hides the messages of --tensor_parallel, which is 1. Omit --overlap")
     if zero_stage == 3:
-        raise UserError("--overlap halves cannot be combined with ZeRO-3, which gathers each layer's weights for one"
-                        " pass at a time. Give --ds_config zero1.json")
-    if sizes.micro_batch_size % 2:
+        raise UserError("--overlap halves cannot be combined with ZeRO-3. Give --ds_config zero1.json")
+    if (rows := sizes.micro_batch_size) % 2:
         raise UserError(
-            f"--overlap halves divides the rows of a micro-batch by 2, and there are {sizes.micro_batch_size}. Give an"
-            " even --micro_batch_size"
+            f"--overlap halves divides the rows of a micro-batch by 2, and there are {rows}. Give an even"
+            " --micro_batch_size"
         )
 
 

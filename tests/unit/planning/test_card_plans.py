@@ -54,7 +54,7 @@ def test_bytes_of_rounding_are_those_of_its_operations() -> None:
 
 
 def test_fp8_matmuls_are_planned_as_they_are_written() -> None:
-    """Rounding costs a few per cent; uncompiled kernels, which moved 35 and 49 bytes, took a fifth of the speed.
+    """Rounding costs a few per cent; uncompiled kernels, which move 35 and 49 bytes, make them slower than bf16.
 
     Norms, gates and their gradients round what they write, for a byte a number.
     """
@@ -62,7 +62,8 @@ def test_fp8_matmuls_are_planned_as_they_are_written() -> None:
     free = changed(H100, round__forward=0.0, round__backward=0.0)
     ratio = fastest("llama2-7b", 32, FP8, machine=free).tokens_per_second / seven.tokens_per_second
     assert 1.02 < ratio < 1.1 and seven.tokens_per_second > 1.15 * plain.tokens_per_second
-    assert fastest("llama2-7b", 32, FP8, machine=EAGER).tokens_per_second < 0.85 * seven.tokens_per_second
+    eager = fastest("llama2-7b", 32, FP8, "--compile=false", machine=EAGER)
+    assert eager.tokens_per_second < plain.tokens_per_second
 
 
 def test_70b_is_fastest_in_fp8() -> None:
@@ -257,7 +258,7 @@ def test_a_gain_is_that_of_the_fastest_layout_of_a_format() -> None:
     words = f"fp8-products would gain {gain:.0%} ({row.name}, {row.tokens_per_second:,.0f} tokens/s), but changes"
     (line,) = (line for line in hint_lines(plan) if line.startswith(words))
     assert gain > 0.2 and line.endswith("; --formats fp8-products takes it")
-    assert not any(" would gain " in line for line in hint_lines(planned(machine=EAGER)))
+    assert not any(" would gain " in line for line in hint_lines(planned("--compile=false", machine=EAGER)))
 
 
 def test_formats_are_equally_fast_within_half_a_percent(monkeypatch: pytest.MonkeyPatch) -> None:
