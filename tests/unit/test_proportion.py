@@ -186,7 +186,7 @@ def test_what_grew_is_named() -> None:
     assert list(grown(found.floors(), floors)) == ["hf is new, with 10", "training grew from 89 to 90"]
     whole = {"lines": (105, ""), "modules": (3, ""), "import lines in %": (8.5, "")}
     assert list(grown(found.whole(), whole)) == ["modules grew from 3 to 4", "import lines in % grew from 8.5 to 8.57"]
-    assert '    "training": (90, "widths of rounded rows are warmed up"),' in printed(found.floors(), floors)
+    assert '    "training": (90, "one run of many adapters"),' in printed(found.floors(), floors)
     assert found.explaining_share() == pytest.approx(19.05, abs=0.01)
     assert not [*thinned(18.1, 20.0), *thinned(21.9, 20.0)]
     assert list(thinned(17.9, 20.0)) == ["comments and docstrings are 17.90 % of all lines, and were 20.00 %"]
