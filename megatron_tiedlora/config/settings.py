@@ -265,7 +265,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     )
     overlap: Literal["none", "halves"] = _layout(
         "halves: compute the two halves of a micro-batch alternately, so that tensor-parallel messages of one are sent"
-        " while the other is computed",
+        " while the other is computed; with tensor parallel, an even --micro_batch_size, and not with ZeRO-3",
         "none", other_names="tp_comm_overlap",
     )
     replica_check_steps: int = _layout(

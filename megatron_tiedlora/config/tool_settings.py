@@ -221,6 +221,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     num_layers: int | None = setting_field("step", "layers of a model with random weights", None, ge=1)
     products: Literal["fp8"] | None = _train("products", group="step")
     keep_transposed: bool = _train("keep_transposed", group="step")
+    adapter_in_matmul: bool = _train("adapter_in_matmul", group="step")
     method: str = _train("method", "method of our adapter", group="step")
     targets: fields.Targets = _train("targets", group="step")
     rank: int = _train("rank", "rank r of both sides", group="step")

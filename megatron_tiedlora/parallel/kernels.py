@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_tiedlora.parallel.quantise import dequantise_blocks, quantise_rows, row_maxima
+from megatron_tiedlora.parallel.quantise import LARGEST_LEVEL, dequantise_blocks, quantise_rows, row_maxima
 
 # The number of elements of its widest argument that an uncompiled kernel processes at a time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
@@ -296,7 +296,7 @@ def exp_logits_(logits: Tensor, total: Tensor) -> None:
 def round_rows(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Return the first columns of rows, (n, width), as fp8 numbers, and the scale of each row, (n,) fp32."""
     rows = rows[:, :width]
-    return quantise_rows(rows, row_maxima(rows), "fp8")
+    return quantise_rows(rows, row_maxima(rows) / LARGEST_LEVEL["fp8"], "fp8")
 
 
 def round_scaled_rows(rows: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,8 +327,8 @@ def gate_gradient_rounded(
     # The halves are joined last. A compiler would write joined values to memory, and read them to round them.
     halves = _in_own_dtype(*_gate_gradients(gradient, gate_up))
     wide = [upcast(half) * by for half, by in zip(halves, factors.chunk(2, dim=-1), strict=True)]
-    maxima = torch.maximum(row_maxima(wide[0]), row_maxima(wide[1]))
-    (gates, scales), (up, _) = quantise_rows(wide[0], maxima, "fp8"), quantise_rows(wide[1], maxima, "fp8")
+    scales = torch.maximum(row_maxima(wide[0]), row_maxima(wide[1])) / LARGEST_LEVEL["fp8"]
+    gates, up = (quantise_rows(half, scales, "fp8")[0] for half in wide)
     return None, torch.stack((gates, up), dim=1).flatten(1), scales
 
 

@@ -92,7 +92,7 @@ def dequantise_blocks(packed: Tensor, scales: Tensor, levels: Tensor, width: int
 def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
     """Quantise and dequantise complete rows of a weight. Return the dequantised values, (rows, width) fp32."""
     if storage.block is None:
-        return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
+        return dequantise_rows(*quantise_rows(values, row_scales(row_maxima(values), storage.name), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)
     levels = levels_of(storage.name, values.device)
     return dequantise_blocks(pack_codes(codes), scales, levels, values.shape[1], storage.block)
@@ -103,14 +103,24 @@ def row_maxima(values: Tensor) -> Tensor:
     return values.abs().amax(1).float()
 
 
-def quantise_rows(values: Tensor, maxima: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, for rows `values`.
+def row_scales(maxima: Tensor, name: str) -> Tensor:
+    """Return the scale of each row of a stored weight in the format `name`, int8 or fp8, (rows,) fp32.
+
+    CUDA multiplies by the inverse of a plain number. A tensor is divided, so the scales are the same on every device.
 
     Args:
         maxima: the largest |value| of each full row, (rows,) fp32.
     """
+    return maxima / torch.full_like(maxima, LARGEST_LEVEL[name])
+
+
+def quantise_rows(values: Tensor, scales: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, for rows `values`.
+
+    Args:
+        scales: the largest |value| of each full row, divided by the largest level, (rows,) fp32.
+    """
     largest = LARGEST_LEVEL[name]
-    scales = maxima / torch.full_like(maxima, largest)  # CUDA would multiply by the inverse of a plain number
     scaled = values.float() / torch.where(scales > 0, scales, 1.0)[:, None]
     scaled = scaled.clamp_(-largest, largest)
     return (scaled.round_() if name == "int8" else scaled).to(CODE_TYPE[name]), scales

@@ -239,7 +239,8 @@ class RowScaledWeight(QuantisedWeight):
         else:
             assert columns.stop - columns.start == columns.full, "the scale of a row needs the complete row"
         for rows in self._parts(num_rows=len(values)):
-            codes, scales = quantise.quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
+            scales = quantise.row_scales(maxima[rows], self.storage.name)
+            codes, _ = quantise.quantise_rows(self._moved(values[rows]), scales, self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "fp8 matmuls, transposed copies kept": ("--base=fp8", "--products=fp8", "--keep_transposed=true"),
     "fp8": ("--base=fp8",),
     "int8": ("--base=int8",),
+    "adapter in the matmul": ("--adapter_in_matmul=true",),
 }
 MODEL = "model"  # stands for --model
 SHARDS = [(preset, size) for size in (1, 8, 4, 2) for preset in (MODEL, LARGE)]  # whose matmuls are measured

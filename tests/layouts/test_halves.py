@@ -131,17 +131,24 @@ class _LoggedGroup(RankGroup):
 
 
 def _logged(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, cut: bool, recompute: str, layers: tuple[int, ...] = (1, 2, 3)
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cut: bool,
+    recompute: str,
+    layers: tuple[int, ...] = (1, 2, 3),
+    overlap: bool = True,
+    targets: tuple[str, ...] = ALL_TARGETS,
 ) -> list[tuple[str, int]]:
     """Messages, waits and matmuls with frozen weights of a forward and a backward pass, in their order."""
     log: list[tuple[str, int]] = []
     shape = find_model(str(folder)).shape
     group = _LoggedGroup(None, 0, 2, log)
     config = tied_adapter.make_adapter_config(
-        "tl6", rank=4, layers=layers, targets=tied_adapter.targets_of(shape, ALL_TARGETS), seed=0
+        "tl6", rank=4, layers=layers, targets=tied_adapter.targets_of(shape, targets), seed=0
     )
     adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard(config, layers, 0, 2))
-    parallel = TensorParallel(group, cut, overlap=True)
+    parallel = TensorParallel(group, cut, overlap)
     specs = layer_specs(shape, dtype=torch.float32, tp_size=2)
     stage = Stage(specs, adapter, tensor_parallel=parallel, recompute=recompute)
     draw = torch.Generator().manual_seed(1)
@@ -201,6 +208,26 @@ def test_a_recomputed_layer_begins_and_ends_alone(
         for model, number in ((folder, 3), (longer, 5))
     )
     assert many - few <= 2 * most
+
+
+@pytest.mark.parametrize(("recompute", "cut"), product(RECOMPUTES, (True, False)))
+def test_halves_save_no_more(folder: Path, monkeypatch: pytest.MonkeyPatch, recompute: str, cut: bool) -> None:
+    """Bytes between the passes, each storage once, but for the indices of supervised positions. An adapted MLP of the
+    last layer would add the gradients of its factors once more, as the tail of each half saves its own."""
+
+    def saved(overlap: bool) -> int:
+        found: dict[int, Any] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_floating_point():
+                found[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with monkeypatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            _logged(folder, patch, cut=cut, recompute=recompute, overlap=overlap, targets=("qkv",))
+        return sum(storage.nbytes() for storage in found.values())
+
+    assert 0 < saved(True) <= saved(False)
 
 
 # The flag -------------------------------------------------------------------------------------------------------------

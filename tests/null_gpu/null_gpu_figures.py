@@ -65,6 +65,7 @@ JOINED = {"adapter_in_matmul": True}
 EIGHT = {"world_size": 8, "tensor_parallel": 8}
 NARROW: dict[str, dict[str, Any]] = {
     "": {},
+    ", tensor 2": {"world_size": 2, "tensor_parallel": 2},
     ", tensor 8": EIGHT,
     ", tensor 8, sequences not sharded": EIGHT | {"sequence_parallel": False},
     ", base in nf4": BASES["nf4"],
@@ -81,7 +82,7 @@ DECODED: dict[str, dict[str, Any]] = {
     "4 layers of 70B, tensor 8": FOUR,
     "4 layers of 70B, first of two stages, tensor 8, half of the batch": TWO_STAGES,
 }
-SPLITS = ((1, False), (2, True), (8, True), (8, False))
+SPLITS = ((1, False), (2, True), (2, False), (8, True), (8, False))
 COMPILE: dict[str, Any] = {"measure": "compile", "num_layers": 2, "compile": "true", "rows": 2, "lengths": [100, 2000]}
 
 

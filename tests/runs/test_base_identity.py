@@ -284,7 +284,7 @@ def _own_copy(folder: str) -> None:
 def test_replicas_get_the_base_from_the_first_rank(
     base: Base, tmp_path: Path, folder: Path, engine: str, base_format: str | None
 ) -> None:
-    """Rank 1 reads no weight, and the ranks compute what one that reads all of them does."""
+    """Rank 1 reads no weight, and has the bits of rank 0 after each step. They compute what one rank does alone."""
     given: dict[str, Any] = {"ds_config": engine, "base": base_format}
     run(base, folder, ranks=2, prelude=_reads_no_weights, **given)
     run(base, tmp_path / "alone", **given)
@@ -294,10 +294,28 @@ def test_replicas_get_the_base_from_the_first_rank(
 
 
 def _reads_no_weights() -> None:
+    import hashlib
     import os
+
+    import torch
+    from torch import distributed
+
+    from megatron_tiedlora.training.step import TrainStep
 
     if os.environ["RANK"] == "1":
         BaseWeights.fill = lambda *_, **__: pytest.fail("a replica reads a weight")  # type: ignore[method-assign]
+    real = TrainStep.run
+
+    def checked(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        found, hashes, of_all = real(self, *arguments, **keywords), [], [None, None]
+        for name, parameter in self.runner.stage.named_parameters():
+            if name.startswith("layers."):
+                hashes.append(hashlib.sha256(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes()).digest())
+        distributed.all_gather_object(of_all, hashes)
+        assert hashes and of_all[0] == of_all[1], "the base of the ranks differs"
+        return found
+
+    TrainStep.run = checked  # type: ignore[method-assign]
 
 
 # Tokenizers of a run's own, merged bases --------------------------------------------------------------

@@ -170,6 +170,21 @@ def test_messages_are_charged_once() -> None:
     assert messages > 8 * 6 * 4
 
 
+def test_messages_are_hidden_beside_the_other_half() -> None:
+    """Each of the messages of the blocks before the last attention, by the share of its time that is saved."""
+    flags = (*ONE, "--tensor_parallel=2", "--sequence_parallel=true", "--global_batch_size=4", "--micro_batch_size=2")
+    plain = priced(*flags, ranks=2)
+    shown, hidden = (priced(*flags, "--overlap=halves", ranks=2, machine=changed(H100, hidden=h)) for h in (0.0, 0.85))
+    messages, halves = (step_traffic(one.stages[0], one.step.batches).of_group(TENSOR) for one in (plain, shown))
+    assert halves[0] > 1.8 * messages[0] and halves[1] == pytest.approx(messages[1], rel=1e-3)
+    assert hidden.seconds.tensor == pytest.approx(shown.seconds.tensor * (1 - 0.85 * (1 - 1 / 6)), rel=1e-3)
+    slow = changed(H100, node_bandwidth=1e9)  # a message takes far longer than what is computed beside it
+    exposed = priced(*flags, "--overlap=halves", ranks=2, machine=slow).seconds
+    computed = exposed.matmuls + exposed.elementwise + exposed.attention
+    never = priced(*flags, "--overlap=halves", ranks=2, machine=changed(slow, hidden=0.0)).seconds
+    assert never.tensor - exposed.tensor == pytest.approx(0.85 * computed, rel=1e-6)
+
+
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_gathers_are_hidden_only_where_the_engine_hides_them(tmp_path: Path, overlaps: bool) -> None:
     """Two passes gather each weight; with a stream of their own they take what is longer than the pass."""
