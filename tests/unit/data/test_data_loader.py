@@ -304,7 +304,7 @@ def test_the_messages_of_scattered_answers_are_those_that_are_planned():
     """Also where a part of a shard has one position more: sizes are padded, so it takes many batches to tell."""
     dataset, draw = scattered(60), np.random.default_rng(3)
     for parts in (1, 2, 4) * 40:
-        layout = SimpleNamespace(pad_multiple=8, sequence_parts=parts)
+        layout = SimpleNamespace(pad_multiple=8, sequence_parts=parts, overlap=False)
         rows = draw.permutation(60)[:6].reshape(2, 3).tolist()
         batch = collate(dataset, rows, pad_id=0, pad_multiple=8, packed=True)
         masks = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in rows]

@@ -59,6 +59,7 @@ def planned(goal: Goal, *more: str) -> list[Candidate]:
     return [searched(*flags, source=source, ranks=goal.ranks, machine=machine).rows[0] for machine in (H100, best)]
 
 
+@pytest.mark.cpu_seconds(20, reason="four searches, of which two in halves")
 @pytest.mark.parametrize("goal", GOALS, ids=lambda goal: f"{goal.title}, {goal.length}")
 def test_the_table_of_goals_is_that_of_plans(goal: Goal) -> None:
     row, fastest = f"| {goal.title}, {goal.length:,} | {goal.least:,}/{goal.aim:,}", [0.0] * 2
