@@ -34,8 +34,8 @@ POINTS: dict[str, tuple[int, dict[str, Any], str, str, int]] = {
     # of a step: (rank that is killed, layout, function, at which call: all of them after the first step)
     "beginning": (1, {}, LOOP, "Trainer._train_step", 3),
     "beginning of rank 0": (0, {}, LOOP, "Trainer._train_step", 3),
-    "forward": (1, TP2, "megatron_tiedlora.model.linears", "Projection._enter", 80),
-    "backward": (0, TP2, "megatron_tiedlora.model.linears", "Projection._leave", 22),
+    "forward": (1, TP2, "megatron_tiedlora.model.regions", "RegionEntry.send", 80),
+    "backward": (0, TP2, "megatron_tiedlora.model.regions", "RegionEntry.send_gradients", 22),
     "sum": (1, PP2, "megatron_tiedlora.engine.runner", "sum_gradients_", 3),
     "update": (0, TP2, "megatron_tiedlora.engine.runner", "EngineOptimizer.take", 3),
     "checks": (1, TP2, "megatron_tiedlora.training.step", "after_steps", 3),
