@@ -314,7 +314,8 @@ def hint_lines(plan: ClusterPlan) -> list[str]:
     if not plan.rows:
         return [*_formats(plan)]
     best = plan.rows[0]
-    return [*_formats(plan), *_waits(best, plan.best_of_each()), *_recompute(best, plan), *_kernels(best)]
+    of_attention = report.attention_lines(best, best.name)
+    return [*_formats(plan), *_waits(best, plan.best_of_each()), *_recompute(best, plan), *of_attention]
 
 
 def _rate(row: Planned) -> str:
@@ -381,19 +382,3 @@ def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
         yield f"{best.name}: every layout that fits recomputes; more cards or a smaller storage format would not"
     elif (speed := f"{1 / _ratio(best, other):.0%}") != "100%":
         yield f"{best.name} recomputes; {other.name} does not, at {speed} of its speed"
-
-
-def _kernels(best: Candidate) -> Iterator[str]:
-    """Yield a hint about the assumed attention kernel, and about the speed with the best installation."""
-    machine, kernel = best.machine, machines.attention_of(best.machine)
-    if kernel is not None and best.dtype == "bf16":
-        assert machine.capability is not None, "only a GPU has a known attention kernel"
-        known, where = machines.ATTENTION[machine.capability], "pip install of this project gives"
-        where = "this computer has" if machines.is_here(machine) else where
-        words = f"attention is planned by {kernel} ({known[kernel].value} of the peak), which {where}"
-        faster = machines.faster_attention(machine.capability, kernel, head_dim=best.step.shape.heads.dim)
-        if faster is not None:
-            share = known[faster.name]
-            rate = _rate(best.changed({"attention.bf16": share}))
-            words += f"; with {faster.name} ({share.value}; {faster.install}) {best.name} would do {rate}"
-        yield words

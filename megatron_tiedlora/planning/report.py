@@ -25,8 +25,7 @@ from megatron_tiedlora.data.splits import files_of
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
-from megatron_tiedlora.planning import adapter_plans, memory, run_plan, step_time
-from megatron_tiedlora.planning.machines import attention_of
+from megatron_tiedlora.planning import adapter_plans, machines, memory, run_plan, step_time
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned, StepPlan
 from megatron_tiedlora.runtime import run_folder, stopping
@@ -347,17 +346,33 @@ def time_lines(planned: Planned) -> list[str]:
         (time_text(spent.outside), "loader, agreements, optimizer"),
     ]
     first = f"stage {index} works longest; its forward pass of a micro-batch of {batch.num_tokens:,} tokens"
-    kernel = attention_of(planned.machine) or ""
     tables = {first: [*_terms(forward)], "its backward pass": [*_terms(backward)], "in a step": of_step}
     times = iter(aligned_lines(list(itertools.chain(*tables.values())), align="><", indent="    "))
     return [
-        f"speed on {planned.machine.name}, planned and not measured, {planned.per_node} ranks in a node"
-        f"{kernel and f', attention by {kernel}'}",
+        f"speed on {planned.machine.name}, planned and not measured, {planned.per_node} ranks in a node",
         f"  a step of {work.tokens:,} tokens takes {time_text(spent.total)}: {planned.tokens_per_second:,.0f} tokens/s"
         f" of each rank, MFU {planned.mfu:.1%}",
         f"  {', '.join(f'{name} {part / spent.total:.1%}' for name, part in spent._asdict().items() if part)}",
+        *(f"  {line}" for line in attention_lines(planned, "each rank")),
         *(line for title, rows in tables.items() for line in (f"  {title}", *itertools.islice(times, len(rows)))),
     ]
+
+
+def attention_lines(planned: Planned, name: str) -> Iterator[str]:
+    """Yield a line about the assumed attention kernel, and about the speed of layout `name` with the fastest one."""
+    machine, kernel = planned.machine, machines.attention_of(planned.machine)
+    if kernel is None or planned.dtype != "bf16":
+        return
+    assert machine.capability is not None, "only a GPU has a known attention kernel"
+    known, where = machines.ATTENTION[machine.capability], "pip install of this project gives"
+    where = "this computer has" if machines.is_here(machine) else where
+    words = f"attention is planned by {kernel} ({known[kernel].value} of the peak), which {where}"
+    faster = machines.faster_attention(machine.capability, kernel, head_dim=planned.step.shape.heads.dim)
+    if faster is not None:
+        share = known[faster.name]
+        rate = f"{planned.changed({'attention.bf16': share}).tokens_per_second:,.0f} tokens/s"
+        words += f"; with {faster.name} ({share.value}; {faster.install}) {name} would do {rate}"
+    yield words
 
 
 def _terms(terms: Iterable[step_time.Term]) -> Iterator[tuple[str, str]]:
