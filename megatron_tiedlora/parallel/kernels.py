@@ -327,8 +327,8 @@ def gate_gradient_rounded(
     # The halves are joined last. A compiler would write joined values to memory, and read them to round them.
     halves = _in_own_dtype(*_gate_gradients(gradient, gate_up))
     wide = [upcast(half) * by for half, by in zip(halves, factors.chunk(2, dim=-1), strict=True)]
-    scales = torch.maximum(row_maxima(wide[0]), row_maxima(wide[1])) / LARGEST_LEVEL["fp8"]
-    gates, up = (quantise_rows(half, scales, "fp8")[0] for half in wide)
+    maxima = torch.maximum(row_maxima(wide[0]), row_maxima(wide[1]))
+    (gates, scales), (up, _) = (quantise_rows(half, maxima / LARGEST_LEVEL["fp8"], "fp8") for half in wide)
     return None, torch.stack((gates, up), dim=1).flatten(1), scales
 
 

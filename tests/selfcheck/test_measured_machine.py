@@ -52,7 +52,7 @@ def short_measurements() -> None:
 def test_a_measured_file_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One process measures what it can alone; the rest keeps its value and says where that is from."""
     file = tmp_path / "constants.json"
-    flags = [f"--measure={file}", f"--model={tiny(tmp_path)}", "--measure_seconds=0.05"]
+    flags = [f"--measure={file}", f"--model={tiny(tmp_path)}", "--measure_seconds=0.15"]
     how = {"script": TOOL, "environment": PLAIN, "prelude": short_measurements}
     (text,) = run_ranks(flags, folder=tmp_path, **how).expect(0).outputs
     machine = read_machine(file)
