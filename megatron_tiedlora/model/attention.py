@@ -18,7 +18,7 @@ from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, split_rows, tile_size
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.linears import QkvLinear, RowParallelLinear
-from megatron_tiedlora.model.regions import Steps, run_steps, steps_of
+from megatron_tiedlora.model.regions import Steps, steps_of
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
@@ -110,7 +110,7 @@ class AttentionContext:
 
 
 class Attention(nn.Module):
-    """The attention of a block, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `attend`, then `output`."""
+    """The attention of a block, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `steps`, then `output`."""
 
     def __init__(
         self, qkv: QkvLinear, output: RowParallelLinear, *, kernels: Kernels, deterministic: bool = False
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         segments: AdapterSegments = (),
         ropes: Iterable[shapes.RopeShape | None] | None = None,
     ) -> AttentionContext:
-        """Return the data that `attend` needs about the tokens. It is computed once for all layers.
+        """Return the data that `steps` needs about the tokens. It is computed once for all layers.
 
         Args:
             positions: (b, s) int64.
@@ -180,25 +180,6 @@ class Attention(nn.Module):
         rows = added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
         return rows[..., :num_keys]  # rows start at multiples of 8; else CUDA's kernel copies the mask in every layer
 
-    def attend(
-        self,
-        hidden: Tensor,
-        context: AttentionContext,
-        tensor_parallel: TensorParallel,
-        *,
-        update: LayerUpdate | None = None,
-        cache: AnyCache | None = None,
-    ) -> Tensor:
-        """Return the attention output of this rank's heads, (b, s, local heads * head_dim), the input of `output`.
-
-        Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
-            context: the result of `context`.
-            cache: the cache of this rank's key and value heads, to which new keys and values are added. With several
-                adapters, there is one cache per adapter.
-        """
-        return run_steps(self.steps(hidden, None, context, tensor_parallel, update=update, cache=cache))[1]
-
     def steps(
         self,
         hidden: Tensor,
@@ -209,7 +190,16 @@ class Attention(nn.Module):
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
     ) -> Steps[tuple[Tensor, Tensor]]:
-        """Yield after the first step, and return hidden + addend and the result of `attend` for this sum."""
+        """Yield after the first step. Return x = hidden + addend, and the attention output of this rank's heads for x.
+
+        The attention output, (b, s, local heads * head_dim), is the input of `output`.
+
+        Args:
+            hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
+            context: the result of `context`.
+            cache: the cache of this rank's key and value heads, to which new keys and values are added. With several
+                adapters, there is one cache per adapter.
+        """
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
         given: dict[str, Any] = {"num_rows": len(context.positions), "table": table}
         given["overlap"] = tensor_parallel.overlap

@@ -200,7 +200,7 @@ class Block(nn.Module):
         Args:
             hidden, addend: two tensors whose sum is the block's input, (b, s, d) or (1, b s / p, d). The sum is
                 computed together with the norm.
-            context, cache: see `Attention.attend`.
+            context, cache: see `Attention.steps`.
         """
         hidden, output = yield from self.attention.steps(
             hidden, addend, context, tensor_parallel, update=update, cache=cache

@@ -326,7 +326,7 @@ class RowParallelLinear(nn.Module):
 class QkvLinear(NormedLinear):
     """Computes [Q | K | V] of this rank's heads and splits it into heads, which may be normalised and rotated.
 
-    All of this, with the norm before it, is one autograd function.
+    All of this, after the norm before it, is one autograd function.
     """
 
     query_norm: nn.Parameter | None

@@ -24,6 +24,7 @@ from torch.nn import functional
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.batch import Documents, find_documents, whole_rows
 from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
+from megatron_tiedlora.model.regions import run_steps
 from megatron_tiedlora.parallel.groups import TensorParallel
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -379,7 +380,8 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
     attend = partial(attend_within, documents=documents, attend=fused_attention._torch_flash)
     on_gpu = replace(context, attend=attend)
     hidden = torch.randn(2, 16, 48, dtype=torch.float64)
-    wanted, found = (layer.attend(hidden, given, TensorParallel()) for given in (context, on_gpu))
+    steps = (layer.steps(hidden, None, given, TensorParallel()) for given in (context, on_gpu))
+    (_, wanted), (_, found) = map(run_steps, steps)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
