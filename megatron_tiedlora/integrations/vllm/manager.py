@@ -93,7 +93,7 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             return model
         if self._mode == "tied":
             raise UserError(f"{folder}: {served.why_not_tied}; {_HINT}")
-        tensors = served.peft_tensors()
+        tensors = served.lora_tensors()
         base_model = self._adapter_manager.model
         mapper = getattr(base_model, "hf_to_vllm_mapper", None)
         names = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})

@@ -82,7 +82,7 @@ class LinearSlots:
         Raises:
             UserError: the sizes are not those of the served model.
         """
-        (r, in_size), out_size = factors.a.shape, sum(self.blocks)
+        in_size, out_size = factors.a.shape[1], sum(self.blocks)
         if len(factors.b) != out_size or max(self.layers) >= len(factors.u):
             raise UserError(f"{self.target}: B has {len(factors.b)} rows, but the served model has {out_size}")
         index, slices = list(self.layers), len(self.slices)
