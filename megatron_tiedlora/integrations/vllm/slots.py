@@ -91,7 +91,8 @@ class LinearSlots:
             u = u[:, list(self.covered)]
         a = self.first.slice_lora_a(factors.a) if slices == 1 else factors.a
         if a.shape[1] != self.slots.a.shape[3]:
-            raise UserError(f"{self.target}: A has {in_size} columns, which the served model has not")
+            size = self.slots.a.shape[3]
+            raise UserError(f"{self.target}: A has {in_size} columns, but the served model has {size}")
         v = self._local_rows(factors.v[index].T).T
         kinds = (slot.dtype for slot in self.slots)
         tensors = a, self._local_rows(factors.b), u.expand(-1, slices, -1), v
