@@ -240,17 +240,19 @@ def check_same_base(
 # A model in memory ----------------------------------------------------------------------------------------------------
 
 
-def model_source(model: Any) -> ModelSource:
-    """Return the `ModelSource` of a transformers model in memory. Raise UserError if it is not a causal language model
-    of an implemented family."""
-    if not hasattr(getattr(model, "config", None), "to_json_string"):
+def model_source(model: Any, name: str | None = None) -> ModelSource:
+    """Return the `ModelSource` of a transformers model in memory, or of its config. `name` is the model's hub id or
+    folder, if the config does not have it. Raise UserError if the model is not a causal language model of an
+    implemented family."""
+    config = getattr(model, "config", model)
+    if not hasattr(config, "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a transformers model: it has no config; give a causal model")
-    fields = json.loads(model.config.to_json_string())  # the fields that save_pretrained writes
+    fields = json.loads(config.to_json_string())  # the fields that save_pretrained writes
     stored = None
     with suppress(UserError):  # this package cannot read this storage format
         stored = stored_format(fields, source="its config")
     fields.pop("quantization_config", None)  # it affects only the frozen weights, and not the adapter
-    name = model.config.name_or_path or type(model).__name__
+    name = name or config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
     return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
 

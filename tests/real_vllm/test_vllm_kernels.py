@@ -48,8 +48,10 @@ def compare_all() -> list[str]:
     Raises:
         AssertionError: a value is wrong, or a row of the base has changed.
     """
+    from functools import partial
+
     import torch
-    from support.tied_updates import FEW, MANY, SIZES, check_update, make_update
+    from support.tied_updates import FEW, MANY, SIZES, add_tied_update, check_update, make_update
 
     from megatron_tiedlora.integrations.vllm import kernels
 
@@ -57,7 +59,7 @@ def compare_all() -> list[str]:
     for number, (rank, slices) in enumerate(SIZES):
         mapping, compiled = (MANY, FEW)[number != 1], number % 2 == 1
         update = make_update(mapping, rank, slices, len(slices) if compiled else 1, torch.float16)
-        add = kernels.add_tied_update
+        add = partial(add_tied_update, kernels)
         if compiled:
             torch._dynamo.reset()
             add = torch.compile(add, backend="aot_eager", fullgraph=True)

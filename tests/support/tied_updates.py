@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tiedlora.integrations.vllm.slots import FactorSlots
+
 SLOTS = 4
 # The slot of each token, -1 for the base. The runs of a slot are ragged, apart, and longer than a tile; slot 2 is not
 # used. The metadata has room for more tokens, and for more slots than a batch has.
@@ -83,6 +85,12 @@ def make_update(
         slices=slices,
         mapping=mapping,
     )
+
+
+def add_tied_update(kernels: Any, wrapper: Any, y: Tensor, x: Tensor, *factors_and_slices: Any) -> None:
+    """What a layer calls."""
+    *factors, slices = factors_and_slices
+    kernels.GpuTokens(wrapper).add_update(y, x, FactorSlots(*factors), slices)
 
 
 def check_update(add: Callable[..., None], wrapper: Any, update: Update) -> None:

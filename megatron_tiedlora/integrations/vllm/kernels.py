@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_tiedlora.integrations.vllm.slots import FactorSlots
+
 # Sizes of a tile of the output, of which a block of threads computes one. 16 tokens are enough for a matmul on tensor
 # cores. Larger batches have tiles of 64 tokens, as the grid has blocks for every slot that may have all tokens.
 FEW_TOKENS, MANY_TOKENS = 16, 64
@@ -128,24 +130,29 @@ _LIBRARY.impl("add_expanded", _add_expanded, "CompositeExplicitAutograd")  # on 
 torch.library.register_fake("tied_lora::add_expanded", lambda *_: None, lib=_LIBRARY)
 
 
-def add_tied_update(
-    wrapper: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, u: Tensor, v: Tensor, slices: tuple[int, ...]
-) -> None:
-    """Add v * (B (u * (A x))) to the tokens of every slot, in place. Rows of tokens without an adapter do not change.
+class GpuTokens:
+    """The slots of the tokens, which vLLM's PunicaWrapperGPU knows."""
 
-    A x and u * (A x) are fp32, and rounded once to the dtype of B. B's product, v's and the sum are fp32, and y is
-    rounded once. All tensors are contiguous.
+    def __init__(self, wrapper: Any) -> None:
+        self.wrapper = wrapper
 
-    Args:
-        wrapper: vLLM's PunicaWrapperGPU, which knows the slot of every token.
-        y, x: the output and the input of the linear, (tokens, out) and (tokens, in), both in the dtype of A and B.
-        a: (slots, 1, r, in), in a 16-bit dtype.
-        b: (slots, 1, out, r).
-        u: (slots, 1 or len(slices), r) fp32.
-        v: (slots, out).
-        slices: the sizes of the parts of the output that have a u each, on this rank; their sum is `out`.
-    """
-    low = torch.empty((1, len(x), b.shape[-1]), dtype=torch.float32, device=x.device)
-    wrapper.add_shrink(low, x, (a,), 1.0)
-    _, *metadata = wrapper.token_mapping_meta.meta_args(len(x), wrapper.lora_config.specialize_active_lora)
-    torch.ops.tied_lora.add_expanded(y, low, b, u, v, list(slices), *metadata)
+    def prepare(self) -> None:
+        """Do nothing. The wrapper has sorted the tokens by slot."""
+
+    def add_update(self, y: Tensor, x: Tensor, factors: FactorSlots, slices: tuple[int, ...]) -> None:
+        """Add v * (B (u * (A x))) to the tokens of every slot, in place. Rows of tokens without an adapter do not
+        change.
+
+        A x and u * (A x) are fp32, and rounded once to the dtype of B. B's product, v's and the sum are fp32, and y is
+        rounded once. All tensors are contiguous.
+
+        Args:
+            y, x: the output and the input of the linear, (tokens, out) and (tokens, in), both in the dtype of A and B.
+            factors: the slots of one layer; u has one row or a row for each of the slices.
+            slices: the sizes of the parts of the output that have a u each, on this rank; their sum is `out`.
+        """
+        low = torch.empty((1, len(x), factors.b.shape[-1]), dtype=torch.float32, device=x.device)
+        self.wrapper.add_shrink(low, x, (factors.a,), 1.0)
+        specialize = self.wrapper.lora_config.specialize_active_lora
+        _, *metadata = self.wrapper.token_mapping_meta.meta_args(len(x), specialize)
+        torch.ops.tied_lora.add_expanded(y, low, *factors[1:], list(slices), *metadata)

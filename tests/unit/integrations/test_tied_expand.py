@@ -9,6 +9,7 @@ import importlib
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,17 @@ from typing import Any
 import pytest
 import torch
 from null_gpu_figures import divides, is_wide
-from support.tied_updates import FEW, MANY, SIZES, SLOTS, Update, check_update, interpreted, make_update
+from support.tied_updates import (
+    FEW,
+    MANY,
+    SIZES,
+    SLOTS,
+    Update,
+    add_tied_update,
+    check_update,
+    interpreted,
+    make_update,
+)
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -24,7 +35,7 @@ kernels = importlib.import_module("megatron_tiedlora.integrations.vllm.kernels")
 
 
 class Wrapper:
-    """What `add_tied_update` uses of vLLM's wrapper: the shrink in PyTorch, and the metadata of a batch.
+    """What `GpuTokens` uses of vLLM's wrapper: the shrink in PyTorch, and the metadata of a batch.
 
     Tokens are sorted by slot, the base first. Buffers are as long as the longest batch and the most slots; what this
     batch does not use is as vLLM leaves it: slots -1, counts 0, and any tokens.
@@ -68,7 +79,7 @@ def by_interpreter() -> Iterator[None]:
 def test_values_are_those_of_fp64(rank: int, slices: tuple[int, ...], shared: bool, dtype: torch.dtype) -> None:
     for mapping in (MANY, FEW):
         update = make_update(mapping, rank, slices, 1 if shared else len(slices), dtype)
-        check_update(kernels.add_tied_update, Wrapper(mapping, specialised=shared), update)
+        check_update(partial(add_tied_update, kernels), Wrapper(mapping, specialised=shared), update)
 
 
 @pytest.mark.usefixtures("by_interpreter")
@@ -77,7 +88,7 @@ def test_u_multiplies_before_the_values_are_rounded() -> None:
     update = make_update(FEW, 8, (128,), 1, torch.float16)
     large = Update(**{**vars(update), "x": 500 * update.x, "a": 500 * update.a, "u": update.u / 250_000})
     assert float((large.a[0, 0].double() @ large.x[2].double()).abs().max()) > 65_504
-    check_update(kernels.add_tied_update, Wrapper(FEW), large)
+    check_update(partial(add_tied_update, kernels), Wrapper(FEW), large)
 
 
 @pytest.mark.usefixtures("by_interpreter")
@@ -99,7 +110,7 @@ def test_a_batch_without_adapters_is_left_alone() -> None:
     wrapper = Wrapper(FEW)
     wrapper.no_adapter[0] = True
     y = update.y.clone()
-    kernels.add_tied_update(wrapper, y, *update.rest)
+    add_tied_update(kernels, wrapper, y, *update.rest)
     assert torch.equal(y, update.y)
 
 
@@ -113,7 +124,7 @@ def test_torch_compile_sees_one_operator_for_all_batches() -> None:
 
     def layer(wrapper: Wrapper, update: Update) -> Tensor:
         y = update.y + 0
-        kernels.add_tied_update(wrapper, y, *update.rest)
+        add_tied_update(kernels, wrapper, y, *update.rest)
         return y
 
     torch._dynamo.reset()
@@ -139,7 +150,7 @@ def compiled_for(capability: int, update: Update, monkeypatch: pytest.MonkeyPatc
     plain = kernels._expand_tile
     monkeypatch.setattr(kernels, "_expand_tile", Recorded())
     wrapper = Wrapper(update.mapping)
-    kernels.add_tied_update(wrapper, update.y, *update.rest)
+    add_tied_update(kernels, wrapper, update.y, *update.rest)
     monkeypatch.undo()
     tensors, options = given
     types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
