@@ -99,7 +99,7 @@ def test_y_is_rounded_once() -> None:
     short = {name: (getattr(update, name) / step).round() * step for name, step in steps.items()}
     exact = Update(**{**vars(update), **short})
     y = exact.y.clone()
-    kernels.add_tied_update(Wrapper(FEW), y, *exact.rest)
+    add_tied_update(kernels, Wrapper(FEW), y, *exact.rest)
     assert torch.equal(y, exact.expected().to(y.dtype))
 
 
