@@ -25,7 +25,8 @@ from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.job_settings import DoctorSettings, parse_launch, parse_plan, parse_sweep
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.convert.export_peft import Export, serve_hints
+from megatron_tiedlora.convert.export_peft import Export
+from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.planning.run_plan import plan_run
 from support.folders import ROOT
 
