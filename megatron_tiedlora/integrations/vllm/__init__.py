@@ -1,1 +1,1 @@
-"""A plugin that lets vLLM serve tied adapters and VeRA from their own files, without an export."""
+"""Serves tied adapters and VeRA adapters in vLLM, as a plugin. Nothing here imports vLLM before vLLM asks for it."""
