@@ -93,7 +93,7 @@ def test_kinds_of_slots(base: Path, root: Path, capsys: pytest.CaptureFixture[st
     assert words[words.index("--lora-target-modules") + 1 :][:3] == ["qkv_proj", "o_proj", "down_proj"]
     words, notes = planned(capsys, base, root, "--slots", "tied")
     assert words[-1] == '{"tied_lora": true}' and "down_proj" not in words
-    assert "# 1 adapter not tied, so --slots tied cannot serve them: plain" in notes
+    assert "# 1 adapter not tied, so --slots tied cannot serve this: plain" in notes
     for root_, given in ((root, ["--slots=expanded"]), (root / "plain", [])):
         assert "--additional-config" not in planned(capsys, base, root_, *given)[0]
 
@@ -121,7 +121,7 @@ def test_bases_are_compared_by_their_config(base: Path, root: Path, capsys: pyte
     other = write_tiny_model(root.parent / "other", num_layers=2)
     write_native(root / "foreign", other, with_adapter(other, "tl6", targets=("gate_up",))[2])
     words, notes = planned(capsys, base, root)
-    assert f"# 1 adapter of another base than {base}, so requests for them are errors: foreign" in notes
+    assert f"# 1 adapter of another base than {base}, so requests are errors: foreign" in notes
     assert "gate_up_proj" not in words and "gate_up_proj" in planned(capsys, base, root, "--base_differs")[0]
     said = refusal(planned, capsys, base, root / "foreign")
     assert "has no adapter that can be served (1 adapter of another base" in said and "give another folder" in said
