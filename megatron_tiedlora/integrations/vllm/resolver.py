@@ -27,7 +27,7 @@ from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.integrations.vllm.factors import read_served
 from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, DIFFERS, HUB
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 _LONGEST_NAME, _LONGEST_PART = 1000, 200  # characters of a name, and bytes of a part of it
 _FILES = [CONFIG_FILE, WEIGHTS_FILE]
 _HUB_FILES = [*_FILES, inputs.EXPORT_RECORD, *(f"{inputs.NATIVE_FOLDER}/{name}" for name in _FILES)]

@@ -322,8 +322,10 @@ def block(page: str) -> list[str]:
 
 def test_docs_of_one_and_of_several_exports() -> None:
     exports = one(16, *TARGET_NAMES, folder="RUN/peft-16")
-    assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, named="llama2-7b")
+    more: dict[str, Any] = {"named": "llama2-7b", "adapters": Path("RUN/peft-16")}
+    assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, **more)
     targets = {"support": ["qkv"], "legal": ["qkv"], "notes": TARGET_NAMES, "titles": ["qkv"]}
     ranks = {"legal": 16}
     exports = {name: Export(Path(f"runs/four/{name}/peft"), ranks.get(name, 8), of) for name, of in targets.items()}
-    assert block("docs/many_adapters.md") == serve_hints(exports, "/shared/llama2-7b", PLAIN)
+    shown = serve_hints(exports, "/shared/llama2-7b", PLAIN, adapters=Path("runs/four"))
+    assert block("docs/many_adapters.md") == shown

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.folders import ROOT
 from support.native_files import with_adapter, write_exports, write_native
 from support.peft_folders import changed
 from support.task_files import refusal
@@ -220,6 +221,18 @@ def test_bytes_of_a_slot(name: str, targets: tuple[str, ...] | None, rank: int, 
     linears = [linear for target, linear in shape.block.adaptable.items() if targets is None or target in targets]
     assert slot_bytes(linears, rank, shape.num_layers, tied=True) == tied
     assert slot_bytes(linears, rank, shape.num_layers, tied=False) == expanded
+
+
+def test_the_table_of_the_docs() -> None:
+    """Its rows are the sizes above, with the adapters that 10 GB hold."""
+    rows = re.findall(r"^\| (\d+B) \| (\w+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \|$",
+                      (ROOT / "docs/serving.md").read_text(), re.MULTILINE)  # fmt: skip
+    expected = [
+        (name.removeprefix("llama2-").upper(), "qkv" if targets else "all", str(rank), f"{tied:,}", f"{expanded:,}",
+         f"{expanded / tied:.0f}", f"{10**10 // tied:,}", f"{10**10 // expanded:,}")
+        for name, targets, rank, tied, expanded in SIZES[2:]
+    ]  # fmt: skip
+    assert rows == expected
 
 
 def test_bytes_of_a_slot_with_tensor_parallelism() -> None:
