@@ -103,51 +103,62 @@ def plan_server(settings: ServeSettings, source: ModelSource, environment: Mappi
     this process is extended. Raise UserError if vLLM has no LoRA for this model, or if no adapter can be served."""
     if not serving.vllm_has_lora(source.shape):
         raise UserError(f"--model {settings.model}: {serving.NO_STABLELM}")
-    all_found, problems = find_servable(settings.adapters, source)
-    notes, why = [f"not served: {problem}" for problem in problems], dict[str, list[str]]()
-    for one in all_found:
-        why.setdefault(_why_not(one, settings, source), []).append(one.name)
-    found = [one for one in all_found if one.name in why.get("", ())]
-    named = [(reason, f"{count_text(len(names), 'adapter')}{reason}") for reason, names in why.items() if reason]
-    notes += [f"{said}: {enumerate_names(why[reason])}" for reason, said in named]
-    if not found and not settings.hub:
-        said = "".join(f" ({note})" for note in notes[:1])
-        raise UserError(f"--adapters {settings.adapters}: has no adapter that can be served{said}; give another folder")
+    found, notes = _fitting(settings, source)
     tied = [one.tied for one in found]
     kind = settings.slots or ("tied" if all(tied) else "both" if any(tied) else "expanded")
     linears, tp_size = source.shape.block.adaptable, settings.tensor_parallel
     targets = [name for name in linears if not found or any(name in one.targets for one in found)]
     rank = serving.allowed_rank(max((one.rank for one in found), default=_RANK_ON_HUB))
-    sizes = {
-        own: serving.slot_bytes([linears[name] for name in targets], rank, source.shape.num_layers, tied=own == "tied",
-                                tp_size=tp_size)
-        for own in ("tied", "expanded")
-    }  # fmt: skip
-    size = sizes.get(kind, sum(sizes.values()))
-    room = min(_MOST_SLOTS, serving.LARGEST_BATCH * sizes["expanded"] // sizes["tied"])
+    notes.append(f"{count_text(len(found), 'adapter')} up to rank {rank} on {', '.join(targets)}")
+    notes[-1] += f": {enumerate_names([one.name for one in found])}" if found else ""
+
+    adapted, layers = [linears[name] for name in targets], source.shape.num_layers
+    tied_size, expanded_size = (
+        serving.slot_bytes(adapted, rank, layers, tied=is_tied, tp_size=tp_size) for is_tied in (True, False)
+    )
+    size = {"tied": tied_size, "both": tied_size + expanded_size, "expanded": expanded_size}[kind]
+    room = min(_MOST_SLOTS, serving.LARGEST_BATCH * expanded_size // tied_size)
     slots = settings.max_loras or max(1, min(room if kind == "tied" else serving.LARGEST_BATCH, len(found)))
     cached = max(slots, min(len(found), int(_CACHE_BYTES // (size * tp_size))))
-    named_ones = f": {enumerate_names([one.name for one in found])}" if found else ""
-    notes.append(f"{count_text(len(found), 'adapter')} up to rank {rank} on {', '.join(targets)}{named_ones}")
-    each = ", ".join(f"{bytes_in_words(number)} {own}" for own, number in sizes.items())
-    of_all = f"{bytes_in_words(size)}, so {bytes_in_words(slots * size)} on each GPU (a slot: {each})"
-    notes.append(f"{count_text(slots, 'slot')} ({kind}) of {of_all}; {cached:,} adapters in host memory")
+    in_all = f"{bytes_in_words(size)}, so {bytes_in_words(slots * size)} on each GPU"
+    each = f"a slot: {bytes_in_words(tied_size)} tied, {bytes_in_words(expanded_size)} expanded"
+    in_memory = f"{count_text(cached, 'adapter')} in host memory"
+    notes.append(f"{count_text(slots, 'slot')} ({kind}) of {in_all} ({each}); {in_memory}")
+
     words = serving.vllm_words(base_location(source), targets, rank=rank, slots=slots, cached=cached)
     words += ["--tensor-parallel-size", str(tp_size)] if tp_size > 1 else []
     words += ["--additional-config", json.dumps({PLUGIN: _MODES[kind]})] if kind in _MODES else []
-    added = {ADAPTERS: os.path.abspath(settings.adapters), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-    added |= {HUB: ",".join(settings.hub)} if settings.hub else {}
-    added |= {DIFFERS: "1"} if settings.base_differs else {}
-    plugins = environment.get("VLLM_PLUGINS")
-    if plugins is not None and PLUGIN not in plugins.split(","):
-        added["VLLM_PLUGINS"] = ",".join(filter(None, (plugins, PLUGIN)))
-    return Server([*words, *settings.flags], added, notes)
+    return Server([*words, *settings.flags], _added(settings, environment.get("VLLM_PLUGINS")), notes)
+
+
+def _fitting(settings: ServeSettings, source: ModelSource) -> tuple[list[Servable], list[str]]:
+    """Return the adapters that the server can serve, and sentences about the others."""
+    found, problems = find_servable(settings.adapters, source)
+    reasons, notes = [_why_not(one, settings, source) for one in found], [f"not served: {said}" for said in problems]
+    for reason in dict.fromkeys(filter(None, reasons)):
+        names = [one.name for one, why in zip(found, reasons, strict=True) if why == reason]
+        notes.append(f"{count_text(len(names), 'adapter')} {reason}: {enumerate_names(names)}")
+    fitting = [one for one, why in zip(found, reasons, strict=True) if not why]
+    if not fitting and not settings.hub:
+        said = "".join(f" ({note})" for note in notes[:1])
+        raise UserError(f"--adapters {settings.adapters}: has no adapter that can be served{said}; give another folder")
+    return fitting, notes
 
 
 def _why_not(one: Servable, settings: ServeSettings, source: ModelSource) -> str:
     """Return why an adapter cannot be served, as the end of a sentence; '' if it can."""
     if one.base_hash not in (None, source.base_hash) and not settings.base_differs:
-        return f" of another base than {settings.model}, so requests are errors"
+        return f"of another base than {settings.model}, so requests are errors"
     if not serving.allowed_rank(one.rank):
-        return f" of a rank above {serving.VLLM_RANKS[-1]}, which vLLM does not accept"
-    return " not tied, so --slots tied cannot serve this" if settings.slots == "tied" and not one.tied else ""
+        return f"of a rank above {serving.VLLM_RANKS[-1]}, which vLLM does not accept"
+    return "not tied, so --slots tied cannot serve this" if settings.slots == "tied" and not one.tied else ""
+
+
+def _added(settings: ServeSettings, plugins: str | None) -> dict[str, str]:
+    """Return the variables that the server's environment needs in addition. `plugins` is the value of VLLM_PLUGINS."""
+    added = {ADAPTERS: os.path.abspath(settings.adapters), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    added |= {HUB: ",".join(settings.hub)} if settings.hub else {}
+    added |= {DIFFERS: "1"} if settings.base_differs else {}
+    if plugins is not None and PLUGIN not in plugins.split(","):
+        added["VLLM_PLUGINS"] = ",".join(filter(None, (plugins, PLUGIN)))
+    return added
