@@ -71,7 +71,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
 
 
 def test_what_an_extra_brings_is_imported_where_it_is_used() -> None:
-    """At the top of a module are the core's packages, but in the engine, PEFT, the plugin for vLLM, metrics, and tests."""
+    """At the top of a module are the core's packages, but in the engine, PEFT, vLLM's plugin, metrics, and tests."""
     early = {file for name, files in imported(lazy=False).items() if name not in CORE for file in files}
     tests = ("selfcheck/conftest.py", "selfcheck/test_")
     owners = ("engine/", "integrations/peft_method.py", "integrations/vllm/", "evaluation/metrics.py", *tests)
