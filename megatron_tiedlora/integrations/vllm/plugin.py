@@ -44,10 +44,11 @@ def register() -> None:
         if os.environ.get("TIEDLORA_ADAPTERS") and _fits("resolver"):
             from vllm.lora.resolver import LoRAResolverRegistry
 
-            from megatron_tiedlora.integrations.vllm.resolver import AdapterResolver
+            from megatron_tiedlora.integrations.vllm.resolver import named_resolvers
 
             if _RESOLVER not in LoRAResolverRegistry.get_supported_resolvers():
-                LoRAResolverRegistry.register_resolver(_RESOLVER, AdapterResolver.from_environment(os.environ))
+                for name, resolver in named_resolvers(os.environ).items():
+                    LoRAResolverRegistry.register_resolver(name, resolver)
     except Exception as error:
         _warn("resolver", f"{type(error).__name__}: {error}")
 
