@@ -164,10 +164,8 @@ def test_another_base_is_an_error_of_this_request(
     """A ValueError, which vLLM answers with its line. Other requests go on, and so does this one if it is insisted."""
     resolver, base = module.AdapterResolver(root), bases / "mine"
     said = refusal(found, resolver, "foreign", base)
-    assert said.startswith(
-        "LoRA adapter foreign: trained on other, whose weights differ from mine's; give its own base"
-    )
-    assert "give its own base with --model, or give --base_differs" in said
+    assert said.startswith("LoRA adapter foreign: trained on other, whose weights differ from mine's; ")
+    assert "give its own base with --model, or give --base_differs" in said and said in caplog.text
     assert found(resolver, "plain", base) == root / "plain"
     environment = {"TIEDLORA_ADAPTERS": str(root), "TIEDLORA_HUB": "me, you", "TIEDLORA_BASE_DIFFERS": "1"}
     insisting, failed = module.named_resolvers(environment).values()
