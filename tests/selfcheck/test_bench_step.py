@@ -234,7 +234,7 @@ if __name__ == "__main__":
 """,
     )
     (said,) = ended.expect(2).errors
-    assert said.startswith("error: PEFT LoRA: the process that measures its memory was ended") and said.count("\n") == 1
+    assert said.startswith("error: PEFT LoRA: the process that measures it was ended") and said.count("\n") == 1
     assert "--rows, --length or --num_layers" in said
 
 
