@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_tiedlora.integrations.vllm.slots import FactorSlots, LinearSlots
 HEADS, KV_HEADS, DIM, HIDDEN, LAYERS = 8, 2, 4, 24, 3
 QKV = (HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM)
 MLP = (20, 20)
+CONFIG = SimpleNamespace(max_loras=4, max_lora_rank=6, lora_dtype=torch.float32)
 
 
 @dataclass
@@ -93,9 +95,7 @@ def random_factors(blocks: tuple[int, ...], in_size: int, *, rank: int, num_u: i
 def linear_slots(case: str, tp_rank: int = 0, tp_size: int = 1, *, index: range = range(LAYERS)) -> LinearSlots:
     make, blocks, _ = CASES[case]
     layers = {layer: make(tp_rank, tp_size) for layer in index}
-    return LinearSlots(
-        case, layers, target=case, blocks=blocks, covered=range(len(blocks)), num_slots=4, rank=6, dtype=torch.float32
-    )
+    return LinearSlots(case, layers, None, case, blocks, range(len(blocks)), CONFIG)
 
 
 def dense(factors: TargetFactors, layer: int, blocks: tuple[int, ...]) -> Tensor:
@@ -202,9 +202,7 @@ def test_a_part_of_a_linear_has_its_rows_and_its_u() -> None:
     """A server may keep q, k and v apart."""
     factors = random_factors(QKV, HIDDEN, rank=6, num_u=3)
     layers = {layer: Layer(HIDDEN, (QKV[1],), (0,)) for layer in range(LAYERS)}
-    linear = LinearSlots(
-        "k_proj", layers, target="qkv", blocks=QKV, covered=[1], num_slots=4, rank=6, dtype=torch.float32
-    )
+    linear = LinearSlots("k_proj", layers, None, "qkv", QKV, [1], CONFIG)
     linear.set(0, linear.cut(factors))
     x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
     expected = x.double() @ dense(factors, 0, QKV)[QKV[0] : QKV[0] + QKV[1]].T
@@ -225,6 +223,4 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         linear.cut(random_factors(QKV, 20, rank=6))
     layers = {0: merged_qkv(0, 1), 1: merged_qkv(0, 2)}
     with pytest.raises(UserError, match="qkv_proj has different sizes in different layers"):
-        LinearSlots(
-            "qkv_proj", layers, target="qkv", blocks=QKV, covered=range(3), num_slots=1, rank=6, dtype=torch.float32
-        )
+        LinearSlots("qkv_proj", layers, None, "qkv", QKV, range(3), CONFIG)
