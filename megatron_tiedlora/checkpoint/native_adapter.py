@@ -261,10 +261,15 @@ def check_update(config: AdapterConfig, state: StateDict, *, source: Path | str)
     """Raise UserError if values are so large that the update may not be finite in fp32."""
     for target in config.targets:
         largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
-        if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
-            name = max(largest, key=lambda name: largest[name])
-            said = f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
-            raise UserError(f"{said}, so the file is damaged; copy it again")
+        check_bound(config.alpha, largest, source=source)
+
+
+def check_bound(alpha: float, largest: Mapping[str, float], *, source: Path | str) -> None:
+    """Raise UserError if an update may not be finite in fp32: alpha times the largest value of each factor, by name."""
+    if (bound := abs(alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
+        name = max(largest, key=lambda name: largest[name])
+        said = f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
+        raise UserError(f"{said}, so the file is damaged; copy it again")
 
 
 def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:

@@ -1,4 +1,4 @@
-r"""Reads PEFT's LoRA and VeRA adapters as exactly equal native adapters.
+r"""Reads PEFT's LoRA adapters as exactly equal native adapters. `vera_files` reads PEFT's VeRA adapters.
 
 PEFT's LoRA adds s_p B_p A_p to module p, with s_p = alpha_p / r_p, or alpha_p / sqrt(r_p) with use_rslora.
 `rank_pattern` and `alpha_pattern` set a different r or alpha for some modules. The native scale is the largest s_p. If
@@ -12,12 +12,6 @@ and layers without an adapter get zero rows of B.
 Padding has zero rows of A and zero columns of B, so it has no gradient and stays zero in training. But training changes
 zero rows of B that belong to a non-zero A, and the zero blocks of a block-diagonal B. If B was scaled down, a step of
 AdamW is relatively larger. `Native.apart` describes which of these cases applies.
-
-PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u,
-and all modules share A and B. If each adapted linear is one module, the VeRA becomes a native `vera` with the same
-values. If modules are fused, the VeRA becomes a native `lora` of the same rank. The A of this lora is A[:, :in_p], and
-its B has the rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. A VeRA also becomes a `lora` if a
-linear is adapted only in some of the layers, since a `vera` would train all of them.
 
 PEFT's rules decide which modules a config adapts. `target_modules` and `exclude_modules` are a list of names or name
 endings, or a pattern for full names. The patterns of `rank_pattern` and `alpha_pattern` match full names or their
@@ -241,6 +235,8 @@ def read_factors(
 
 def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, kind: str) -> str:
     """Return why the tensor `key` belongs to no chosen module."""
+    if kind == "VeRA" and key in ("base_model.vera_A", "base_model.vera_B"):
+        return f"{key} is present, but {CONFIG_FILE} has save_projection = false; set it to true to use the tensor"
     block, num_layers = source.shape.block, source.shape.num_layers
     layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
     names, ends = ("|".join(map(re.escape, words)) for words in (modules_of(block), factors))
@@ -317,8 +313,6 @@ _HARMLESS_OF_LORA = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
-# These fields set initial values, which the file's tensors replace, or are used only in training.
-_HARMLESS_OF_VERA = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
 # With other values (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
@@ -429,53 +423,3 @@ def _joined(lora: Lora, layers: tuple[int, ...], *, scale: float, linear: Linear
             column = 0 if shared[index] else columns.stop
     together = all(one and len(here) in (0, len(modules)) for one, here in zip(shared, by_layer, strict=True))
     return a, b, together
-
-
-def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> Native:
-    """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`.
-
-    Raises:
-        UserError: the files do not have A and B, it is not a plain VeRA, it adapts unsupported modules, or its tensors
-            do not fit.
-    """
-    file = folder / CONFIG_FILE
-    if not content.get("save_projection", True):
-        raise UserError(
-            f"{file}: save_projection = {shown(content['save_projection'])} leaves vera_A and vera_B out of the file;"
-            " save the adapter with PEFT and save_projection = True"
-        )
-    reject_other_fields(file, content, kind="VeRA", harmless=_HARMLESS_OF_VERA)
-    rank = read_rank(content.get("r"), f"{file}: r")
-    chosen = chosen_modules(file, content, source)
-    sizes = modules_of(source.shape.block)
-    used = [sizes[module.name] for module in chosen.values()]
-    stored: Shapes = {"vera_lambda_b": lambda module: (sizes[module.name][1],), "vera_lambda_d": lambda _: (rank,)}
-    shared = {
-        "base_model.vera_A": (rank, max(in_size for in_size, _ in used)),
-        "base_model.vera_B": (max(out_size for _, out_size in used), rank),
-    }
-    vectors, (a, b) = read_factors(folder, chosen, stored, source, kind="VeRA", shared=shared)
-    layers, adapted = tuple(sorted({layer for layer, _ in vectors})), adapted_linears(vectors, source)
-    modules = {target: {rows.module for rows in linear.sources} for target, linear in adapted.items()}
-    if all(len(names) == 1 and all((layer, *names) in vectors for layer in layers) for names in modules.values()):
-        targets = targets_of(source.shape, tuple(adapted))
-        config = make_adapter_config("vera", rank=rank, alpha=rank, layers=layers, targets=targets, seed=0)
-        state: dict[str, Tensor] = {}
-        for target in targets:
-            linear = adapted[target.name]
-            (name,) = modules[target.name]
-            parts = zip(linear.sources, linear.blocks, strict=True)
-            rows = torch.cat([torch.arange(part.start, part.start + size) for part, size in parts])
-            of_layers = [vectors[Module(layer, name)] for layer in layers]
-            state |= {
-                f"{target.prefix}A": a[:, : linear.in_size].clone(),  # safetensors rejects tensors that share storage
-                f"{target.prefix}B": b[rows],
-                f"{target.prefix}u": torch.stack([u for _, u in of_layers]),
-                f"{target.prefix}v": torch.stack([v[rows] for v, _ in of_layers]),
-            }
-        return Native(config, state)
-    pairs = {}
-    for module, (v, u) in vectors.items():
-        in_size, out_size = sizes[module.name]
-        pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    return native_lora(pairs, source)._replace(apart="its vectors are multiplied into the B of a lora here")

@@ -273,6 +273,25 @@ def test_on_parts_it_is_a_native_lora(separate: Path, tmp_path: Path, name: str)
     assert read_peft(tmp_path / "peft", find_model(str(separate))).apart is not None
 
 
+@pytest.mark.parametrize("key", [0, 12345, -7])
+def test_projections_that_are_not_in_the_file_are_drawn_as_peft_draws_them(
+    separate: Path, fused: Path, tmp_path: Path, key: int
+) -> None:
+    """To the bit: the import is the one of the saved projections."""
+    for base, modules in ((separate, ["q_proj", "down_proj"]), (fused, "all-linear")):
+        source, states = find_model(str(base)), {}
+        for saved in (True, False):
+            folder = tmp_path / f"{base.name}_{saved}"
+            options = {"save_projection": saved, "projection_prng_key": key}
+            peft = vera_model(base, r=3, target_modules=modules, **options)
+            states[saved] = imported(peft, base, folder).state
+            found = read_peft(folder / "peft", source)
+            drawn = f"{folder / 'peft'}: vera_A and vera_B are drawn from projection_prng_key = {key}, as PEFT draws"
+            assert [note[: len(drawn)] for note in found.notes] == ([] if saved else [drawn])
+        assert states[True].keys() == states[False].keys()
+        assert all(torch.equal(tensor, states[False][name]) for name, tensor in states[True].items())
+
+
 # --------------------------------------------------------------------------------------------- its base
 
 

@@ -24,10 +24,12 @@ Rows = list[tuple[dict[str, Any], str]]
 
 @pytest.fixture(scope="module")
 def given(separate: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """plain/, a LoRA of q and v as PEFT writes it, and vera/, a VeRA of k and v."""
+    """plain/, a LoRA of q and v as PEFT writes it, vera/, a VeRA of k and v, and drawn/, one without A and B."""
     folder = tmp_path_factory.mktemp("given")
     lora_model(separate, r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"]).save_pretrained(folder / "plain")
-    vera_model(separate, r=3, target_modules=["k_proj", "v_proj"]).save_pretrained(folder / "vera")
+    of_vera = {"r": 3, "target_modules": ["k_proj", "v_proj"]}
+    vera_model(separate, **of_vera).save_pretrained(folder / "vera")
+    vera_model(separate, **of_vera, save_projection=False).save_pretrained(folder / "drawn")
     return folder
 
 
@@ -69,7 +71,6 @@ FIELDS: Rows = [
     ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: 'q_proj' = nan is not between"),
 ]
 FIELDS_OF_VERA: Rows = [
-    ({"save_projection": False}, "save_projection = False leaves vera_A and vera_B out of the file; save the"),
     ({"bias": "vera_only"}, "bias = 'vera_only' trains biases"),
     ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not a plain VeRA; only a plain VeRA is"),
     ({"exclude_modules": ["v_proj"]}, "exclude_modules = .* is not a plain VeRA"),  # PEFT's VeRA has no such field
@@ -109,10 +110,14 @@ TENSORS_OF_VERA: Rows = [
     ({f"{K1}.lora_A.weight": torch.ones(3, 32)}, r"\S* is not a VeRA factor of q_proj, .*, down_proj; only"),
     ({f"{K1.replace('k_', 'q_')}.vera_lambda_d": torch.ones(3)}, r"\S* is present, but \S* does not target"),
 ]
+FIELDS_OF_DRAWN: Rows = [
+    ({"projection_prng_key": None}, "projection_prng_key = None is not an integer of 64 bits; correct it"),
+    ({"projection_prng_key": 2**64}, "projection_prng_key = 18446744073709551616 is not an integer of 64 bits"),
+]
 
 
 ROWS = {("plain", CONFIG): FIELDS, ("vera", CONFIG): FIELDS_OF_VERA, ("plain", WEIGHTS): TENSORS}
-ROWS |= {("vera", WEIGHTS): TENSORS_OF_VERA}
+ROWS |= {("vera", WEIGHTS): TENSORS_OF_VERA, ("drawn", CONFIG): FIELDS_OF_DRAWN}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +128,20 @@ def test_a_field_or_a_tensor_that_does_not_fit_is_rejected_by_its_name(
 ) -> None:
     folder = changed(given / kind, tmp_path / "adapter", file, changes)
     assert re.match(rf"{re.escape(file)}: {said}", rejection(separate, folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "said"),
+    [
+        ("vera", False, f"{A} is present, but {CONFIG} has save_projection = false; set it to true to use the tensor"),
+        ("drawn", True, f"{A} is missing, but every module uses it; copy the adapter again"),
+    ],
+)
+def test_a_vera_has_its_projections_in_the_file_or_a_key(
+    separate: Path, given: Path, tmp_path: Path, kind: str, saved: bool, said: str
+) -> None:
+    folder = changed(given / kind, tmp_path / "adapter", CONFIG, {"save_projection": saved})
+    assert rejection(separate, folder).startswith(f"{WEIGHTS}: {said}")
 
 
 def test_patterns_that_do_not_fit_the_tensors(separate: Path, given: Path, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""Reads PEFT's VeRA adapters, and returns exactly equal native adapters.
+
+PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u,
+and all modules share A and B. If each adapted linear is one module, the VeRA becomes a native `vera` with the same
+values. If modules are fused, the VeRA becomes a native `lora` of the same rank. The A of this lora is A[:, :in_p], and
+its B has the rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. A VeRA also becomes a `lora` if a
+linear is adapted only in some of the layers, since a `vera` would train all of them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
+from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.methods import FACTORS
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, check_bound
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert.peft_files import (
+    Module,
+    Native,
+    Pair,
+    Shapes,
+    adapted_linears,
+    chosen_modules,
+    modules_of,
+    native_lora,
+    read_factors,
+    read_rank,
+    reject_other_fields,
+)
+
+# These fields set initial values, which the file's tensors replace, or are read below, or are used only in training.
+_HARMLESS = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
+
+
+class Vera(NamedTuple):
+    """A PEFT VeRA: module p adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p].
+
+    Attributes:
+        a, b: A (rank, largest in) and B (largest out, rank) in fp32.
+        vectors: v (out) and u (rank), PEFT's lambda_b and lambda_d, of each adapted module, in fp32.
+        notes: notes for the user.
+    """
+
+    rank: int
+    a: Tensor
+    b: Tensor
+    vectors: Mapping[Module, tuple[Tensor, ...]]
+    notes: tuple[str, ...] = ()
+
+
+def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> Vera:
+    """Return a PEFT VeRA of `source`. If its files lack A and B, they are drawn from the key, as PEFT draws them.
+
+    Raises:
+        UserError: it is not a plain VeRA, adapts unsupported modules, has no valid key, or its tensors do not fit.
+    """
+    file = folder / CONFIG_FILE
+    reject_other_fields(file, content, kind="VeRA", harmless=_HARMLESS)
+    rank = read_rank(content.get("r"), f"{file}: r")
+    chosen = chosen_modules(file, content, source)
+    sizes = modules_of(source.shape.block)
+    used = [sizes[module.name] for module in chosen.values()]
+    stored: Shapes = {"vera_lambda_b": lambda module: (sizes[module.name][1],), "vera_lambda_d": lambda _: (rank,)}
+    shared = {
+        "base_model.vera_A": (rank, max(in_size for in_size, _ in used)),
+        "base_model.vera_B": (max(out_size for _, out_size in used), rank),
+    }
+    saved, notes = content.get("save_projection", True), tuple[str, ...]()
+    in_file = shared if saved else {}
+    vectors, projections = read_factors(folder, chosen, stored, source, kind="VeRA", shared=in_file)
+    if not saved:
+        key = content.get("projection_prng_key", 0)
+        if type(key) is not int or not -(2**63) <= key < 2**64:
+            raise UserError(f"{file}: projection_prng_key = {shown(key)} is not an integer of 64 bits; correct it")
+        projections = _drawn_projections(key, tuple(shared.values()))
+        notes = (f"{folder}: vera_A and vera_B are drawn from projection_prng_key = {key}, as PEFT draws them",)
+    a, b = projections
+    largest = {name: float(values.abs().max()) for name, values in zip(shared, projections, strict=True)}
+    for index, name in enumerate(stored):
+        largest[name] = max(float(both[index].abs().max()) for both in vectors.values())
+    check_bound(rank, largest, source=folder / WEIGHTS_FILE)
+    return Vera(rank, a, b, vectors, notes)
+
+
+def _drawn_projections(key: int, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return PEFT's initial A and B: uniform with bound sqrt(6 / columns), one after the other from one generator."""
+    generator = torch.Generator().manual_seed(key)
+    bounds = [math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns)) for _, columns in shapes]  # rounded like PEFT's
+    empty = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
+    return [one.uniform_(-bound, bound, generator=generator) for one, bound in zip(empty, bounds, strict=True)]
+
+
+class TargetFactors(NamedTuple):
+    """The update diag(v) B diag(u) A of one linear in all layers of a model, in fp32.
+
+    Attributes:
+        a, b: A (rank, in) and B (out, rank), which all layers share.
+        u: (layers, slices, rank), with the scale alpha / r. There is one slice if all rows of B use the same u, and
+            otherwise one slice for each fused block.
+        v: (layers, out). u and v are zero where nothing is adapted.
+    """
+
+    a: Tensor
+    b: Tensor
+    u: Tensor
+    v: Tensor
+
+
+def vera_factors(vera: Vera, source: ModelSource) -> dict[str, TargetFactors]:
+    """Return the factors of each linear that a PEFT VeRA of `source` adapts, by target name."""
+    found, num_layers = {}, source.shape.num_layers
+    for name, linear in adapted_linears(vera.vectors, source).items():
+        fused = len({stored.module for stored in linear.sources}) > 1
+        rows = [slice(one.start, one.start + size) for one, size in zip(linear.sources, linear.blocks, strict=True)]
+        u = torch.zeros(num_layers, len(rows) if fused else 1, vera.rank)
+        v = torch.zeros(num_layers, linear.out_size)
+        of_blocks = v.split(linear.blocks, dim=1)
+        for layer, (index, stored) in product(range(num_layers), enumerate(linear.sources)):
+            if (vectors := vera.vectors.get(Module(layer + 1, stored.module))) is not None:
+                of_blocks[index][layer] = vectors[0][rows[index]]
+                u[layer, index if fused else 0] = vectors[1]
+        b = torch.cat([vera.b[block] for block in rows])
+        found[name] = TargetFactors(vera.a[:, : linear.in_size].clone(), b, u, v)
+    return found
+
+
+def native_vera(vera: Vera, source: ModelSource) -> Native:
+    """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`."""
+    factors, layers = vera_factors(vera, source), tuple(sorted({layer for layer, _ in vera.vectors}))
+    linears = [source.shape.block.adaptable[name] for name in factors]
+    modules = {stored.module for linear in linears for stored in linear.sources}
+    one_module = all(one.u.shape[1] == 1 for one in factors.values())
+    if one_module and all(Module(layer, module) in vera.vectors for layer in layers for module in modules):
+        targets, index = targets_of(source.shape, tuple(factors)), [layer - 1 for layer in layers]
+        config = make_adapter_config("vera", rank=vera.rank, alpha=vera.rank, layers=layers, targets=targets, seed=0)
+        state: dict[str, Tensor] = {}
+        for target in targets:
+            a, b, u, v = factors[target.name]
+            values = a, b, u[index, 0], v[index]
+            state |= {target.prefix + name: value for name, value in zip(FACTORS, values, strict=True)}
+        return Native(config, state)
+    pairs, sizes = {}, modules_of(source.shape.block)
+    for module, (v, u) in vera.vectors.items():
+        in_size, out_size = sizes[module.name]
+        pairs[module] = Pair(vera.a[:, :in_size], (v.double()[:, None] * vera.b[:out_size] * u.double()).float())
+    return native_lora(pairs, source)._replace(apart="its vectors are multiplied into the B of a lora here")

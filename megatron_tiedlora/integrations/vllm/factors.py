@@ -1,0 +1,122 @@
+"""Reads adapter folders for a server. Nothing in this module imports vLLM.
+
+A native adapter has one A and one B for all layers if its layers share them. A PEFT VeRA does too. Each of them also
+equals a plain LoRA.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tiedlora.base.files import read_json_or_none
+from megatron_tiedlora.checkpoint.base_identity import check_same_shape, identify_shape, model_source
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
+from megatron_tiedlora.convert.open_adapter import read_peft
+from megatron_tiedlora.convert.vera_files import TargetFactors, Vera, native_vera, read_vera, vera_factors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """An adapter folder as it is served with the model `source`.
+
+    Attributes:
+        stored: what the folder contains.
+    """
+
+    source: ModelSource
+    stored: NativeAdapter | Vera
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of A and B, which is also the rank of the equal plain LoRA."""
+        return self.stored.rank if isinstance(self.stored, Vera) else self.stored.config.rank
+
+    @cached_property
+    def tied(self) -> Mapping[str, TargetFactors] | None:
+        """Return the factors of each adapted linear by target name, or None if the layers do not share A and B."""
+        if isinstance(self.stored, Vera):
+            return vera_factors(self.stored, self.source)
+        return None if self.why_not_tied else _tied_factors(self.stored, self.source.shape.num_layers)
+
+    @property
+    def why_not_tied(self) -> str:
+        """Return the reason why the layers do not share A and B, or "" if they do."""
+        if isinstance(self.stored, Vera):
+            return ""
+        config = self.stored.config
+        shared = all(config.num_slots(name) == 1 for name, (_, factor) in config.tensors.items() if factor in "AB")
+        return "" if shared else f"method {config.method}: its layers do not share A and B"
+
+    def lora_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return the equal plain LoRA of rank `rank` and scale 1 by the names of a PEFT file (see `peft_tensors`)."""
+        adapter = self.stored
+        if isinstance(adapter, Vera):
+            equal = native_vera(adapter, self.source)
+            adapter = NativeAdapter(equal.config, identify_shape(self.source, "fp32", weights_hash=""), equal.state)
+        return peft_tensors(self.source, adapter, rank=self.rank, dtype=dtype)
+
+
+def _tied_factors(adapter: NativeAdapter, num_layers: int) -> dict[str, TargetFactors]:
+    """Return the factors of each target of a native adapter whose layers share A and B, by target name."""
+    config, found = adapter.config, {}
+
+    def of_layers(name: str, layers: tuple[int, ...] = config.layers) -> Tensor:
+        values = adapter.state[name] if config.is_stacked(name) else adapter.state[name][None]
+        return values[[config.slot(name, layer) for layer in layers]]
+
+    index = [layer - 1 for layer in config.layers]
+    for target in config.targets:
+        a, b = (of_layers(target.prefix + factor, config.layers[:1])[0] for factor in "AB")
+        u, v = torch.zeros(num_layers, 1, config.rank), torch.zeros(num_layers, target.out_size)
+        u[index, 0], v[index] = of_layers(f"{target.prefix}u") * config.scale, of_layers(f"{target.prefix}v")
+        found[target.name] = TargetFactors(a, b, u, v)
+    return found
+
+
+def served_model(hf_config: Any, name: str) -> ModelSource:
+    """Return the model that a server has loaded, from its transformers config and its folder or hub id. Raise UserError
+    if the model's family is not implemented."""
+    return model_source(hf_config, name)
+
+
+def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
+    """Return the native adapter or PEFT VeRA in `folder`, or None for a PEFT LoRA, which vLLM reads itself.
+
+    An export also contains its native adapter, which is returned if the PEFT files are equal to it.
+
+    Raises:
+        UserError: the folder contains no adapter, another kind of adapter, or damaged files, or its shapes do not fit
+            `source`.
+    """
+    content = read_json_or_none(folder / CONFIG_FILE) or {}
+    is_lora = content.get("peft_type", "LORA") == "LORA" and "format_version" not in content
+    if content and is_lora and not os.path.lexists(folder / NATIVE_FOLDER):
+        return None
+    notes: tuple[str, ...] = ()
+    stored: NativeAdapter | Vera | None
+    if adapter_kind(folder, flag=str(folder)) == "native":
+        stored = load_native_adapter(folder)
+    elif content.get("peft_type") == "VERA":
+        stored = read_vera(folder, content, source)
+        notes = stored.notes
+    else:
+        opened = read_peft(folder, source)
+        stored, notes = opened.native, opened.notes
+    for note in notes:
+        logger.warning(note)
+    if isinstance(stored, NativeAdapter):
+        here = identify_shape(source, "fp32", weights_hash="")
+        check_same_shape(stored.base_identity, here, source=str(folder))
+    return None if stored is None else ServedAdapter(source, stored)

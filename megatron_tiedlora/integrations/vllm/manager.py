@@ -1,0 +1,319 @@
+"""vLLM's managers of adapters, for native adapters and VeRA: expanded to LoRA at load, or in tied slots."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from vllm.logger import init_logger
+from vllm.lora import utils
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.punica_wrapper import get_punica_wrapper
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.utils.torch_utils import PIN_MEMORY
+
+from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.integrations.vllm.cpu import CpuTokens
+from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, TargetFactors, read_served, served_model
+from megatron_tiedlora.integrations.vllm.layers import TiedLayer, tied_class
+from megatron_tiedlora.integrations.vllm.slots import FactorSlots, LinearSlots
+
+Mode = Literal["expanded", "tied", "both"]
+_MODES: Mapping[Any, Mode] = {False: "expanded", True: "tied", "both": "both"}
+_HINT = 'start the server with --additional-config \'{"tied_lora": "both"}\''
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
+
+
+def serving_mode(vllm_config: Any) -> Mode:
+    """Return how the server holds tied adapters, from --additional-config. Raise ValueError if it is unknown."""
+    given = vllm_config.additional_config
+    value = given.get("tied_lora", False) if isinstance(given, dict) else False
+    if not isinstance(value, bool | str) or value not in _MODES:
+        raise ValueError(f'--additional-config: tied_lora = {value!r} is unknown; give true, false or "both"')
+    return _MODES[value]
+
+
+def _source_of(vllm_config: Any) -> ModelSource:
+    model = vllm_config.model_config
+    return served_model(model.hf_config.get_text_config(), model.model)
+
+
+class TiedLoRAModel(LoRAModel):
+    """An adapter in tied slots. It has no plain LoRA, unless it stands for any adapter in a warm-up.
+
+    Attributes:
+        factors: the full factors of each target, until they are cut.
+        shards: the factors on this rank, by the names of `LinearSlots`.
+    """
+
+    factors: Mapping[str, TargetFactors] = {}
+    shards: Mapping[str, FactorSlots] = {}
+
+
+class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
+    """Loads native adapters and VeRA in addition to what vLLM loads."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **options: Any) -> None:
+        super().__init__(vllm_config, *args, **options)
+        self._vllm_config, self._mode = vllm_config, serving_mode(vllm_config)
+        if self._mode != "expanded":
+            self._manager_cls = TiedLoRAModelManager
+
+    @cached_property
+    def _source(self) -> ModelSource:
+        return _source_of(self._vllm_config)
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        folder = Path(get_adapter_absolute_path(lora_request.lora_path))
+        try:
+            served = read_served(folder, self._source) if folder.is_dir() else None
+            if served is None and not (self._mode == "tied" and folder.is_dir()):
+                return super()._load_adapter(lora_request)
+            if served is None:
+                raise UserError(f"{folder}: a plain LoRA, but this server has only tied slots; {_HINT}")
+            return self._loaded(served, folder, lora_request.lora_int_id)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    def _loaded(self, served: ServedAdapter, folder: Path, adapter_id: int) -> LoRAModel:
+        if served.rank > (limit := self.lora_config.max_lora_rank):
+            raise UserError(f"{folder}: rank {served.rank} is greater than --max-lora-rank {limit}; increase it")
+        if self._mode != "expanded" and served.tied is not None:
+            model = TiedLoRAModel(adapter_id, served.rank, {})
+            self._adapter_manager.check_targets(served.tied, folder)
+            model.factors = served.tied
+            return model
+        if self._mode == "tied":
+            raise UserError(f"{folder}: {served.why_not_tied}; {_HINT}")
+        tensors = served.lora_tensors()
+        base_model = self._adapter_manager.model
+        mapper = getattr(base_model, "hf_to_vllm_mapper", None)
+        names = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
+        helper = PEFTHelper(r=served.rank, lora_alpha=served.rank, target_modules=names)
+        model = LoRAModel.from_lora_tensors(
+            adapter_id,
+            tensors,
+            helper,
+            device="cpu",
+            dtype=self.lora_config.lora_dtype,
+            model_vocab_size=self.vocab_size,
+            weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+        )
+        manager = self._adapter_manager
+        served_modules = {*manager.modules, *(part for parts in manager.packed_modules.values() for part in parts)}
+        check_served({name.rpartition(".")[2] for name in model.loras}, served_modules, folder)
+        return model
+
+
+def check_served(modules: set[str], served: set[str], folder: Path) -> None:
+    """Raise UserError if an adapter changes modules for which the server has no slots."""
+    last = {name.rpartition(".")[2] for name in served}
+    if missing := sorted(modules - last):
+        names = " ".join([*sorted(last), *missing])
+        said = f"{folder}: adapts {', '.join(missing)}, for which the server has no slots"
+        raise UserError(f"{said}; start it with --lora-target-modules {names}")
+
+
+class TiedLoRAModelManager(LRUCacheLoRAModelManager):
+    """Holds tied adapters in their own slots: one A and B per linear and slot, u and v per layer and slot.
+
+    With "both", vLLM's own slots exist too. A slot number then has a tied and a plain slot, one of which is zero. Each
+    kind of adapter has its own mapping of tokens to slots, in which the other kind's tokens use the base.
+    """
+
+    _spare = 0  # more slots of vLLM's than adapters at a time
+
+    def __init__(self, *, vllm_config: Any, **options: Any) -> None:
+        self._keeps_plain = serving_mode(vllm_config) == "both"
+        self._config = vllm_config
+        _refuse_unsupported(options["lora_config"], options["device"])
+        self._source = _source_of(vllm_config)
+        super().__init__(vllm_config=vllm_config, **options)
+        self._check_linears()
+        size = bytes_in_words(sum(linear.bytes_per_slot for linear in self.linears.values()))
+        logger.info("tied adapters: %s of %s on this rank", count_text(self.lora_slots, "slot"), size)
+
+    @property
+    def lora_slots(self) -> int:
+        """Return the number of slots, or, while vLLM creates its own slots, how many it has to create."""
+        return int(super().lora_slots) + self._spare
+
+    def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
+        super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
+        self._wrapper = self.punica_wrapper_mapping.get(DEFAULT_LANGUAGE_WRAPPER_KEY)
+        if self._wrapper is None:
+            raise ValueError("tied_lora: multimodal models are not supported; start the server without it")
+        if self._keeps_plain:
+            self._wrapper = get_punica_wrapper(
+                max_num_batched_tokens,
+                max_batches=self.max_num_seqs,
+                device=self.device,
+                lora_config=self.lora_config,
+            )
+        if self.device.type == "cpu":
+            self.tokens: Any = CpuTokens(self._wrapper, max_tokens=max_num_batched_tokens, num_slots=self.lora_slots)
+        else:
+            from megatron_tiedlora.integrations.vllm.kernels import GpuTokens
+
+            self.tokens = GpuTokens(self._wrapper)
+
+    def _create_lora_modules(self) -> None:
+        block, options = self._source.shape.block, (self.lora_config.target_modules, self.supported_lora_modules)
+        if not self._keeps_plain and options[0] is None:  # no slots for the embedding and the head
+            modules = {rows.module.rpartition(".")[2] for linear in block.linears for rows in linear.sources}
+            fused = (name for name, parts in self.packed_modules_mapping.items() if modules & {*parts})
+            modules.update(fused)
+            self.supported_lora_modules = [name for name in options[1] if name in modules]
+        # On a CPU vLLM adds the last of its slots to tokens without an adapter (vLLM issue 48421).
+        self._spare = int(self._keeps_plain and self.device.type == "cpu")
+        classes = utils._all_lora_classes
+        utils._all_lora_classes = tuple(tied_class(kind, self._keeps_plain) for kind in classes)
+        try:
+            super()._create_lora_modules()
+        finally:
+            utils._all_lora_classes, self._spare = classes, 0
+        self.linears = dict(self._group_linears())
+
+    def _group_linears(self) -> Iterator[tuple[str, LinearSlots]]:
+        """Yield the slots of each linear that an adapter may change, by its name within a layer."""
+        groups: dict[str, dict[int, TiedLayer]] = {}
+        for module_name, layer in self.modules.items():
+            before, _, rest = module_name.rpartition("layers.")
+            index, _, name = rest.partition(".")
+            if isinstance(layer, TiedLayer) and index.isdigit():
+                if int(index) in groups.setdefault(name, {}):
+                    raise ValueError(f"tied_lora: {before}layers.{rest} is one of two {name}; start without tied_lora")
+                groups[name][int(index)] = layer
+        for name, layers in groups.items():
+            folder, _, last = name.rpartition(".")
+            modules = {f"{folder}.{part}" for part in self.packed_modules_mapping.get(last, []) or [last]}
+            for target, linear in self._source.shape.block.adaptable.items():
+                covered = [block for block, rows in enumerate(linear.sources) if rows.module in modules]
+                if covered:
+                    for layer in layers.values():
+                        layer.tokens = self.tokens
+                    yield (
+                        name,
+                        LinearSlots(
+                            name,
+                            layers,
+                            target=target,
+                            blocks=linear.blocks,
+                            covered=covered,
+                            num_slots=self.lora_slots,
+                            rank=self.lora_config.max_lora_rank,
+                            dtype=self.lora_config.lora_dtype,
+                        ),
+                    )
+
+    def check_targets(self, factors: Mapping[str, TargetFactors], folder: Path) -> None:
+        """Raise UserError if an adapter changes a linear for which the server has no slots."""
+        here = {linear.target for linear in self.linears.values()}
+        sources = self._source.shape.block.adaptable
+        missing = {rows.module.rpartition(".")[2] for name in {*factors} - here for rows in sources[name].sources}
+        check_served(missing, {*self.modules}, folder)
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> LoRAModel:
+        """Return an adapter of zeros for a warm-up. It uses the slots of both kinds."""
+        loras = super().create_dummy_lora(lora_id, rank, embedding_modules).loras if self._keeps_plain else {}
+        return TiedLoRAModel(lora_id, rank, loras)
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        if lora_model.loras:
+            super()._create_merged_loras_inplace(lora_model)
+        factors: Mapping[str, TargetFactors] = getattr(lora_model, "factors", {})
+        if factors:
+            linears = ((name, linear) for name, linear in self.linears.items() if linear.target in factors)
+            shards = {name: linear.cut(factors[linear.target]) for name, linear in linears}
+            if PIN_MEMORY and self.device.type != "cpu":
+                shards = {name: FactorSlots(*(each.pin_memory() for each in shard)) for name, shard in shards.items()}
+            lora_model.factors, lora_model.shards = {}, shards
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Copy an adapter into its slots, unless it is there. Return whether it was copied."""
+        activated = bool(super().activate_adapter(lora_id))
+        if activated:
+            shards = getattr(self._registered_adapters.cache[lora_id], "shards", {})
+            for name, linear in self.linears.items():
+                linear.set(self.lora_index_to_id.index(lora_id), shards.get(name))
+        return activated
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        if self._keeps_plain:
+            models = self._registered_adapters.cache
+            tied = {one for one, model in models.items() if isinstance(model, TiedLoRAModel)}
+            of_tied = _only(mapping, tied)
+            self._wrapper.update_metadata(of_tied, self.lora_index_to_id, self.lora_slots + 1, self.vocab_size)
+            mapping = _only(mapping, {one for one, model in models.items() if model.loras})
+        super()._set_adapter_mapping(mapping)
+        self.tokens.prepare()
+
+    def _check_linears(self) -> None:
+        """Compare one layer of each linear with plain PyTorch, for one random adapter and the base.
+
+        Raises:
+            RuntimeError: the outputs differ.
+        """
+        draw = torch.Generator().manual_seed(0)
+        model = TiedLoRAModel(1, self.lora_config.max_lora_rank, {})
+        model.shards = {
+            name: FactorSlots(
+                *(torch.randn(of.shape, generator=draw).to(of.dtype) for of in _of_one_slot(linear.slots))
+            )
+            for name, linear in self.linears.items()
+        }
+        self._registered_adapters[1] = model
+        self.activate_adapter(1)
+        adapted = torch.tensor([True, False, True, True, False, True, False])
+        ids = tuple(adapted.int().tolist())
+        self._set_adapter_mapping(LoRAMapping(ids, ids, is_prefill=True))
+        for name, linear in self.linears.items():
+            a, b, u, v = (tensor.float() for tensor in model.shards[name])
+            x = torch.randn(len(ids), a.shape[1], generator=draw).to(linear.slots.b.dtype)
+            y = torch.randn(len(ids), len(b), generator=draw).to(x.dtype)
+            inner = (x.float() @ a.T)[:, None] * u[0]
+            parts = zip(inner.unbind(1), b.split(linear.slices), strict=True)
+            expected = y.float() + torch.cat([part @ rows.T for part, rows in parts], dim=1) * v[0]
+            found = linear.first._apply_lora_to_output(x.to(self.device), y.to(self.device)).cpu()
+            error = (found.float() - expected)[adapted].abs().max() / expected[adapted].abs().max()
+            if error > 8 * torch.finfo(x.dtype).eps ** 0.75 or not torch.equal(found[~adapted], y[~adapted]):
+                said = f"differs from PyTorch by {error:.1e} of the largest value, or the base's rows changed"
+                raise RuntimeError(f"tied_lora: the update of {name} {said}; start the server without tied_lora")
+        self.remove_all_adapters()
+        for linear in self.linears.values():
+            linear.set(0, None)
+
+
+def _of_one_slot(slots: FactorSlots) -> FactorSlots:
+    return FactorSlots(slots.a[0, 0], slots.b[0, 0], slots.u[:, 0], slots.v[:, 0])
+
+
+def _only(mapping: LoRAMapping, ids: set[int]) -> LoRAMapping:
+    """Return a mapping in which the tokens of all other adapters use the base."""
+    index, prompt = (
+        tuple(one if one in ids else 0 for one in each) for each in (mapping.index_mapping, mapping.prompt_mapping)
+    )
+    return replace(mapping, index_mapping=index, prompt_mapping=prompt)
+
+
+def _refuse_unsupported(lora_config: Any, device: torch.device) -> None:
+    """Raise ValueError if the server has an option that tied slots do not support."""
+    from vllm import envs
+
+    refused = {
+        "--fully-sharded-loras": lora_config.fully_sharded_loras,
+        "VLLM_LORA_ENABLE_DUAL_STREAM": envs.VLLM_LORA_ENABLE_DUAL_STREAM,
+    }
+    for name, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"{name} does not work with tied_lora; start the server without one of them")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"tied_lora works on CPUs and CUDA GPUs, not on {device.type}; start the server without it")

@@ -1,0 +1,120 @@
+"""The slots of tied adapters on one rank of a server. A slot has A and B once for all layers, and u and v per layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.integrations.vllm.factors import TargetFactors
+
+
+class FactorSlots(NamedTuple):
+    """The factors of one linear. `set` and a layer's operations use the same layout.
+
+    Attributes:
+        a: A, (slots, 1, r, local in).
+        b: B, (slots, 1, local out, r).
+        u: u in fp32, with alpha / r multiplied in: (layers, slots, slices, r), or (slots, slices, r) of one layer.
+        v: v, (layers, slots, local out), or (slots, local out) of one layer.
+    """
+
+    a: Tensor
+    b: Tensor
+    u: Tensor
+    v: Tensor
+
+    def of_layer(self, position: int) -> "FactorSlots":
+        """Return the views that one layer uses. Their addresses never change, as CUDA graphs need."""
+        return self._replace(u=self.u[position], v=self.v[position])
+
+
+class LinearSlots:
+    """The slots of one linear, or of a part of it that the server does not fuse, in all layers of this rank's stage.
+
+    Attributes:
+        layers: vLLM's layers with LoRA by 0-based index. All have the same sizes.
+        target: the name of the adapted linear.
+        blocks: the sizes of the linear's fused blocks.
+        covered: the indices of the blocks that vLLM's layer computes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: Mapping[int, Any],
+        *,
+        target: str,
+        blocks: Sequence[int],
+        covered: Sequence[int],
+        num_slots: int,
+        rank: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self.target, self.blocks, self.covered = name, target, tuple(blocks), tuple(covered)
+        self.layers = dict(sorted(layers.items()))
+        self.first = next(iter(self.layers.values()))
+        sizes = {(layer.input_size, tuple(layer.output_slices)) for layer in self.layers.values()}
+        if len(sizes) > 1:
+            raise UserError(f"{name} has different sizes in different layers, {sorted(sizes)}; serve without tied_lora")
+        ((in_size, self.slices),) = sizes
+        out_size, device = sum(self.slices), self.first.device
+        self.slots = FactorSlots(
+            torch.zeros(num_slots, 1, rank, in_size, dtype=dtype, device=device),
+            torch.zeros(num_slots, 1, out_size, rank, dtype=dtype, device=device),
+            torch.zeros(len(layers), num_slots, len(self.slices), rank, device=device),
+            torch.zeros(len(layers), num_slots, out_size, dtype=dtype, device=device),
+        )
+        for position, layer in enumerate(self.layers.values()):
+            layer.slots = self.slots.of_layer(position)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Return the bytes that one slot takes on this rank."""
+        return sum(tensor.nbytes for tensor in self.slots) // len(self.slots.a)
+
+    def cut(self, factors: TargetFactors) -> FactorSlots:
+        """Return one adapter's factors on this rank, in the slots' dtypes and without the dimension of slots.
+
+        vLLM's layer cuts A and B itself. v is cut like the rows of B, and u is not cut.
+
+        Raises:
+            UserError: the sizes are not those of the served model.
+        """
+        in_size, out_size = factors.a.shape[1], sum(self.blocks)
+        if len(factors.b) != out_size or max(self.layers) >= len(factors.u):
+            raise UserError(f"{self.target}: B has {len(factors.b)} rows, but the served model has {out_size}")
+        index, slices = list(self.layers), len(self.slices)
+        u = factors.u[index]
+        if u.shape[1] > 1:
+            u = u[:, list(self.covered)]
+        a = self.first.slice_lora_a(factors.a) if slices == 1 else factors.a
+        if a.shape[1] != self.slots.a.shape[3]:
+            raise UserError(f"{self.target}: A has {in_size} columns, which the served model has not")
+        v = self._local_rows(factors.v[index].T).T
+        kinds = (slot.dtype for slot in self.slots)
+        tensors = a, self._local_rows(factors.b), u.expand(-1, slices, -1), v
+        return FactorSlots(*(value.to(kind).contiguous() for value, kind in zip(tensors, kinds, strict=True)))
+
+    def _local_rows(self, rows: Tensor) -> Tensor:
+        """Return this rank's rows of (out, n)."""
+        parts = [rows.split(self.blocks)[block] for block in self.covered]
+        if len(self.slices) == 1:
+            local: Tensor = self.first.slice_lora_b(torch.cat(parts))
+            return local
+        return torch.cat(self.first.slice_lora_b(parts))
+
+    def set(self, slot: int, shard: FactorSlots | None) -> None:
+        """Copy one adapter's factors (see `cut`) into a slot. None sets the slot to zero."""
+        a, b, u, v = self.slots
+        rank = 0 if shard is None else len(shard.a)
+        # The slot may hold an adapter of a higher rank.
+        for unused in (a[slot, 0, rank:], b[slot, 0, :, rank:], u[:, slot, :, rank:]):
+            unused.zero_()
+        if shard is None:
+            v[:, slot].zero_()
+            return
+        used = a[slot, 0, :rank], b[slot, 0, :, :rank], u[:, slot, :, :rank], v[:, slot]
+        for into, value in zip(used, shard, strict=True):
+            into.copy_(value, non_blocking=True)
