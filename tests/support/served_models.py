@@ -1,12 +1,13 @@
 """Tiny models with adapters that vLLM serves, and what their merged models answer in transformers in fp32.
 
 Heads have 32 features, the fewest that vLLM's attention takes on a CPU, and there are fewer key-value heads than heads.
-An answer is greedy. A prompt is asked only where no token is decided by less than `SMALLEST_GAP`, so that two right
-implementations give the same tokens, and where the adapter's tokens are not the base's.
+An answer is greedy. A prompt is asked only where right implementations in fp32 agree: no token is decided by less than
+`SMALLEST_GAP`, and fp64 differs by less than `LARGEST_ERROR`; and where the adapter's tokens are not the base's.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,7 @@ from support.native_files import write_native
 from support.oracle import OracleConfig
 from support.oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
 from support.peft_models import hf_model, vera_model
-from support.tiny_models import random_adapter, write_tiny_model
+from support.tiny_models import random_adapter, tiny_model, write_tiny_tokenizer
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "head_dim": 32, "num_layers": 5, "intermediate_size": 96},
@@ -47,7 +48,8 @@ VERAS = {
 }
 COUNT = 32  # tokens of an answer
 SMALLEST_GAP = 1e-3  # between the two largest logits; serving differs by some 1e-5
-LENGTHS = (7, 19, 33, 12, 26, 5, 15, 9)  # of the prompts
+LARGEST_ERROR = 1e-5  # of log-probabilities in fp32
+LENGTHS = (7, 19, 33, 12, 26, 5, 15, 9, 22, 17, 29, 11)  # of the prompts
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,30 @@ def prompts(vocab_size: int = 320) -> list[list[int]]:
 
 
 @torch.no_grad()
-def greedy_answer(model: Any, prompt: list[int], count: int = COUNT) -> tuple[Answer, float]:
-    """What a model of transformers answers, and the smallest gap between the two largest logits on the way."""
-    found = model(torch.tensor([prompt]), use_cache=True)
-    logits, past = found.logits[0].float(), found.past_key_values
-    of_prompt = logits[:-1].log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-    tokens, logprobs, gap, last = list[int](), list[float](), float("inf"), logits[-1]
-    for _ in range(count):
-        first, second = last.topk(2).values.tolist()
-        tokens.append(int(last.argmax()))
-        logprobs.append(last.log_softmax(-1)[tokens[-1]].item())
-        gap = min(gap, first - second)
-        found = model(torch.tensor([tokens[-1:]]), use_cache=True, past_key_values=past)
-        last, past = found.logits[0, -1].float(), found.past_key_values
-    return Answer(tokens, logprobs, of_prompt.tolist()), gap
+def asked(model: Any, double: Any, prompt: list[int]) -> Answer | None:
+    """What a model of transformers answers in fp32, or None where another right implementation may answer otherwise.
+
+    Args:
+        double: the same model in fp64.
+    """
+    ids, length = list(prompt), len(prompt)
+    found = model(torch.tensor([ids]), use_cache=True)
+    for _ in range(COUNT):
+        first, second = found.logits[0, -1].topk(2).values.tolist()
+        if first - second < SMALLEST_GAP:
+            return None
+        ids.append(int(found.logits[0, -1].argmax()))
+        found = model(torch.tensor([ids[-1:]]), use_cache=True, past_key_values=found.past_key_values)
+    single, double = (_logprobs(each, ids) for each in (model, double))
+    if (single - double).abs().max() > LARGEST_ERROR:
+        return None
+    logprobs = single.tolist()
+    return Answer(ids[length:], logprobs[length - 1 :], logprobs[: length - 1])
+
+
+def _logprobs(model: Any, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of all tokens but the first, (tokens - 1,)."""
+    return model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 @dataclass
@@ -87,7 +99,7 @@ class Served:
     """An adapter folder (None: the base itself) and what its merged model answers.
 
     Attributes:
-        questions: by the index of a prompt, the answer; of three prompts, or of all for the base.
+        questions: by the index of a prompt, the answer; of three prompts, or of all that may be asked for the base.
         tied: whether layers share A and B, so that tied slots can hold it.
     """
 
@@ -109,8 +121,14 @@ class ServedModel:
 
     @cached_property
     def folder(self) -> Path:
-        """The base."""
-        return write_tiny_model(self.root / "base", seed=self.seed, **self.shape)
+        """The base. Its attention is evener than in other tests, so that fp32 is exact to some 1e-5."""
+        model = tiny_model(seed=self.seed, **self.shape)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if any(part in name for part in ("q_proj", "k_proj", "qkv_proj")):
+                    parameter *= 0.4
+        model.save_pretrained(self.root / "base")
+        return write_tiny_tokenizer(self.root / "base", vocab_size=model.config.vocab_size)
 
     @cached_property
     def sizes(self) -> OracleConfig:
@@ -120,9 +138,9 @@ class ServedModel:
     @cached_property
     def base(self) -> Served:
         """The base, asked every prompt that is decided."""
-        model = hf_model(self.folder)
-        answers = {index: greedy_answer(model, prompt) for index, prompt in enumerate(prompts())}
-        return Served("base", None, {i: answer for i, (answer, gap) in answers.items() if gap > SMALLEST_GAP})
+        model, double = (hf_model(self.folder, dtype) for dtype in (torch.float32, torch.float64))
+        answers = {index: asked(model, double, prompt) for index, prompt in enumerate(prompts())}
+        return Served("base", None, {index: answer for index, answer in answers.items() if answer is not None})
 
     def native(self, name: str, method: str, **options: Any) -> NativeAdapter:
         """Write a native folder `name`. `options` as in `random_adapter`; rank 8 and alpha 12 by default."""
@@ -171,10 +189,10 @@ class ServedModel:
         return [*(self.of_method(method, part) for part in PARTS for method in METHODS), *map(self.vera, VERAS)]
 
     def _asked(self, name: str, folder: Path, model: Any, *, tied: bool = True) -> Served:
-        questions: dict[int, Answer] = {}
+        questions, double = dict[int, Answer](), copy.deepcopy(model).double()
         for index, base in self.base.questions.items():
-            answer, gap = greedy_answer(model, prompts()[index])
-            if gap > SMALLEST_GAP and answer.tokens[:8] != base.tokens[:8]:
+            answer = asked(model, double, prompts()[index])
+            if answer is not None and answer.tokens[:8] != base.tokens[:8]:
                 questions[index] = answer
             if len(questions) == 3:
                 return Served(name, folder, questions, tied)
