@@ -20,11 +20,11 @@ class CpuTokens:
             first run with no rows ends the list.
     """
 
-    def __init__(self, wrapper: Any, *, max_tokens: int, num_slots: int) -> None:
+    def __init__(self, wrapper: Any, max_tokens: int, num_slots: int) -> None:
         self.wrapper = wrapper
         self.order = torch.zeros(max_tokens, dtype=torch.long)
         self.runs = torch.zeros(num_slots + 1, 3, dtype=torch.long)
-        _register()
+        _register_update()
 
     def prepare(self) -> None:
         """Sort the tokens of the next step. The wrapper has their slots, -1 for the base."""
@@ -45,7 +45,7 @@ class CpuTokens:
 
 
 @cache
-def _register() -> torch.library.Library:
+def _register_update() -> torch.library.Library:
     from vllm.utils.torch_utils import direct_register_custom_op
 
     library = torch.library.Library("tied_lora", "FRAGMENT")

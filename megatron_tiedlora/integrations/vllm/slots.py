@@ -1,6 +1,7 @@
 """The slots of tied adapters on one rank of a server. A slot has A and B once for all layers, and u and v per layer."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +26,12 @@ class FactorSlots(NamedTuple):
     u: Tensor
     v: Tensor
 
-    def of_layer(self, position: int) -> "FactorSlots":
-        """Return the views that one layer uses. Their addresses never change, as CUDA graphs need."""
-        return self._replace(u=self.u[position], v=self.v[position])
-
 
 class LinearSlots:
     """The slots of one linear, or of a part of it that the server does not fuse, in all layers of this rank's stage.
 
     Attributes:
+        name: the name of vLLM's module within a layer.
         layers: vLLM's layers with LoRA by 0-based index. All have the same sizes.
         target: the name of the adapted linear.
         blocks: the sizes of the linear's fused blocks.
@@ -44,13 +42,11 @@ class LinearSlots:
         self,
         name: str,
         layers: Mapping[int, Any],
-        *,
+        tokens: Any,
         target: str,
         blocks: Sequence[int],
         covered: Sequence[int],
-        num_slots: int,
-        rank: int,
-        dtype: torch.dtype,
+        lora_config: Any,
     ) -> None:
         self.name, self.target, self.blocks, self.covered = name, target, tuple(blocks), tuple(covered)
         self.layers = dict(sorted(layers.items()))
@@ -59,15 +55,17 @@ class LinearSlots:
         if len(sizes) > 1:
             raise UserError(f"{name} has different sizes in different layers, {sorted(sizes)}; serve without tied_lora")
         ((in_size, self.slices),) = sizes
-        out_size, device = sum(self.slices), self.first.device
+        out_size, num_slots, rank = sum(self.slices), lora_config.max_loras, lora_config.max_lora_rank
+        new = partial(torch.zeros, dtype=lora_config.lora_dtype, device=self.first.device)
         self.slots = FactorSlots(
-            torch.zeros(num_slots, 1, rank, in_size, dtype=dtype, device=device),
-            torch.zeros(num_slots, 1, out_size, rank, dtype=dtype, device=device),
-            torch.zeros(len(layers), num_slots, len(self.slices), rank, device=device),
-            torch.zeros(len(layers), num_slots, out_size, dtype=dtype, device=device),
+            new(num_slots, 1, rank, in_size),
+            new(num_slots, 1, out_size, rank),
+            new(len(layers), num_slots, len(self.slices), rank, dtype=torch.float32),
+            new(len(layers), num_slots, out_size),
         )
         for position, layer in enumerate(self.layers.values()):
-            layer.slots = self.slots.of_layer(position)
+            # The addresses of these views never change, as CUDA graphs need.
+            layer.tokens, layer.slots = tokens, self.slots._replace(u=self.slots.u[position], v=self.slots.v[position])
 
     @property
     def bytes_per_slot(self) -> int:
@@ -91,7 +89,8 @@ class LinearSlots:
             u = u[:, list(self.covered)]
         a = self.first.slice_lora_a(factors.a) if slices == 1 else factors.a
         if a.shape[1] != self.slots.a.shape[3]:
-            raise UserError(f"{self.target}: A has {in_size} columns, which the served model has not")
+            size = self.slots.a.shape[3]
+            raise UserError(f"{self.target}: A has {in_size} columns, but the served model has {size}")
         v = self._local_rows(factors.v[index].T).T
         kinds = (slot.dtype for slot in self.slots)
         tensors = a, self._local_rows(factors.b), u.expand(-1, slices, -1), v
