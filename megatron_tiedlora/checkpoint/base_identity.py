@@ -206,7 +206,11 @@ def check_same_base(
         in_memory: whether the base in use is a model in memory, whose tokenizer is unknown.
     """
     own = "use its own base" if in_memory else "give its own base with --model"
-    check_same_shape(trained, found, source=source, own=own)
+    for field in SHAPE_FIELDS:
+        value, other = getattr(trained, field), getattr(found, field)
+        if value != other:
+            said = f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other}"
+            raise UserError(f"{said}; {own}")
     notes: tuple[str, ...] = ()
     if trained.base_sample is None and found.base_sample is not None:
         why = "saved when its base's weights were quantised or offloaded"
@@ -233,27 +237,13 @@ def check_same_base(
     raise UserError(f"{source}: {what}; {own}, or give {anyway} to use this one")
 
 
-def check_same_shape(
-    trained: BaseIdentity, found: BaseIdentity, *, source: str, own: str = "give its own base with --model"
-) -> None:
-    """Raise UserError if two bases have different shapes. The message begins with `source` and ends with `own`."""
-    for field in SHAPE_FIELDS:
-        value, other = getattr(trained, field), getattr(found, field)
-        if value != other:
-            said = f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other}"
-            raise UserError(f"{said}; {own}")
-
-
 # A model in memory ----------------------------------------------------------------------------------------------------
 
 
 def model_source(model: Any, name: str | None = None) -> ModelSource:
-    """Return the `ModelSource` of a transformers model in memory, or of its config. Raise UserError if it is not a
-    causal language model of an implemented family.
-
-    Args:
-        name: the model's hub id or folder, if the config does not have the right one.
-    """
+    """Return the `ModelSource` of a transformers model in memory, or of its config. `name` is the model's hub id or
+    folder, if the config does not have it. Raise UserError if the model is not a causal language model of an
+    implemented family."""
     config = getattr(model, "config", model)
     if not hasattr(config, "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a transformers model: it has no config; give a causal model")

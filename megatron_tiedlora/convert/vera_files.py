@@ -8,8 +8,7 @@ linear is adapted only in some of the layers, since a `vera` would train all of 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,19 +20,8 @@ from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, check_bound
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.peft_files import (
-    Module,
-    Native,
-    Pair,
-    Shapes,
-    adapted_linears,
-    chosen_modules,
-    modules_of,
-    native_lora,
-    read_factors,
-    read_rank,
-    reject_other_fields,
-)
+from megatron_tiedlora.convert import peft_files
+from megatron_tiedlora.convert.peft_files import Module, Native, Pair
 
 # These fields set initial values, which the file's tensors replace, or are read below, or are used only in training.
 _HARMLESS = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
@@ -62,39 +50,41 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
         UserError: it is not a plain VeRA, adapts unsupported modules, has no valid key, or its tensors do not fit.
     """
     file = folder / CONFIG_FILE
-    reject_other_fields(file, content, kind="VeRA", harmless=_HARMLESS)
-    rank = read_rank(content.get("r"), f"{file}: r")
-    chosen = chosen_modules(file, content, source)
-    sizes = modules_of(source.shape.block)
+    peft_files.reject_other_fields(file, content, kind="VeRA", harmless=_HARMLESS)
+    rank = peft_files.read_rank(content.get("r"), f"{file}: r")
+    chosen = peft_files.chosen_modules(file, content, source)
+    sizes = peft_files.modules_of(source.shape.block)
     used = [sizes[module.name] for module in chosen.values()]
-    stored: Shapes = {"vera_lambda_b": lambda module: (sizes[module.name][1],), "vera_lambda_d": lambda _: (rank,)}
+    stored: peft_files.Shapes = {
+        "vera_lambda_b": lambda module: (sizes[module.name][1],),
+        "vera_lambda_d": lambda _: (rank,),
+    }
     shared = {
         "base_model.vera_A": (rank, max(in_size for in_size, _ in used)),
         "base_model.vera_B": (max(out_size for _, out_size in used), rank),
     }
     saved, notes = content.get("save_projection", True), tuple[str, ...]()
-    in_file = shared if saved else {}
-    vectors, projections = read_factors(folder, chosen, stored, source, kind="VeRA", shared=in_file)
+    of_file = shared if saved else {}
+    vectors, projections = peft_files.read_factors(folder, chosen, stored, source, kind="VeRA", shared=of_file)
     if not saved:
         key = content.get("projection_prng_key", 0)
         if type(key) is not int or not -(2**63) <= key < 2**64:
             raise UserError(f"{file}: projection_prng_key = {shown(key)} is not an integer of 64 bits; correct it")
-        projections = _drawn_projections(key, tuple(shared.values()))
+        draw = torch.Generator().manual_seed(key)
+        projections = [_drawn(*shape, draw) for shape in shared.values()]
         notes = (f"{folder}: vera_A and vera_B are drawn from projection_prng_key = {key}, as PEFT draws them",)
     a, b = projections
-    largest = {name: float(values.abs().max()) for name, values in zip(shared, projections, strict=True)}
+    largest = {"vera_A": float(a.abs().max()), "vera_B": float(b.abs().max())}
     for index, name in enumerate(stored):
         largest[name] = max(float(both[index].abs().max()) for both in vectors.values())
     check_bound(rank, largest, source=folder / WEIGHTS_FILE)
     return Vera(rank, a, b, vectors, notes)
 
 
-def _drawn_projections(key: int, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """Return PEFT's initial A and B: uniform with bound sqrt(6 / columns), one after the other from one generator."""
-    generator = torch.Generator().manual_seed(key)
-    bounds = [math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns)) for _, columns in shapes]  # rounded like PEFT's
-    empty = [torch.empty(shape, dtype=torch.float32) for shape in shapes]
-    return [one.uniform_(-bound, bound, generator=generator) for one, bound in zip(empty, bounds, strict=True)]
+def _drawn(rows: int, columns: int, draw: torch.Generator) -> Tensor:
+    """Return PEFT's initial A or B, to the bit: uniform, with the bound of Kaiming's initialisation."""
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns))
+    return torch.empty(rows, columns, dtype=torch.float32).uniform_(-bound, bound, generator=draw)
 
 
 class TargetFactors(NamedTuple):
@@ -116,17 +106,19 @@ class TargetFactors(NamedTuple):
 def vera_factors(vera: Vera, source: ModelSource) -> dict[str, TargetFactors]:
     """Return the factors of each linear that a PEFT VeRA of `source` adapts, by target name."""
     found, num_layers = {}, source.shape.num_layers
-    for name, linear in adapted_linears(vera.vectors, source).items():
+    for name, linear in peft_files.adapted_linears(vera.vectors, source).items():
         fused = len({stored.module for stored in linear.sources}) > 1
         rows = [slice(one.start, one.start + size) for one, size in zip(linear.sources, linear.blocks, strict=True)]
         u = torch.zeros(num_layers, len(rows) if fused else 1, vera.rank)
-        v = torch.zeros(num_layers, linear.out_size)
-        of_blocks = v.split(linear.blocks, dim=1)
-        for layer, (index, stored) in product(range(num_layers), enumerate(linear.sources)):
-            if (vectors := vera.vectors.get(Module(layer + 1, stored.module))) is not None:
-                of_blocks[index][layer] = vectors[0][rows[index]]
-                u[layer, index if fused else 0] = vectors[1]
-        b = torch.cat([vera.b[block] for block in rows])
+        b, v = torch.zeros(linear.out_size, vera.rank), torch.zeros(num_layers, linear.out_size)
+        b_blocks, v_blocks = b.split(linear.blocks), v.split(linear.blocks, dim=1)
+        for index, stored in enumerate(linear.sources):
+            of_layers = [vera.vectors.get(Module(layer, stored.module)) for layer in range(1, num_layers + 1)]
+            for layer, vectors in enumerate(of_layers):
+                if vectors is not None:
+                    v_blocks[index][layer], u[layer, index if fused else 0] = vectors[0][rows[index]], vectors[1]
+            if any(vectors is not None for vectors in of_layers):  # another module may have more rows than B
+                b_blocks[index].copy_(vera.b[rows[index]])
         found[name] = TargetFactors(vera.a[:, : linear.in_size].clone(), b, u, v)
     return found
 
@@ -146,8 +138,8 @@ def native_vera(vera: Vera, source: ModelSource) -> Native:
             values = a, b, u[index, 0], v[index]
             state |= {target.prefix + name: value for name, value in zip(FACTORS, values, strict=True)}
         return Native(config, state)
-    pairs, sizes = {}, modules_of(source.shape.block)
+    pairs, sizes = {}, peft_files.modules_of(source.shape.block)
     for module, (v, u) in vera.vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(vera.a[:, :in_size], (v.double()[:, None] * vera.b[:out_size] * u.double()).float())
-    return native_lora(pairs, source)._replace(apart="its vectors are multiplied into the B of a lora here")
+    return peft_files.native_lora(pairs, source)._replace(apart="its vectors are multiplied into the B of a lora here")

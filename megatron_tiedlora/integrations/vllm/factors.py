@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.base.files import read_json_or_none
-from megatron_tiedlora.checkpoint.base_identity import check_same_shape, identify_shape, model_source
+from megatron_tiedlora.checkpoint.base_identity import check_same_base, identify_shape, model_source
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.export_peft import peft_tensors
@@ -24,7 +24,7 @@ from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
 from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.convert.vera_files import TargetFactors, Vera, native_vera, read_vera, vera_factors
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
         logger.warning(note)
     if isinstance(stored, NativeAdapter):
         here = identify_shape(source, "fp32", weights_hash="")
-        check_same_shape(stored.base_identity, here, source=str(folder))
+        check_same_base(stored.base_identity, here, source=str(folder), differs=True)  # compares only the shapes
     return None if stored is None else ServedAdapter(source, stored)
