@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.served_models import Served, ServedModel, prompts
-from support.vllm_engine import MODES, Engine, Question, questions_of, wrong_answers
+from support.vllm_engine import MODES, Engine, Question, expected_bytes, held_bytes, questions_of, woven, wrong_answers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
 NATIVE = ("tied", "both")  # modes with slots of the plugin's own
@@ -34,11 +34,6 @@ def single(mode: str, llama: ServedModel, started: Any) -> Engine:
 def asked_in_turn(engine: Engine, *batches: list[Question]) -> list[str]:
     """What is wrong in the answers to batches, one after the other."""
     return [wrong for asked in batches for wrong in wrong_answers(asked, engine.ask(asked))]
-
-
-def woven(*parts: list[Question]) -> list[Question]:
-    """The questions of all parts in turn."""
-    return [question for several in zip(*parts, strict=True) for question in several]
 
 
 def test_one_slot_with_the_base_beside_it(single: Engine, llama: ServedModel) -> None:
@@ -95,44 +90,13 @@ def test_prompts_of_many_with_their_logprobs(mode: str, llama: ServedModel, star
 # What a slot takes -------------------------------------------------------------------------------------------------
 
 
-def expected_bytes(model: ServedModel, slices: dict[str, int], rank: int, width: int, layers: int) -> int:
-    """Bytes of a slot by the formula; `width` is a value's, of all but u, which is in fp32."""
-    total = 0
-    for target, count in slices.items():
-        rows, columns = sum(model.sizes.target_rows(target)), model.sizes.target_columns(target)
-        total += width * (rank * columns + rows * rank + layers * rows) + 4 * layers * count * rank
-    return total
-
-
-def held_bytes(manager: Any) -> int:
-    """Bytes of all tensors that the layers of a model with adapters hold, but for the base's weights and what only
-    tells the tokens' slots; a storage counts once."""
-    found: dict[int, int] = {}
-
-    def visit(value: Any, depth: int = 0) -> None:
-        if isinstance(value, torch.Tensor):
-            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, tuple | list):
-            for each in value:
-                visit(each, depth)
-
-    for layer in manager._adapter_manager.modules.values():
-        for name, value in vars(layer).items():
-            if name not in ("_parameters", "_modules", "_buffers"):
-                visit(value)
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_bytes_of_a_slot(name: str, dtype: str, models: dict[str, ServedModel], started: Any) -> None:
     model, slots = models[name], 3
     engine = started(model, "tied", dtype=dtype, max_loras=slots)
-    slices = {"qkv": 3, "o_proj": 1, "gate_up": 2, "down_proj": 1}
-    if name == "phi3":  # its fused linears are one module, so u has one row for all
-        slices = dict.fromkeys(slices, 1)
     width = {"float32": 4, "bfloat16": 2}[dtype]
-    assert engine.on_workers(held_bytes) == [slots * expected_bytes(model, slices, 8, width, model.sizes.num_layers)]
+    assert engine.on_workers(held_bytes) == [slots * expected_bytes(model, rank=8, width=width)]
 
 
 # 16 bits -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from support.served_models import COUNT, FUSED, Answer, Served, ServedModel, prompts
 
 ENVIRONMENT = {
@@ -144,6 +145,45 @@ def wrong_answers(questions: Sequence[Question], found: Sequence[Answer], tolera
 def questions_of(*served: Served, most: int = 3) -> list[Question]:
     """The first `most` questions of each."""
     return [(one, index) for one in served for index in list(one.questions)[:most]]
+
+
+def woven(*parts: Sequence[Question]) -> list[Question]:
+    """The questions of all parts in turn, so that the rows of none lie together."""
+    return [question for several in zip(*parts, strict=True) for question in several]
+
+
+def expected_bytes(model: ServedModel, *, rank: int, width: int, ranks: int = 1) -> int:
+    """Bytes of a slot of all targets on one of `ranks` ranks, by the formula; `width` is that of a value but of u, which
+    is in fp32, and of which there is one for each module that vLLM fuses (phi3's are stored as one)."""
+    slices = {"qkv": 3, "o_proj": 1, "gate_up": 2, "down_proj": 1}
+    total, layers = 0, model.sizes.num_layers
+    for target, count in slices.items():
+        rows, columns = sum(model.sizes.target_rows(target)), model.sizes.target_columns(target)
+        if target in ("o_proj", "down_proj"):
+            columns //= ranks
+        else:
+            rows //= ranks
+        total += width * (rank * columns + rows * rank + layers * rows)
+        total += 4 * layers * rank * (1 if model.name == "phi3" else count)
+    return total
+
+
+def held_bytes(manager: Any) -> int:
+    """Bytes of the tensors that a rank's layers hold for adapters; a storage counts once. `manager` is vLLM's."""
+    found: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, tuple | list):
+            for each in value:
+                visit(each)
+
+    for layer in manager._adapter_manager.modules.values():
+        for name, value in vars(layer).items():
+            if name not in ("_parameters", "_modules", "_buffers"):  # the base's
+                visit(value)
+    return sum(found.values())
 
 
 def apply_environment() -> None:
