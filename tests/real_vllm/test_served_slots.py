@@ -121,4 +121,4 @@ def errors_of_prompts(engine: Engine, served: list[Served]) -> torch.Tensor:
     asked = questions_of(*served, most=len(prompts()))
     found, expected = engine.ask(asked, prompt_logprobs=True), [one.questions[index] for one, index in asked]
     pairs = zip(found, expected, strict=True)
-    return torch.tensor([a - b for one, other in pairs for a, b in zip(one.prompt_logprobs, other.prompt_logprobs)])
+    return torch.cat([torch.tensor(one.prompt_logprobs) - torch.tensor(other.prompt_logprobs) for one, other in pairs])

@@ -151,9 +151,17 @@ class ServedModel:
     def served(self, name: str, method: str, **options: Any) -> Served:
         """The native folder `name`, written once, with the answers of its merge."""
         if name not in self._served:
-            adapter, merged = self.native(name, method, **options), self.root / f"{name}-merged"
+            self.native(name, method, **options)
+        return self.merged_answers(name)
+
+    def merged_answers(self, name: str) -> Served:
+        """The native folder `name`, which is there, with the answers of its merge."""
+        if name not in self._served:
+            adapter, merged = load_native_adapter(self.root / name), self.root / f"{name}-merged"
             merge_adapter(find_model(str(self.folder)), adapter, merged)
-            self._served[name] = self._asked(name, self.root / name, hf_model(merged), tied=method != "lora")
+            self._served[name] = self._asked(
+                name, self.root / name, hf_model(merged), tied=adapter.config.method != "lora"
+            )
         return self._served[name]
 
     def of_method(self, method: str, part: str) -> Served:

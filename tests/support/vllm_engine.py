@@ -1,7 +1,7 @@
-"""vLLM's engine in this process, or with tensor parallelism in processes of its own, on the CPU, and what it answers.
+"""vLLM's engine on the CPU in this process, or with tensor parallelism in processes of its own, and what it answers.
 
-vLLM is imported where an engine is started, so that files of tests are collected without it. An adapter is loaded before
-a request names it: in this mode an error inside of a step never ends.
+vLLM is imported where an engine is started, so that files of tests are collected without it. An adapter is loaded
+before a request names it: in this mode an error inside of a step never ends.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from support.served_models import COUNT, FUSED, Answer, Served, ServedModel, prompts
 
 ENVIRONMENT = {
@@ -106,7 +107,7 @@ class Engine:
         return [_answer(output) for output in found]
 
     def on_workers(self, function: Callable[[Any], Any]) -> list[Any]:
-        """What a function of vLLM's LoRA manager (of `model_executor`'s workers) gives on each rank, in this process."""
+        """What a function of vLLM's LoRA manager gives on each rank."""
         return list(self.llm.collective_rpc(lambda worker: function(worker.model_runner.lora_manager)))
 
 
@@ -153,8 +154,8 @@ def woven(*parts: Sequence[Question]) -> list[Question]:
 
 
 def expected_bytes(model: ServedModel, *, rank: int, width: int, ranks: int = 1) -> int:
-    """Bytes of a slot of all targets on one of `ranks` ranks, by the formula; `width` is that of a value but of u, which
-    is in fp32, and of which there is one for each module that vLLM fuses (phi3's are stored as one)."""
+    """Bytes of a slot of all targets on one of `ranks` ranks, by the formula. `width` is that of a value but of u, which
+    is in fp32 and exists for each module that vLLM fuses (phi3's are stored as one)."""
     slices = {"qkv": 3, "o_proj": 1, "gate_up": 2, "down_proj": 1}
     total, layers = 0, model.sizes.num_layers
     for target, count in slices.items():

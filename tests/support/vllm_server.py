@@ -1,4 +1,4 @@
-"""`vllm serve` as a process of its own, with adapters by name, and its HTTP interface. It is ended by its process id."""
+"""`vllm serve` as a process of its own, with adapters by name, and its HTTP interface."""
 
 from __future__ import annotations
 
