@@ -1,6 +1,5 @@
 """The update of tied adapters on a CPU. The tokens are sorted by slot once per step, for all layers."""
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ class CpuTokens:
         self.wrapper = wrapper
         self.order = torch.zeros(max_tokens, dtype=torch.long)
         self.runs = torch.zeros(num_slots + 1, 3, dtype=torch.long)
-        _register_update()
 
     def prepare(self) -> None:
         """Sort the tokens of the next step. The wrapper has their slots, -1 for the base."""
@@ -42,17 +40,6 @@ class CpuTokens:
     def add_update(self, y: Tensor, x: Tensor, slots: FactorSlots, slices: tuple[int, ...]) -> None:
         """Add v B u A x to y (tokens, out) in place, with the factors of each token's slot and x (tokens, in)."""
         torch.ops.tied_lora.add_update_cpu(y, x, *slots, self.order, self.runs, list(slices))
-
-
-@cache
-def _register_update() -> torch.library.Library:
-    from vllm.utils.torch_utils import direct_register_custom_op
-
-    library = torch.library.Library("tied_lora", "FRAGMENT")
-    direct_register_custom_op(
-        "add_update_cpu", add_update_cpu, ["y"], lambda *_: None, target_lib=library, dispatch_key="CPU"
-    )
-    return library  # the operation exists as long as the library does
 
 
 def add_update_cpu(
@@ -83,3 +70,10 @@ def add_update_cpu(
             y.index_add_(0, rows, wide)
         else:
             y[first : first + count] += wide
+
+
+# torch.compile calls the operator and does not look into it.
+_LIBRARY = torch.library.Library("tied_lora", "FRAGMENT")
+_LIBRARY.define("add_update_cpu" + torch.library.infer_schema(add_update_cpu, mutates_args=("y",)))
+_LIBRARY.impl("add_update_cpu", add_update_cpu, "CPU")
+torch.library.register_fake("tied_lora::add_update_cpu", lambda *_: None, lib=_LIBRARY)

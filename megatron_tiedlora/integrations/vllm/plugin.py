@@ -24,6 +24,7 @@ _RANGE = "vLLM {}.{} to {}.{}".format(*TESTED[0], *TESTED[1])
 # {part of the plugin: {module: {name: parameters}}}. "=" follows a parameter that has a default, and "..." stands for
 # further ones. "uses" precedes names in a function's code. An object that is not callable has its type.
 _NAMES = Path(__file__).with_name("vllm_names.json")
+_KERNELS = {"vllm.lora.ops.triton_ops", "vllm.lora.punica_wrapper.punica_gpu"}
 _MODULE, _MANAGER, _RESOLVER = "vllm.v1.worker.lora_model_runner_mixin", "LRUCacheWorkerLoRAManager", "tied_lora"
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
@@ -48,15 +49,15 @@ def register() -> None:
             if _RESOLVER not in LoRAResolverRegistry.get_supported_resolvers():
                 LoRAResolverRegistry.register_resolver(_RESOLVER, AdapterResolver.from_environment(os.environ))
     except Exception as error:
-        _warn(f"{type(error).__name__}: {error}")
+        _warn("resolver", f"{type(error).__name__}: {error}")
 
 
 def differences(part: str) -> Iterator[str]:
     """Yield what is different from the recorded names of vLLM for a part of the plugin. Names in modules with Triton
     kernels are compared only where vLLM uses Triton."""
-    if part == "triton" and not import_module("vllm.triton_utils").HAS_TRITON:
-        return
     for module, names in json.loads(_NAMES.read_text())[part].items():
+        if module in _KERNELS and not import_module("vllm.triton_utils").HAS_TRITON:
+            continue
         for name, recorded in names.items():
             try:
                 found: Any = reduce(getattr, name.split("."), import_module(module))
@@ -81,25 +82,21 @@ def _described(found: Any) -> list[str]:
     return [re.split("[: =]", str(one))[0] + "=" * (one.default is not one.empty) for one in parameters] or [""]
 
 
-def _fits(*parts: str) -> bool:
+def _fits(part: str) -> bool:
     """Return whether vLLM has the recorded names. If not, or if its version is not tested, log a warning."""
     version = import_module("vllm").__version__
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or not TESTED[0] <= (int(numbers[1]), int(numbers[2])) <= TESTED[1]:
         logger.warning("tied_lora: vLLM %s is not tested with this package; %s is", version, _RANGE)
-    different = [line for part in parts for line in differences(part)]
-    if different:
-        _warn(f"vLLM {version} has other interfaces ({'; '.join(different[:3])})")
+    if different := [*differences(part)]:
+        _warn(part, f"vLLM {version} has other interfaces ({'; '.join(different[:3])})")
     return not different
 
 
-def _warn(why: str) -> None:
-    logger.warning(
-        "tied_lora is switched off: %s. This server serves plain LoRAs only, and refuses native adapters and VeRA. Use"
-        " %s, or serve what `tiedlora export` writes",
-        why,
-        _RANGE,
-    )
+def _warn(part: str, why: str) -> None:
+    lost = "finds no adapters by name" if part == "resolver" else "refuses native adapters and VeRA"
+    fix = f"Use {_RANGE}, or serve plain LoRAs that `tiedlora export` writes"
+    logger.warning("tied_lora is switched off: %s. This server %s. %s", why, lost, fix)
 
 
 def _find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -122,7 +119,7 @@ _FINDER: Any = SimpleNamespace(find_spec=_find_spec)  # for `sys.meta_path`
 def _replace_manager(module: Any) -> None:
     stock = getattr(module, _MANAGER, None)
     if stock is None:
-        _warn(f"{_MODULE} has no {_MANAGER}")
+        _warn("manager", f"{_MODULE} has no {_MANAGER}")
     elif not hasattr(stock, "__wrapped__"):  # it is not replaced yet
 
         @wraps(stock, updated=())
@@ -135,10 +132,10 @@ def _replace_manager(module: Any) -> None:
 def _manager_class(stock: Any) -> Any:
     """Return this package's class of managers, or `stock`, vLLM's own."""
     try:
-        if _fits("manager", "triton"):
+        if _fits("manager"):
             from megatron_tiedlora.integrations.vllm.manager import TiedWorkerLoRAManager
 
             return TiedWorkerLoRAManager
     except Exception as error:
-        _warn(f"{type(error).__name__}: {error}")
+        _warn("manager", f"{type(error).__name__}: {error}")
     return stock
