@@ -14,7 +14,8 @@ from threading import Lock
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from megatron_tiedlora.base.messages import first_line, named, naming
+from megatron_tiedlora.base.files import read_json_or_none
+from megatron_tiedlora.base.messages import UserError, first_line, naming
 from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter
@@ -22,7 +23,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import read_header
 from megatron_tiedlora.convert import index, inputs
 from megatron_tiedlora.convert.export_peft import UNNAMED, base_location
-from megatron_tiedlora.convert.open_adapter import exported_base, read_peft_config
+from megatron_tiedlora.convert.open_adapter import exported_base
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.integrations.vllm.factors import read_served
 from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, DIFFERS, HUB
@@ -70,10 +71,15 @@ class AdapterResolver(LoRAResolver):
         for part in name.split("/"):  # hidden folders, and '..' with them, are still being written
             if not part or part.startswith(".") or len(part.encode()) > _LONGEST_PART:
                 return None
-        with naming(f"LoRA adapter {name}"):
-            folder = self._in_folder(name) or self._in_index(name) or self._on_hub(name)
-            if folder is not None:
-                self._check(folder, base_model)
+        try:
+            with naming(said := f"LoRA adapter {name}"):
+                folder = self._in_folder(name) or self._in_index(name) or self._on_hub(name)
+            notes = () if folder is None else self._check(folder, base_model, said)
+        except UserError as error:
+            logger.warning("%s", error)  # vLLM's answer hides paths
+            raise
+        for note in notes:
+            logger.info("%s", note)
         return None if folder is None else str(folder)
 
     def _in_folder(self, name: str) -> Path | None:
@@ -120,27 +126,33 @@ class AdapterResolver(LoRAResolver):
             return None
         return next((path for path in (folder, folder / inputs.NATIVE_FOLDER) if (path / CONFIG_FILE).is_file()), None)
 
-    def _check(self, folder: Path, base_model: str) -> None:
-        """Raise UserError if the adapter was trained on a different base, or cannot be read."""
-        notes: Sequence[str] = ()
-        with self._lock:  # concurrent requests read the base once
-            if base_model not in self._bases:
-                source = find_model(base_model)
-                self._bases[base_model] = source, identify_model(source, "fp32")
-            source, identity = self._bases[base_model]
-        served = read_served(folder, source)
+    def _check(self, folder: Path, base_model: str, said: str) -> Sequence[str]:
+        """Return notes about the adapter, which messages call `said`. Raise UserError if the adapter was trained on a
+        different base, or cannot be read."""
+        with naming(said):
+            with self._lock:  # concurrent requests read the base once
+                if base_model not in self._bases:
+                    source = find_model(base_model)
+                    self._bases[base_model] = source, _named(identify_model(source, "fp32"))
+                source, identity = self._bases[base_model]
+            served = read_served(folder, source)
+            if served is None or not isinstance(served.stored, NativeAdapter):
+                read_header(folder / WEIGHTS_FILE)  # of a LoRA, whose tensors vLLM reads itself
+            trained, theirs = exported_base(folder, identity), read_json_or_none(folder / CONFIG_FILE) or {}
         if served is not None and isinstance(served.stored, NativeAdapter):
-            own = {"uses_tokenizer": False, "differs": self.base_differs, "flag": str(folder)}
-            known = replace(identity, dtype=served.stored.base_identity.dtype)
-            _, notes = inputs.check_base(source, served.stored, **own, identify=lambda *_: known)  # type: ignore[arg-type]
-        else:
-            read_header(folder / WEIGHTS_FILE)  # of a LoRA, whose tensors vLLM reads itself
-            if (trained := exported_base(folder, identity)) is not None:
-                trained = replace(trained, tokenizer_hash=None)
-                notes = check_same_base(trained, identity, source=str(folder), differs=self.base_differs)
-            else:  # PEFT records only the base's name
-                theirs = read_peft_config(folder).get("base_model_name_or_path")
-                if last_name(str(theirs)) != last_name(base_location(source)):
-                    notes = [f"names the base {theirs}; PEFT files do not record whether {source.name} is the same"]
-        for note in notes:
-            logger.info("%s", named(str(folder), note.removeprefix(f"{folder}: ")))
+            adapter = replace(served.stored, base_identity=_named(served.stored.base_identity))
+            known = replace(identity, dtype=adapter.base_identity.dtype)
+            options = {"uses_tokenizer": False, "differs": self.base_differs, "flag": said}
+            return inputs.check_base(source, adapter, identify=lambda *_: known, **options)[1]  # type: ignore[arg-type]
+        if trained is not None:
+            trained = replace(_named(trained), tokenizer_hash=None)
+            return check_same_base(trained, identity, source=said, differs=self.base_differs)
+        name = str(theirs.get("base_model_name_or_path"))  # PEFT records nothing else about the base
+        same = last_name(name) == last_name(base_location(source))
+        unknown = f"{said} names the base {name}; PEFT files do not record whether {source.name} is the same"
+        return () if same else (unknown,)
+
+
+def _named(base: BaseIdentity) -> BaseIdentity:
+    """Return the identity with the last part of the base's name, since vLLM hides paths in its answers."""
+    return replace(base, base_model=last_name(base.base_model))
