@@ -1,16 +1,21 @@
-"""Implement the commands that read or write models: merge, export, import, verify, convert-nemo and random-model."""
+"""Implement the commands that read or write models: merge, export, import, verify, serve, convert-nemo and
+random-model."""
 
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
-from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config import adapter_settings
 from megatron_tiedlora.config.adapter_settings import adapter_flags
@@ -20,6 +25,7 @@ from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.nemo import convert_nemo
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
+from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
@@ -64,7 +70,8 @@ def export(settings: adapter_settings.ExportSettings) -> int:
 
     def show_serving(source: ModelSource, exports: Mapping[str, export_peft.Export]) -> None:
         named = settings.base_name or export_peft.base_name(source)
-        show(*export_peft.serve_hints(exports, export_peft.base_location(source), source.shape, named=named))
+        base, shape = export_peft.base_location(source), source.shape
+        show(*serve_hints(exports, base, shape, named=named, adapters=settings.output))
 
     output, adapters = settings.output, export_peft.find_adapters(settings.adapter)
     chosen: dict[str, Any] = {
@@ -129,6 +136,27 @@ def verify(settings: adapter_settings.VerifySettings) -> int:
     )
     print(found.report())
     return 0 if found.passed else 1
+
+
+def serve(settings: adapter_settings.ServeSettings) -> int:
+    """Print the command of a vLLM server and run it in place of this process. Return 0 after a dry run.
+
+    Raises:
+        UserError: there is nothing to serve, or vLLM is not installed.
+    """
+    from megatron_tiedlora.integrations.vllm.serve import plan_server  # needs sqlite3
+
+    server = plan_server(settings, find_model(settings.model, weights=False), os.environ)
+    environment = [f"{name}={shlex.quote(value)}" for name, value in server.environment.items()]
+    show(*(f"# {note}" for note in server.notes), " ".join([*environment, shlex.join(server.words)]))
+    if settings.dry_run:
+        return 0
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    program = shutil.which("vllm", path=path)
+    if program is None or find_spec("vllm") is None:
+        fix = "in an environment of its own, as vLLM pins torch and transformers, run pip install 'vllm>=0.26' and"
+        raise UserError(f"vLLM is not installed; {fix} install this package too; or give --dry_run")
+    os.execvpe(program, [*server.words], {**os.environ, **server.environment})
 
 
 def convert(settings: ConvertNemoSettings) -> int:

@@ -62,6 +62,8 @@ COMMANDS = (
             "check a merged folder or an export", "tools/verify_export.py"),
     Command("index", "jobs:index", "adapter_settings:IndexSettings",
             "index a folder of adapters; find, verify and compare them"),
+    Command("serve", "convert:serve", "adapter_settings:ServeSettings",
+            "serve a folder of adapters by name with vLLM"),
     Command("push", "jobs:push", "adapter_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
     Command("convert-nemo", "convert:convert", "tool_settings:ConvertNemoSettings",
             "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
@@ -84,7 +86,6 @@ _OTHER_NAMES = {
     **dict.fromkeys(("merge-lora", "merge-adapter", "merge-peft"), "merge"),
     **dict.fromkeys(("push-to-hub", "upload", "publish"), "push"),
     **dict.fromkeys(("version", "info", "collect-env"), "env"),
-    "serve": "export, which prints the command of `vllm serve`",
 }
 
 

@@ -295,12 +295,15 @@ def index(settings: IndexSettings) -> int:
         return 0
     # Only actions that read adapters import torch, which takes seconds.
     from megatron_tiedlora.convert.collection import build_index, compare_adapters, verify_entries
+    from megatron_tiedlora.convert.serving import serve_command
 
     match settings.action:
         case "build":
             count, problems = build_index(root)
             indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
             show(*(f"not indexed: {problem}" for problem in problems), indexed)
+            if bases := {entry.base_model for entry in find_entries(root, {})}:
+                show(f"serve them with: {serve_command(bases.pop() if len(bases) == 1 else 'M', root)}")
             return 1 if problems else 0
         case "verify":
             entries = find_entries(root, settings.wanted)

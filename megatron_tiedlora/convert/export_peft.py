@@ -1,4 +1,4 @@
-"""Exports native adapters as PEFT LoRA adapters, and returns the shell commands that serve them.
+"""Exports native adapters as PEFT LoRA adapters.
 
 The factors are A' = diag(u) A and B' = (alpha / r) diag(v) B. B' is split into the rows of q, k and v (and of gate and
 up), which share A'. diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exact.
@@ -9,7 +9,6 @@ without a path of this host, and the export's record has the path.
 
 import glob
 import os
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -24,16 +23,13 @@ from megatron_tiedlora.base.files import write_json
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.base.output_folder import last_name, new_output, reject_existing
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.shapes import TARGET_NAMES, BlockShape, ModelShape
+from megatron_tiedlora.base.shapes import BlockShape
 from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert import inputs
 
-_UNNAMED = ("adapter", inputs.NATIVE_FOLDER)  # adapters in folders with these names are named after the parent folder
-# The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_LARGEST_BATCH = 8  # adapters in one batch of vLLM; each needs a slot of GPU memory
+UNNAMED = ("adapter", inputs.NATIVE_FOLDER)  # adapters in folders with these names are named after the parent folder
 
 
 class Export(NamedTuple):
@@ -195,7 +191,7 @@ def _adapter_of(folder: Path) -> Path | None:
 def adapter_name(adapter: Path) -> str:
     """Return the name of the adapter's folder, or of the run's folder if the adapter's folder is called `adapter`."""
     named = Path(os.path.abspath(adapter))  # without '..', which is not a name
-    while named.name in _UNNAMED:
+    while named.name in UNNAMED:
         named = named.parent
     return named.name
 
@@ -248,53 +244,3 @@ def export_all(
             say(note.replace("--adapter", str(adapter), 1))
         of_bases.setdefault(base_location(source), (source, {}))[1][name] = exported
     return list(of_bases.values())
-
-
-def serve_hints(exports: Mapping[str, Export], base: str, shape: ModelShape, *, named: str | None = None) -> list[str]:
-    """Return the shell commands that serve exported adapters of one base, each after a comment that names the program.
-
-    With several adapters, only the command of vLLM is returned.
-
-    Args:
-        exports: {name of the adapter in requests: its export}.
-        base: hub id or folder of the base.
-        named: name of the base in PEFT's config, for a note if it is not `base`.
-    """
-    lines = _vllm(exports, base, shape, named)
-    if len(exports) == 1:
-        ((name, export),) = exports.items()
-        gguf = f"{export.folder.name}.gguf"
-        convert = ["python", "convert_lora_to_gguf.py", str(export.folder), "--base", base, "--outfile", gguf]
-        # SGLang finds the adapter's rank and modules itself, and has no maximum rank.
-        paths = ["--model-path", base, "--lora-paths", f"{name}={export.folder}"]
-        lines += ["# serve with SGLang", shlex.join(["python", "-m", "sglang.launch_server", *paths])]
-        lines += ["# serve with llama.cpp, in its folder", shlex.join(convert)]
-        lines.append(f"llama-server -m BASE.gguf --lora {shlex.quote(gguf)}")
-    return lines
-
-
-def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: str | None) -> list[str]:
-    if shape.final_norm.bias_name is not None:  # StableLM
-        return ["# vLLM has no LoRA for StableLM; serve the merged model instead"]
-    ranks = {name: next((known for known in VLLM_RANKS if known >= of.rank), 0) for name, of in exports.items()}
-    served = {name: exports[name] for name, rank in ranks.items() if rank}
-    lines = []
-    if left_out := ", ".join(name for name, rank in ranks.items() if not rank):
-        lines = [f"# vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model of {left_out} instead"]
-    if not served:
-        return lines
-    adapted = {target for export in served.values() for target in export.targets}
-    words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(max(ranks.values()))]
-    # By default vLLM reserves memory for all linears, embedding and head. vLLM and this package fuse the same linears.
-    modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in adapted)
-    words += ["--lora-target-modules", *modules]
-    lines.append("# serve with vLLM 0.26 or later")
-    if len(served) > 1:  # the defaults of both flags are 1
-        batch = min(len(served), _LARGEST_BATCH)
-        words += ["--max-loras", str(batch), "--max-cpu-loras", str(len(served))]
-        lines[-1] += "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
-    if named not in (None, base):
-        note = f"# only for vLLM's filesystem resolver: the export names {named}"
-        lines.append(f"{note}; export with --base_name {base}")
-    words += ["--lora-modules", *(f"{name}={export.folder}" for name, export in served.items())]
-    return [*lines, shlex.join(words)]

@@ -1,4 +1,4 @@
-"""What README.md and docs/guide.md tell a newcomer to paste, and how each command is checked in a test's own process.
+"""What README.md, docs/guide.md and docs/serving.md tell a reader to paste, and how a test's own process checks it.
 
 `ROWS` has a check for each kind: the command is parsed by its own parser, and what it starts is planned at the size
 that it names.
@@ -6,6 +6,7 @@ that it names.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -25,7 +26,8 @@ from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.job_settings import DoctorSettings, parse_launch, parse_plan, parse_sweep
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.convert.export_peft import Export, serve_hints
+from megatron_tiedlora.convert.export_peft import Export
+from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.planning.run_plan import plan_run
 from support.folders import ROOT
 
@@ -33,7 +35,7 @@ from support.folders import ROOT
 PROGRAMS = frozenset(
     (
         *("tiedlora", "deepspeed", "torchrun", "sbatch", "kubectl", "make", "pip", "hf", "python", "vllm"),
-        *("llama-server", "docker", "srun", "git", "mpirun"),
+        *("llama-server", "docker", "srun", "git", "mpirun", "curl"),
     )
 )
 
@@ -90,8 +92,8 @@ def words_of(command: str, places: Mapping[str, str]) -> list[str]:
     return words
 
 
-README, GUIDE = read_document("README.md"), read_document("docs/guide.md")
-DOCUMENTS = {"README.md": README, "docs/guide.md": GUIDE}
+README, GUIDE, SERVING = map(read_document, ("README.md", "docs/guide.md", "docs/serving.md"))
+DOCUMENTS = {"README.md": README, "docs/guide.md": GUIDE, "docs/serving.md": SERVING}
 # Presets in the place of the README's models, whose plans need no file; words that stand for the reader's own.
 PRESETS = {"meta-llama/Llama-2-7b-hf": "llama2-7b", "meta-llama/Llama-2-70b-hf": "llama2-70b"}
 PRESETS |= {"/shared/llama2-70b": "llama2-70b", "M": "llama2-7b"}
@@ -199,6 +201,24 @@ def launches(reader: Reader, command: str) -> None:
     parse_settings(words, Settings)
 
 
+def serves(reader: Reader, command: str) -> None:
+    """A server is planned where the document's own folders are; others are parsed."""
+    words = reader.words(command)
+    settings = parse_settings(words, adapter_settings.ServeSettings)
+    if settings.adapters.is_dir():
+        dry = words if settings.dry_run else ["--dry_run", *words]
+        assert call("serve", dry) == 0
+        assert " vllm serve " in reader.capsys.readouterr().out
+
+
+def asks(reader: Reader, command: str) -> None:
+    """A request for a completion, of an adapter that other documents train."""
+    words = shlex.split(command)
+    asked = json.loads(words[words.index("-d") + 1])
+    assert words[1].endswith("/v1/completions") and asked["prompt"]
+    assert f"--output_dir runs/{asked['model']}" in GUIDE.text
+
+
 def applies(reader: Reader, command: str) -> None:
     assert (ROOT / command.split()[-1]).is_file()
 
@@ -245,6 +265,8 @@ ROWS = (
     Row(r"tiedlora verify ", parses(lambda words: parse_settings(words, adapter_settings.VerifySettings))),
     Row(r"tiedlora import ", parses(lambda words: parse_settings(words, adapter_settings.ImportSettings))),
     Row(r"tiedlora index ", parses(lambda words: parse_settings(words, adapter_settings.IndexSettings))),
+    Row(r"tiedlora serve ", serves),
+    Row(r"curl ", asks, runs=False),
     Row(r"tiedlora push ", parses(lambda words: parse_settings(words, adapter_settings.PushSettings))),
     Row(r"kubectl apply -f launch/", applies, runs=False),
     Row(r"(hf|vllm|python convert_\w+\.py|llama-server) ", is_others, runs=False),

@@ -1,8 +1,9 @@
-"""A stand-in for the hub's HTTP interface: it takes commits of small files, and keeps what it was sent."""
+"""A stand-in for the hub's HTTP interface: it takes commits of small files, keeps what it was sent, and gives files."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+COMMIT = "0" * 40  # of every repository
+
 
 @dataclass
 class Hub:
@@ -19,6 +22,8 @@ class Hub:
 
     Attributes:
         refuses: the path of a call that it answers with 403; '' for none.
+        calls: the paths of calls that send something; reads: of those that read.
+        repositories: the files of each repository that can be downloaded, by path.
     """
 
     address: str = ""
@@ -26,6 +31,8 @@ class Hub:
     calls: list[str] = field(default_factory=list)
     created: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -37,7 +44,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
+        self.hub.reads.append(self.path)
+        for name, files in self.hub.repositories.items():
+            if self.path.startswith(f"/api/models/{name}/revision/"):
+                return self.answer(200, {"id": name, "sha": COMMIT, "siblings": []})
+            if self.path.startswith(f"/api/models/{name}/tree/"):
+                rows = [{"type": "file", "path": path, "size": len(held), "oid": _oid(held)}
+                        for path, held in files.items()]  # fmt: skip
+                return self.answer(200, rows)
+            path = self.path.removeprefix(f"/{name}/resolve/{COMMIT}/")
+            if path in files:
+                return self.send(200, files[path], **{"X-Repo-Commit": COMMIT, "ETag": f'"{_oid(files[path])}"'})
         self.answer(404, {"error": "not found"})
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -63,12 +83,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": "not found"})
 
     def answer(self, status: int, content: Any) -> None:
-        body = json.dumps(content).encode()
+        self.send(status, json.dumps(content).encode(), **{"Content-Type": "application/json"})
+
+    def send(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 @contextmanager

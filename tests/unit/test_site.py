@@ -19,10 +19,11 @@ from megatron_tiedlora.commands.front import COMMANDS
 DOCS = ROOT / "docs"
 
 
-def test_the_picture_is_what_its_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a change: python docs/draw_tie.py."""
+@pytest.mark.parametrize("name", ["tie", "slots"])
+def test_a_picture_is_what_its_script_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change: python docs/draw_tie.py, or draw_slots.py, which draws bytes by the server's own function."""
     monkeypatch.syspath_prepend(str(DOCS))
-    assert import_module("draw_tie").picture() == (DOCS / "tie.svg").read_text()
+    assert import_module(f"draw_{name}").picture() == (DOCS / f"{name}.svg").read_text()
     first_screen = (ROOT / "README.md").read_text().splitlines()[:12]
     assert any(line.startswith("![") and line.endswith("](docs/tie.svg)") for line in first_screen)
 

@@ -22,9 +22,10 @@ from support.tiny_models import write_tiny_model
 from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.convert.export_peft import Export, serve_hints
+from megatron_tiedlora.convert.export_peft import Export
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
+from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.model.families import shape_from_hf
 
@@ -131,11 +132,17 @@ def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> No
 # Many adapters -------------------------------------------------------------------------------------------------------
 
 
-def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_in_one_call(
+    adapters: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = [str(adapters / "runs/*/adapter"), str(adapters / "plain")]
     assert call("export", ["--adapter", *given, "--output", str(tmp_path / "all")]) == 0
-    exported, vllm, resolver, serving = capsys.readouterr().out.splitlines()
+    exported, plugin, by_name, vllm, resolver, serving = capsys.readouterr().out.splitlines()
     assert exported == f"exported 3 adapters: {tmp_path / 'all'}"
+    assert plugin == "# serve by name with vLLM and this package's plugin, without exports"
+    assert by_name == f"tiedlora serve --model {models / 'mine'} --adapters {tmp_path / 'all'}"
+    assert call("serve", [*by_name.split()[2:], "--dry_run"]) == 0
+    assert ": lora, plain and tl6\n" in capsys.readouterr().out
     assert vllm.startswith("# serve with vLLM 0.26 or later;")
     assert "resolver: the export names mine; export with --base_name" in resolver
     modules = " ".join(f"{name}={tmp_path / 'all' / name}" for name in ("lora", "tl6", "plain"))
@@ -315,8 +322,10 @@ def block(page: str) -> list[str]:
 
 def test_docs_of_one_and_of_several_exports() -> None:
     exports = one(16, *TARGET_NAMES, folder="RUN/peft-16")
-    assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, named="llama2-7b")
+    more: dict[str, Any] = {"named": "llama2-7b", "adapters": Path("RUN/peft-16")}
+    assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, **more)
     targets = {"support": ["qkv"], "legal": ["qkv"], "notes": TARGET_NAMES, "titles": ["qkv"]}
     ranks = {"legal": 16}
     exports = {name: Export(Path(f"runs/four/{name}/peft"), ranks.get(name, 8), of) for name, of in targets.items()}
-    assert block("docs/many_adapters.md") == serve_hints(exports, "/shared/llama2-7b", PLAIN)
+    shown = serve_hints(exports, "/shared/llama2-7b", PLAIN, adapters=Path("runs/four"))
+    assert block("docs/many_adapters.md") == shown

@@ -156,7 +156,9 @@ def test_diff(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_table_and_the_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("index", [str(root)]) == 0
-    assert capsys.readouterr().out == f"indexed 3 adapters: {root / INDEX_FILE}\n"
+    base = find_entries(root, {})[0].base_model
+    serving = f"serve them with: tiedlora serve --model {base} --adapters {root}"
+    assert capsys.readouterr().out == f"indexed 3 adapters: {root / INDEX_FILE}\n{serving}\n"
     call("index", [str(root), "find", "--targets", "o_proj,qkv"])
     heading, row, _, count = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["name", "base", "method"] and row.split()[:4] == ["lora", "tiny", "lora", "4"]

@@ -23,6 +23,8 @@ FILES = sorted(file for folder in ("megatron_tiedlora", "launch", "tools") for f
 # Modules that make objects out of bytes, or serve anyone who connects.
 REFUSED_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy",
                    "socketserver", "http.server", "xmlrpc", "asyncio", "flask", "fastapi", "aiohttp"}  # fmt: skip
+# It runs a function in a thread, for a server that has a loop already.
+IMPORTERS = {("megatron_tiedlora/integrations/vllm/resolver.py", "asyncio")}
 # Calls, by the end of their dotted name.
 REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
                  "pandas.read_pickle", "read_pickle", "os.system", "listen"}  # fmt: skip
@@ -78,7 +80,7 @@ def test_no_code_out_of_files_no_listener_and_no_objects_between_ranks(file: Pat
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             parts = {name, name.split(".")[0]}
-            assert not parts & REFUSED_MODULES, f"{place} imports {name}"
+            assert not parts & REFUSED_MODULES or (place, name) in IMPORTERS, f"{place} imports {name}"
     for name, call, function in calls(file):
         last = name.split(".")[-1]
         where = f"{place}:{call.lineno} calls {name}"

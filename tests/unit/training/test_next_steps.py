@@ -96,8 +96,11 @@ def test_every_line_is_one_for_a_shell(run: Path, base: Path) -> None:
     script = "\n".join(line for line in lines[lines.index("next") + 1 :] if not line.startswith("  from "))
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     programs = [words[0] for words in commands(lines)]
-    assert programs == ["vllm", "python", "python", "llama-server"]
-    assert commands(lines)[0][:3] == ["vllm", "serve", str(base)] and f"tied={run / 'peft'}" in commands(lines)[0]
+    assert programs == ["tiedlora", "vllm", "python", "python", "llama-server"]
+    by_name, vllm, *_ = commands(lines)
+    assert by_name == ["tiedlora", "serve", "--model", str(base), "--adapters", str(run)]
+    assert call("serve", [*by_name[2:], "--dry_run"]) == 0
+    assert vllm[:3] == ["vllm", "serve", str(base)] and f"tied={run / 'peft'}" in vllm
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,279 @@
+"""Adapters by name, for a vLLM server: folder, index and hub; other bases, damage, links; without vLLM itself."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.flipped_bits import flip_bit
+from support.hub_stand_in import Hub, hub_stand_in
+from support.native_files import with_adapter, write_exports, write_native
+from support.peft_folders import changed
+from support.run_files import edit_json
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
+
+from megatron_tiedlora.convert.collection import build_index
+
+CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "tiedlora_export.json"
+NAME = "megatron_tiedlora.integrations.vllm.resolver"
+
+
+@dataclass
+class Request:
+    """The fields of vLLM's LoRARequest that are used."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module of the resolver, imported beside a stand-in for vLLM."""
+    parts: dict[str, dict[str, Any]] = {
+        "vllm": {}, "vllm.lora": {}, "vllm.lora.request": {"LoRARequest": Request},
+        "vllm.lora.resolver": {"LoRAResolver": type("LoRAResolver", (), {})},
+    }  # fmt: skip
+    for name, content in parts.items():
+        stub = ModuleType(name)
+        vars(stub).update(content)
+        monkeypatch.setitem(sys.modules, name, stub)
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    yield importlib.import_module(NAME)
+    sys.modules.pop(NAME, None)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bases")
+    write_tiny_model(root / "mine")
+    write_tiny_model(root / "other", seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in a subfolder, a native folder of another base, and a plain LoRA."""
+    root = tmp_path_factory.mktemp("made") / "adapters"
+    (root / "team/run").mkdir(parents=True)
+    write_exports(root / "team/run", bases / "mine")
+    write_native(root / "plain", bases / "mine", with_adapter(bases / "mine", "lora")[2])
+    write_native(root / "foreign", bases / "other", with_adapter(bases / "other", "tl6")[2])
+    shutil.copytree(root / "team/run/peft", root / "lora")
+    shutil.rmtree(root / "lora/native")
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "adapters"))
+
+
+def found(resolver: Any, name: str, base: Path) -> Path | None:
+    """The folder that the resolver finds, as vLLM asks for it."""
+    request = asyncio.run(resolver.resolve_lora(str(base), name))
+    assert request is None or (request.lora_name == name and 0 < request.lora_int_id < 2**31 + 1)
+    return None if request is None else Path(request.lora_path)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_names_in_a_folder(module: Any, root: Path, bases: Path) -> None:
+    resolver, base = module.AdapterResolver(root), bases / "mine"
+    shutil.copytree(root / "team/run/peft/native", root / "kept/native")
+    names = {"plain": "plain", "team/run": "team/run/adapter", "team/run/adapter": "team/run/adapter",
+             "team/run/peft": "team/run/peft", "kept": "kept/native", "lora": "lora"}  # fmt: skip
+    for name, folder in names.items():
+        assert found(resolver, name, base) == root / folder, name
+    assert found(module.AdapterResolver(root / "team/run"), "run", base) == root / "team/run/adapter"
+    assert found(module.AdapterResolver(root / "plain"), "plain", base) == root / "plain"
+    ids = [asyncio.run(resolver.resolve_lora(str(base), name)).lora_int_id for name in ("plain", "lora", "plain")]
+    assert ids[0] == ids[2] != ids[1], "stable"
+
+
+def test_names_that_lead_nowhere(module: Any, root: Path, bases: Path) -> None:
+    resolver = module.AdapterResolver(root / "team")
+    shutil.copytree(root / "plain", root / "team/.new")
+    names = ["none", "../plain", "run/../../plain", str(root / "plain"), "", ".", "/", "run//adapter", "run/", ".new",
+             "a\0b", "\ud800", "x" * 201, "é" * 101, "a/" * 600, "~", "*", "run/peft/none", "me/run"]  # fmt: skip
+    assert {name: found(resolver, name, bases / "mine") for name in names} == dict.fromkeys(names)
+
+
+def test_links_stay_in_the_folder(module: Any, root: Path, bases: Path) -> None:
+    """A link to another version is followed, so that a new version has a path of its own."""
+    team, base = root / "team", bases / "mine"
+    resolver = module.AdapterResolver(team)
+    (team / "current").symlink_to("run/adapter")
+    (team / "outside").symlink_to(root / "plain")
+    (team / "file").mkdir()
+    shutil.copy(root / "plain" / CONFIG, team / "file")
+    (team / "file" / WEIGHTS).symlink_to(root / "plain" / WEIGHTS)
+    (team / "circle").symlink_to("circle")
+    assert found(resolver, "current", base) == team / "run/adapter"
+    assert [found(resolver, name, base) for name in ("outside", "file", "circle")] == [None] * 3
+    (root / "all").symlink_to(team)
+    assert found(module.AdapterResolver(root / "all"), "run", base) == team / "run/adapter", (
+        "the folder itself is a link"
+    )
+
+
+def test_names_in_the_index(module: Any, root: Path, bases: Path) -> None:
+    resolver, base = module.AdapterResolver(root), bases / "mine"
+    assert found(resolver, "run", base) is None
+    build_index(root)
+    assert found(resolver, "run", base) == root / "team/run/adapter", "its run's name"
+    shutil.copytree(root / "team/run", root / "other/run")
+    assert found(resolver, "run", base) == root / "team/run/adapter", "as it was indexed"
+    build_index(root)
+    said = refusal(found, resolver, "run", base)
+    assert said == f"LoRA adapter run: {root}/adapters.sqlite: run names 2 adapters; give the path of one"
+    assert found(resolver, "other/run/adapter", base) == root / "other/run/adapter"
+    shutil.rmtree(root / "other/run")
+    (root / "other/run").symlink_to(bases)
+    (root / "adapters.sqlite").write_bytes(b"no database")
+    assert "adapters.sqlite: " in refusal(found, resolver, "none", base)
+    assert found(resolver, "plain", base) == root / "plain", "names of folders need no index"
+
+
+def test_an_indexed_adapter_that_a_link_replaced_is_not_found(module: Any, root: Path, bases: Path) -> None:
+    build_index(root)
+    shutil.move(root / "team/run", root.parent / "moved")
+    (root / "team/run").symlink_to(root.parent / "moved")
+    assert found(module.AdapterResolver(root), "run", bases / "mine") is None
+
+
+# What is found and wrong -----------------------------------------------------------------------------------------
+
+
+def test_another_base_is_an_error_of_this_request(
+    module: Any, root: Path, bases: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A ValueError, which vLLM answers with its line. Other requests go on, and so does this one if it is insisted."""
+    resolver, base = module.AdapterResolver(root), bases / "mine"
+    said = refusal(found, resolver, "foreign", base)
+    assert said.startswith(
+        "LoRA adapter foreign: trained on other, whose weights differ from mine's; give its own base"
+    )
+    assert "give its own base with --model, or give --base_differs" in said
+    assert found(resolver, "plain", base) == root / "plain"
+    environment = {"TIEDLORA_ADAPTERS": str(root), "TIEDLORA_HUB": "me, you", "TIEDLORA_BASE_DIFFERS": "1"}
+    insisting = module.AdapterResolver.from_environment(environment)
+    assert found(insisting, "foreign", base) == root / "foreign" and insisting.owners == ["me", "you"]
+    wide = write_tiny_model(root.parent / "wide", hidden_size=96)
+    assert "with hidden_size" in refusal(found, insisting, "foreign", wide)
+
+
+def test_the_base_of_a_plain_lora(module: Any, root: Path, bases: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Our exports record it; of others only a name is known, so it is said if that differs."""
+    resolver, notes = module.AdapterResolver(root), caplog.text
+    caplog.set_level("INFO")
+    assert "whose weights differ" in refusal(found, resolver, "lora", bases / "other")
+    (root / "lora" / RECORD).unlink()
+    assert found(resolver, "lora", bases / "mine") == root / "lora" and "names the base" not in caplog.text
+    assert found(resolver, "lora", bases / "other") == root / "lora"
+    said = f"LoRA adapter lora names the base mine; PEFT files do not record whether {bases}/other is the same"
+    assert said in caplog.text
+    assert notes == ""
+
+
+def test_damage_is_an_error_with_the_file(module: Any, root: Path, bases: Path) -> None:
+    resolver, base = module.AdapterResolver(root), bases / "mine"
+    flip_bit(root / "plain" / WEIGHTS, "A")
+    assert f"LoRA adapter plain: {root}/plain/{WEIGHTS}: " in refusal(found, resolver, "plain", base)
+    (root / "team/run/adapter" / CONFIG).write_text("{")
+    assert f"team/run/adapter/{CONFIG}: " in refusal(found, resolver, "team/run", base)
+    with (root / "lora" / WEIGHTS).open("r+b") as file:
+        file.truncate(1000)
+    assert f"lora/{WEIGHTS}: " in refusal(found, resolver, "lora", base)
+    other = changed(root / "team/run/peft", root / "ia3", CONFIG, {"peft_type": "IA3"})
+    shutil.rmtree(other / "native")
+    assert "IA3" in refusal(found, resolver, "ia3", base)
+    assert found(resolver, "team/run/peft", base) == root / "team/run/peft", "others are unharmed"
+    edit_json(root / "team/run/peft" / CONFIG, base_model_name_or_path="gone")
+    assert "served: no such folder" in refusal(found, resolver, "foreign", root / "served")
+
+
+def test_requests_at_once_read_the_base_once(
+    module: Any, root: Path, bases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile the server's loop answers others."""
+    identified, real = list[int](), module.identify_model
+
+    def slow(*words: Any) -> Any:
+        identified.append(threading.get_ident())
+        time.sleep(0.5)
+        return real(*words)
+
+    monkeypatch.setattr(module, "identify_model", slow)
+    resolver, ticks = module.AdapterResolver(root), list[float]()
+
+    async def ask() -> list[Any]:
+        names = ("plain", "team/run", "lora", "none", "team/run/peft")
+        asked = asyncio.gather(*(resolver.resolve_lora(str(bases / "mine"), name) for name in names))
+        while not asked.done():
+            ticks.append(time.monotonic())
+            await asyncio.sleep(0.01)
+        return list(await asked)
+
+    paths = [one and one.lora_path for one in asyncio.run(ask())]
+    assert paths == [f"{root}/plain", f"{root}/team/run/adapter", f"{root}/lora", None, f"{root}/team/run/peft"]
+    assert len(identified) == 1 and identified[0] != threading.get_ident()
+    assert len(ticks) >= 10, "the loop was stopped"
+
+
+# The hub -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    with hub_stand_in() as hub:
+        changes = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
+                   "HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+                   "HF_HUB_CACHE": str(tmp_path / "cache")}  # fmt: skip
+        for name, value in changes.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_names_on_the_hub(
+    module: Any, root: Path, bases: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only an allowed owner's, only the adapter's files; and then without the network. A folder's name comes first."""
+    hub.repositories = {
+        "me/tied": {**files_below(root / "team/run/peft"), "model.safetensors": b"large", "README.md": b"text"},
+        "me/foreign": files_below(root / "foreign"), "you/tied": files_below(root / "plain"),
+        "me/none": {"README.md": b"text"},
+    }  # fmt: skip
+    base, resolver = bases / "mine", module.AdapterResolver(root, ["me", "they"])
+    snapshot = found(resolver, "me/tied", base)
+    assert snapshot is not None and snapshot.is_relative_to(tmp_path / "cache")
+    assert files_below(snapshot).keys() == {CONFIG, WEIGHTS, RECORD, f"native/{CONFIG}", f"native/{WEIGHTS}"}
+    assert "whose weights differ" in refusal(found, resolver, "me/foreign", base)
+    before = len(hub.reads)
+    names = ("you/tied", "me", "me/tied/native", "me/..", "they/../me")
+    assert [found(resolver, name, base) for name in names] == [None] * 5 and len(hub.reads) == before
+    assert found(resolver, "me/gone", base) is None and found(resolver, "me/none", base) is None
+    assert found(module.AdapterResolver(root), "me/tied", base) is None
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert found(resolver, "me/tied", base) == snapshot and found(resolver, "me/unknown", base) is None
+    shutil.copytree(root / "plain", root / "me/tied")
+    assert found(resolver, "me/tied", base) == root / "me/tied"
