@@ -27,7 +27,8 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_ada
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.tool_settings import BenchSettings
-from megatron_tiedlora.convert.export_peft import VLLM_RANKS, export_peft, target_modules
+from megatron_tiedlora.convert.export_peft import export_peft, target_modules
+from megatron_tiedlora.convert.serving import VLLM_RANKS, allowed_rank
 from megatron_tiedlora.parallel.shard_spec import draw_normal
 from megatron_tiedlora.selfcheck import compare, step_bench, timing
 
@@ -70,10 +71,10 @@ class MeasuredEngine:
         """Load all adapters. Return the seconds, and bytes: of a slot, in host memory, and of an adapter's files."""
         for request in self.adapters:
             self.engine.remove_lora(request.lora_int_id)
-        before, started = timing.idle_bytes(), _clocks()
+        before, started = timing.idle_bytes("VmRSS"), _clocks()  # includes mapped files, which vLLM may keep
         for request in self.adapters:
             self.engine.add_lora(request)
-        seconds, after = _seconds_since(started), timing.idle_bytes()
+        seconds, after = _seconds_since(started), timing.idle_bytes("VmRSS")
         names = ("lora_a_stacked", "lora_b_stacked", "slots")  # vLLM's slots and the tied ones; layers share tied A, B
         layers = self.manager.modules.values()
         stacks = (stack for layer in layers for name in names if (stack := getattr(layer, name, None)) is not None)
@@ -165,7 +166,7 @@ def equal_slots(expanded: int, sizes: Mapping[str, int], *, most: int) -> dict[s
 
 def engine_options(source: ModelSource, settings: BenchSettings) -> dict[str, dict[str, Any]]:
     """Return the arguments of vLLM's LLM for `every side`, without the model, and the other ones of each side."""
-    if (rank := next((known for known in VLLM_RANKS if known >= settings.rank), None)) is None:
+    if not (rank := allowed_rank(settings.rank)):
         raise UserError(f"--rank {settings.rank}: vLLM serves ranks up to {VLLM_RANKS[-1]}; give a lower rank")
     dtype, tokens, heads = DTYPES[settings.dtype], settings.length + settings.new_tokens, source.shape.heads
     block = _BLOCK * 2 * source.shape.num_layers * heads.num_kv * heads.dim * dtype.itemsize
@@ -188,7 +189,7 @@ def engine_options(source: ModelSource, settings: BenchSettings) -> dict[str, di
 
 def _write_adapters(source: ModelSource, config: AdapterConfig, folder: Path, settings: BenchSettings) -> None:
     """Write --served adapters of random values into NATIVE in the folder, and their exports into EXPANDED."""
-    identity, dtype = identify_shape(source, settings.dtype, weights_hash="random"), DTYPES[settings.dtype]
+    identity = identify_shape(source, settings.dtype, weights_hash="random")
     for number in progress_bar("write", "adapter", range(settings.served)):
         native, export = (folder / side / str(number) for side in (NATIVE, EXPANDED))
         native.mkdir(parents=True)
@@ -200,7 +201,7 @@ def _write_adapters(source: ModelSource, config: AdapterConfig, folder: Path, se
         }
         write_adapter_files(native, own, identity, state)
         adapter = NativeAdapter(own, identity, state)
-        export_peft(source, adapter, export, dtype=dtype, base_differs=True, identify=lambda *_: identity)
+        export_peft(source, adapter, export, base_differs=True, identify=lambda *_: identity)
         if number == 0:
             require_room(folder, settings.served * sum(map(_folder_bytes, (native, export))), output=folder)
 
@@ -229,7 +230,9 @@ def measure_serving(settings: BenchSettings) -> dict[str, Any]:
             write_json(folder / "config.json", step_bench.random_config(settings) or {})
         _write_adapters(source, config, folder, settings)
 
-        def measured(slots: Mapping[str, int], calls: Mapping[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
+        def measured(
+            slots: Mapping[str, int], calls: Mapping[str, tuple[Any, ...]], uncounted: int = 1
+        ) -> dict[str, dict[str, Any]]:
             """Start sides with these slots, and return the lists of figures of calls: (side, method, arguments)."""
             with ExitStack() as stack:
                 asks = {}
@@ -240,10 +243,11 @@ def measure_serving(settings: BenchSettings) -> dict[str, Any]:
                     asks[side] = stack.enter_context(timing.own_process(side, smaller=reduced))
                     asks[side](start_engine, side, own, folder / (NATIVE if side == NATIVE else EXPANDED), settings)
                 timers = {name: partial(asks[side], ask_engine, *call) for name, (side, *call) in calls.items()}
-                found = timing.take_turns(timers, repeats=settings.repeats)
+                found = timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
             return {name: {key: [turn[key] for turn in turns] for key in turns[0]} for name, turns in found.items()}
 
-        memory = measured(dict.fromkeys(loaded, 1), {side: (side, "load") for side in loaded})
+        # All turns count, as only the first load takes new memory from the system.
+        memory = measured(dict.fromkeys(loaded, 1), {side: (side, "load") for side in loaded}, uncounted=0)
         calls = {
             f"{most}, {side}": (side, "serve", [index % most if most else None for index in range(settings.batch_size)])
             for most in settings.in_batch

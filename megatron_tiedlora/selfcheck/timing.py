@@ -206,8 +206,8 @@ def restart_peak(device: torch.device) -> int | None:
     return before
 
 
-def idle_bytes() -> int | None:
-    """Return the current anonymous memory of this process; None if the system does not report it.
+def idle_bytes(kind: str = "RssAnon") -> int | None:
+    """Return the current anonymous memory of this process, or another kind; None if the system does not report it.
 
     A step could reuse freed memory that is still resident, without a higher peak. Therefore glibc's malloc first
     returns freed memory to the system. Other allocators may keep it. The header of a report names the allocator.
@@ -216,7 +216,7 @@ def idle_bytes() -> int | None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return resident_bytes("RssAnon")
+    return resident_bytes(kind)
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -298,7 +298,7 @@ def test_the_command_measures_all_parts(
     assert tied.options["lora_target_modules"] == plain.options["lora_target_modules"] == ["q_proj", "k_proj", "v_proj"]
     assert not {"additional_config", "lora_target_modules"} & no_flag.options.keys()
     for llm, side in zip(vllm[:3], ("native", "expanded", "expanded"), strict=True):
-        assert {Path(request.lora_path).parent.name for request in llm.loaded} == {side} and len(llm.loaded) == 18
+        assert {Path(request.lora_path).parent.name for request in llm.loaded} == {side} and len(llm.loaded) == 12
     both = [f"{number}, {side}" for number in (0, 1, 4) for side in ("native", "expanded")]
     assert list(report["batches"]) == [*both[:2], "0, merged", *both[2:]]
     assert [len(set(vllm[index].used)) for index in (3, 4, 5)] == [5, 5, 1]  # the base, and 4 adapters
