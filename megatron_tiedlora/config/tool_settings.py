@@ -148,13 +148,17 @@ Values of variables are shown only for a list of names and prefixes, none of whi
 # tiedlora bench -------------------------------------------------------------------------------------------------------
 
 GROUPS_OF = {
-    "step": ("run", "model", "step", "samples", "against", "adapters"),
-    "layout": ("run", "model", "step", "samples", "layout"),
-    "scaling": ("run", "model", "step", "scaling"),
+    "step": ("run", "model", "adapter", "step", "samples", "against", "adapters"),
+    "layout": ("run", "model", "adapter", "step", "samples", "layout"),
+    "scaling": ("run", "model", "adapter", "step", "scaling"),
     "decoding": ("run", "model", "decoding"),
+    "serving": ("run", "model", "adapter", "decoding", "serving"),
 }
-# Defaults of --what scaling that differ from those of other choices.
-SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows": 1, "supervised": 1.0}
+# Defaults of a value of --what that differ from those of other choices.
+OTHER_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "scaling": {"model": "llama2-7b", "num_layers": 2, "rows": 1, "supervised": 1.0},
+    "serving": {"repeats": 3, "length": 20, "batch_size": 64, "new_tokens": 8},
+}
 _WITHOUT_TASK = ("supervised", "documents", "micro_batches")
 _WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
 
@@ -176,6 +180,8 @@ Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samp
     deepspeed --num_gpus 8 --no_python tiedlora bench --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
     tiedlora bench --what scaling                                                    layers, length, rank and labels
     tiedlora bench --what decoding --model runs/NAME/merged                          beside transformers
+    tiedlora bench --what serving                                                    in vLLM, native and expanded
+    tiedlora bench --what serving --model llama2-7b --in_batch 0,1,8,64,256 --batch_size 256 --slots 64   on a GPU
 
 --what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. The
 compared sides take turns in this process. The memory of each side is measured in a separate process.
@@ -192,22 +198,30 @@ of one step by process group, compared with the prediction of --dry_run. Weights
 --what decoding generates the same number of tokens from the same prompts, greedily and with a key-value cache; neither
 side stops early. Times are for a full batch, including the prompts.
 
+--what serving starts vLLM in a process for each side: `native`, with tied slots; `expanded`, with exports of the same
+random adapters in vLLM's own slots (`no flag`: without --lora-target-modules); `merged`, the base without adapters. The
+report has three parts: --batch_size requests that use several adapters; --draws requests, drawn by Zipf's law from
+--served adapters, where native slots take the bytes of --slots expanded ones, and a miss copies an adapter into a slot;
+and the bytes of a slot, and the time and memory to load --served adapters. These are written to $TMPDIR.
+
 Seconds are medians over the repeats, after warm-up repeats. `of matmul` is the speed relative to a plain matmul in the
 same run, on all ranks at once. Saved bytes are the bytes that autograd saves in all micro-batches of a step, beside the
 planned bytes. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
     groups: ClassVar[Mapping[str, str]] = {
         "run": "what is measured",
         "model": "what takes the step, or generates",
+        "adapter": "the adapter, its base's size, and the tokens of a row or a prompt (all but --what decoding)",
         "step": "what is trained, and the size of the step (--what step, layout and scaling)",
         "samples": "real samples in place of made-up tokens (--what step and layout)",
         "against": "what our step is compared with (--what step)",
         "adapters": "several adapters of one base, one after another and together (--what step)",
         "layout": "a training run's step on all ranks, as in tiedlora train (--what layout)",
         "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
-        "decoding": "what is generated (--what decoding)",
+        "decoding": "what is generated (--what decoding and serving)",
+        "serving": "the adapters of a server (--what serving)",
     }
 
-    what: Literal["step", "layout", "scaling", "decoding"] = setting_field(
+    what: Literal["step", "layout", "scaling", "decoding", "serving"] = setting_field(
         "run", "what to measure [step; layout with several ranks or a flag of a layout]",
     )
     repeats: int = setting_field("run", "measured repeats of each side", 5, ge=1)
@@ -217,18 +231,21 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     dtype: Literal["bf16", "fp32"] = _train("dtype", "precision of the frozen base", default="bf16")
     base: str | None = _train("base")
 
-    random_weights: bool = setting_field("step", "use random weights in the model's shape, as for a preset", False)
-    num_layers: int | None = setting_field("step", "layers of a model with random weights", None, ge=1)
+    random_weights: bool = setting_field("adapter", "use random weights in the model's shape, as for a preset", False)
+    num_layers: int | None = setting_field("adapter", "layers of a model with random weights", None, ge=1)
+    method: str = _train("method", "method of our adapter", group="adapter")
+    targets: fields.Targets = _train("targets", group="adapter")
+    rank: int = _train("rank", "rank r of all sides", group="adapter")
+    length: int = setting_field(
+        "adapter", "tokens of a made-up row or prompt, at most of a packed row", 512, ge=2,
+    )
+
     products: Literal["fp8"] | None = _train("products", group="step")
     keep_transposed: bool = _train("keep_transposed", group="step")
     adapter_in_matmul: bool = _train("adapter_in_matmul", group="step")
-    method: str = _train("method", "method of our adapter", group="step")
-    targets: fields.Targets = _train("targets", group="step")
-    rank: int = _train("rank", "rank r of both sides", group="step")
     compile: Literal["auto", "true", "false"] = _train("compile", "compile our kernels, where possible", group="step")
     recompute: Literal["none", "selective", "full"] = _train("recompute", "what our layers recompute", group="step")
     rows: int = setting_field("step", "rows of a micro-batch", 4, ge=1)
-    length: int = setting_field("step", "tokens of a made-up row, at most of a packed row", 512, ge=2)
     supervised: float = setting_field("step", "fraction of made-up tokens with a label, at the end", 0.5, gt=0, le=1)
 
     task: str | None = setting_field("samples", "take real samples of this task", None)
@@ -265,11 +282,17 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     batch_size: int = setting_field("decoding", "prompts at once", 16, ge=1)
     new_tokens: int = setting_field("decoding", "tokens generated for each prompt", 64, ge=1)
 
+    in_batch: tuple[int, ...] = setting_field("serving", "numbers of adapters in a batch; 0: the base", (0, 1, 8, 64))
+    served: int = setting_field("serving", "adapters that are loaded, and drawn", 1000, ge=1)
+    slots: int = setting_field("serving", "slots of the expanded side for --draws", 16, ge=1)
+    draws: int = setting_field("serving", "requests that are drawn by Zipf's law", 256, ge=1)
+
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default of a field for the help, followed by its default for --what scaling if that differs."""
+        """Return the default of a field for the help, followed by its defaults for values of --what that differ."""
         text = super().default_text(name)
-        return f"{text or 'all'}; scaling {SCALING_DEFAULTS[name]}" if name in SCALING_DEFAULTS else text
+        others = [f"{what} {values[name]}" for what, values in OTHER_DEFAULTS.items() if name in values]
+        return "; ".join([text or "all", *others]) if others else text
 
     @model_validator(mode="before")
     @classmethod
@@ -287,7 +310,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
                 raise ValueError(f"--{name} {value} needs --task")
             if name in _WITHOUT_TASK and "task" in given:
                 raise ValueError(f"--{name} {value} is for made-up tokens; remove it, or remove --task")
-        return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
+        return {**OTHER_DEFAULTS.get(what, {}), **given}
 
     def _check_fit(self) -> None:
         if self.labels < 1:
@@ -309,6 +332,18 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
                 f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"
                 f" x --length {self.length}; give at least {self.adapter_tokens}"
             )
+        if self.what == "serving":
+            self._check_served()
+
+    def _check_served(self) -> None:
+        most = min(self.batch_size, self.served)
+        if not self.in_batch or not all(0 <= number <= most for number in self.in_batch):
+            given, least = fields.flag_value(self.in_batch), "the least of --batch_size and --served"
+            raise ValueError(f"--in_batch {given}: give numbers from 0 to {most}, {least}")
+        if self.slots > self.served:
+            raise ValueError(f"--slots {self.slots} is more than the adapters, --served {self.served}; reduce it")
+        if self.base is not None:
+            raise ValueError(f"--base {self.base} is not implemented with --what serving; remove it")
 
     @property
     def adapter_tokens(self) -> int:
@@ -343,5 +378,6 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
 
     def one_step(self, **changes: Any) -> "BenchSettings":
         """Return the settings of one step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
-        names = (name for name, own in fields.declared(BenchSettings).items() if own.group in ("model", "step"))
+        groups = ("model", "adapter", "step")
+        names = (name for name, own in fields.declared(BenchSettings).items() if own.group in groups)
         return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

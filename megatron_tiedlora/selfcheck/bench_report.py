@@ -20,7 +20,7 @@ def report_lines(report: Figures, planned: Planned | None = None) -> list[str]:
     """
     if planned is not None:
         return _layout(report, planned)
-    lines_of = {"axes": _scaling, "new_tokens": _decoding, "adapters": _adapters}
+    lines_of = {"axes": _scaling, "zipf": _serving, "new_tokens": _decoding, "adapters": _adapters}
     return next((lines_of[key] for key in lines_of if key in report), _step)(report)
 
 
@@ -33,10 +33,11 @@ def _head(report: Figures, more: str) -> list[str]:
 
 
 def _setup(report: Figures) -> str:
-    """Return a line with the number of threads, the allocator and the versions of torch and DeepSpeed."""
+    """Return a line with the threads, the allocator and the versions of torch and of DeepSpeed or the server."""
+    library = "vllm" if "zipf" in report else "deepspeed"
     return (
-        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
-        f" {report['versions'].get('deepspeed', 'not installed')}"
+        f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, {library}"
+        f" {report['versions'].get(library, 'not installed')}"
     )
 
 
@@ -58,8 +59,9 @@ def _cells(figures: Figures) -> dict[str, str]:
         "seconds": f"{middle:.3f}",
         "least": f"{min(figures['seconds']):.3f}",
         "most": f"{max(figures['seconds']):.3f}",
-        "tokens/s": f"{figures['tokens'] / middle:.1f}",
     }
+    if "tokens" in figures:
+        cells["tokens/s"] = f"{figures['tokens'] / middle:.1f}"
     if "positions" in figures:
         flops, rate = figures["model_flops"], figures["matmul_flops_per_second"]
         cells["padding"] = f"{1 - figures['tokens'] / figures['positions']:.1%}"
@@ -68,6 +70,16 @@ def _cells(figures: Figures) -> dict[str, str]:
         cells |= {"saved MB": _megabytes(figures["saved"]), "planned": _megabytes(figures.get("saved_formula"))}
     if "peak" in figures:
         cells["peak MB"] = _megabytes(figures["peak"])
+    if "cpu_seconds" in figures:
+        cells["CPU s"] = f"{median(figures['cpu_seconds']):.3f}"
+    for token in ("first", "next"):
+        for percent, of_turns in zip((50, 99), zip(*figures.get(token, ()), strict=True), strict=False):
+            cells[f"{token} p{percent}"] = f"{1000 * median(of_turns):.1f} ms"
+    if "slots" in figures:
+        cells |= {"slots": str(figures["slots"] or ""), "misses": f"{median(figures['misses']):.0f}"}
+    if "slot" in figures:
+        host, disk = (_megabytes(figures[name][0]) for name in ("host", "disk"))
+        cells |= {"slot": f"{figures['slot'][0]:,}", "host MB": host, "MB in files": disk}
     return cells | ({"more, for 1 more": figures["more"]} if "value" in figures else {})
 
 
@@ -129,6 +141,26 @@ def _decoding(report: Figures) -> list[str]:
         _setup(report),
         *_sides("", {"tokens": tokens}, [(name, {"seconds": own}) for name, own in report["seconds"].items()]),
         f"ratio of the medians {theirs / ours:.2f}",
+    ]
+
+
+def _serving(report: Figures) -> list[str]:
+    """Return the lines of a --what serving report: adapters in a batch, draws by Zipf's law, and memory."""
+    before, after = report["load"]
+    flags = {side: ", ".join(f"{name} {value}" for name, value in of.items()) for side, of in report["engines"].items()}
+    return [
+        *_head(report, f"load {before:.1f} to {after:.1f}"),
+        *(f"{side}: {text or 'nothing more'}" for side, text in flags.items()),
+        "",
+        f"{count_text(report['batch_size'], 'request')} of {report['length']} tokens at once, {report['new_tokens']}"
+        f" new tokens each ({report['equal_tokens']:.1%} of native and expanded ones are equal)",
+        *_sides("adapters", {}, report["batches"].items()),
+        "",
+        f"{report['draws']:,} requests by Zipf's law from {report['served']:,} adapters; slots of equal bytes",
+        *_sides("", {}, report["zipf"].items()),
+        "",
+        f"loading {report['served']:,} adapters; bytes of one slot, of all adapters in host memory, of one in files",
+        *_sides("", {}, report["memory"].items()),
     ]
 
 

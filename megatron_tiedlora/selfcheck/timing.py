@@ -38,16 +38,17 @@ _PATTERNS = (
 
 
 def take_turns(
-    timers: Mapping[str, Callable[[], float]], *, repeats: int, uncounted: int = 1, shows: bool = True
-) -> dict[str, list[float]]:
-    """Call the timers in turn, and return their seconds by name. The first `uncounted` rounds are not included."""
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    timers: Mapping[str, Callable[[], Value]], *, repeats: int, uncounted: int = 1, shows: bool = True
+) -> dict[str, list[Value]]:
+    """Call the timers in turn, and return their results (seconds, or several figures) by name. Every second round has
+    the reverse order. The first `uncounted` rounds are not included."""
+    figures: dict[str, list[Value]] = {name: [] for name in timers}
     for turn in progress.progress_bar("turns", "turn", range(uncounted + repeats), shows=shows):
-        for name, timer in timers.items():
-            taken = timer()
+        for name in list(timers)[:: -1 if turn % 2 else 1]:
+            taken = timers[name]()
             if turn >= uncounted:
-                seconds[name].append(taken)
-    return seconds
+                figures[name].append(taken)
+    return figures
 
 
 def default_device() -> torch.device:
@@ -67,12 +68,19 @@ def about(
         **{name: getattr(settings, name) for name in names},
         "dtype": shapes.precision_in_words(settings.dtype, base_format, settings.products),
         **more,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU{_cpu_model()}",
         "threads": torch.get_num_threads(),
         "allocator": describe_allocator(os.environ),
         "torch": torch.__version__,
-        "versions": installation.installed_versions("torch", "deepspeed", "transformers", "peft"),
+        "versions": installation.installed_versions("torch", "deepspeed", "transformers", "peft", "vllm"),
     }
+
+
+def _cpu_model() -> str:
+    """Return the CPU's name in parentheses, after a space; '' if Linux does not report it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((f" ({line.partition(': ')[2]})" for line in lines if line.startswith("model name")), "")
 
 
 def describe_allocator(environment: Mapping[str, str]) -> str:
@@ -138,20 +146,31 @@ def seconds_of_call(step: Callable[[], object], device: torch.device, *, calls: 
     return min(timed(lambda: [step() for _ in range(calls)], device) for _ in range(repeats)) / calls
 
 
-def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
-    """Call `measure` in a new process, and return its result. Error messages name the measurement `name`.
+@contextmanager
+def own_process(name: str, *, smaller: str = "--rows, --length or --num_layers") -> Iterator[Callable[..., Any]]:
+    """Yield a function that calls its first argument with the other arguments in a new process, and returns the result.
+    All calls in the block use the same process. Error messages name the measurement `name`, and flags to reduce.
 
     Raises:
         UserError: the process ended without a result, for example because the system ran out of memory and killed it.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
-        try:
-            return processes.submit(measure, *arguments).result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"{name}: the process that measures its memory was ended, probably because memory ran out; reduce"
-                " --rows, --length or --num_layers"
-            ) from None
+
+        def call(measure: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return processes.submit(measure, *arguments).result()
+            except BrokenProcessPool:
+                said = "the process that measures it was ended, probably because memory ran out"
+                raise UserError(f"{name}: {said}; reduce {smaller}") from None
+
+        yield call
+
+
+def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
+    """Call `measure` in a new process, and return its result. Raise UserError as `own_process` does."""
+    with own_process(name) as call:
+        result: Value = call(measure, *arguments)
+    return result
 
 
 @contextmanager
@@ -187,8 +206,8 @@ def restart_peak(device: torch.device) -> int | None:
     return before
 
 
-def idle_bytes() -> int | None:
-    """Return the current anonymous memory of this process; None if the system does not report it.
+def idle_bytes(kind: str = "RssAnon") -> int | None:
+    """Return the current anonymous memory of this process, or another kind; None if the system does not report it.
 
     A step could reuse freed memory that is still resident, without a higher peak. Therefore glibc's malloc first
     returns freed memory to the system. Other allocators may keep it. The header of a report names the allocator.
@@ -197,7 +216,7 @@ def idle_bytes() -> int | None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return resident_bytes("RssAnon")
+    return resident_bytes(kind)
 
 
 def peak_bytes(device: torch.device) -> int | None:

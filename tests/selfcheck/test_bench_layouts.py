@@ -64,7 +64,7 @@ def bench(folder: Path, tmp_path: Path, *flags: str, ranks: int, model: str = "m
 def report_of(tmp_path: Path) -> dict[str, Any]:
     """What --json holds, with what every layout's report has checked."""
     report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
-    assert report["device"] == "CPU" and report["allocator"] and report["threads"] == 1
+    assert report["device"].startswith("CPU") and report["allocator"] and report["threads"] == 1
     assert {"torch", "deepspeed"} <= set(report["versions"])
     assert len(report["seconds"]) == 2 and min(report["seconds"]) > 0
     assert report["tokens_per_second"] > 0 and report["share_of_matmul"] > 0

@@ -23,7 +23,7 @@ from support.ranks import fork_server_pid
 LIMIT = 10.0
 # Such a number is exceeded by up to five times on a busy machine (seen at a load of 10). Beyond this a run fails in CI.
 MARGIN = 10.0
-NOT_LIMITED = ("slow", "gpu", "nullgpu")  # not of the default suite
+NOT_LIMITED = ("slow", "gpu", "nullgpu", "vllm")  # not of the default suite
 FILES = 20  # that the table names
 
 

@@ -246,7 +246,7 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         self.activate_adapter(1)
         adapted = torch.tensor([True, False, True, True, False, True, False])
         ids = tuple(adapted.int().tolist())
-        self._set_adapter_mapping(LoRAMapping(ids, ids, is_prefill=True))
+        self._set_adapter_mapping(LoRAMapping(ids, ids[: self.max_num_seqs]))
         for name, linear in self.linears.items():
             a, b, u, v = (part.float() for part in model.shards[name])
             x, y = (torch.randn(len(ids), size, generator=draw).to(linear.slots.b.dtype) for size in (len(a.T), len(b)))
