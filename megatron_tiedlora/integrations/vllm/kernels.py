@@ -28,7 +28,7 @@ SMALLEST_DOT = 16  # the fewest rows and ranks of a matmul on tensor cores
 
 
 @triton.jit
-def _expand_tile(
+def _expand_tile(  # type: ignore[no-untyped-def]  # Triton reads annotations in its own way
     y_ptr,
     low_ptr,
     b_ptr,

@@ -122,13 +122,16 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
     kind of adapter has its own mapping of tokens to slots, in which the other kind's tokens use the base.
     """
 
+    linears: dict[str, LinearSlots]
+    supported_lora_modules: list[str]
     _spare = 0  # more slots of vLLM's than adapters at a time
 
     def __init__(self, *, vllm_config: Any, **options: Any) -> None:
         self._keeps_plain, self._source = serving_mode(vllm_config) == "both", _source_of(vllm_config)
-        device = options["device"].type
+        device, config = options["device"].type, options["lora_config"]
         refused = {
-            "--fully-sharded-loras": options["lora_config"].fully_sharded_loras,
+            "--fully-sharded-loras": config.fully_sharded_loras,
+            "float32 on a GPU, for which vLLM has no LoRA": device == "cuda" and config.lora_dtype == torch.float32,
             "VLLM_LORA_ENABLE_DUAL_STREAM=1": envs.VLLM_LORA_ENABLE_DUAL_STREAM,
             f"a device of type {device}": device not in ("cpu", "cuda"),
         }

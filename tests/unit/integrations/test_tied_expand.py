@@ -92,6 +92,18 @@ def test_u_multiplies_before_the_values_are_rounded() -> None:
 
 
 @pytest.mark.usefixtures("by_interpreter")
+def test_y_is_rounded_once() -> None:
+    """Of numbers so short that fp32 computes exactly, every bit is known."""
+    update = make_update(FEW, 8, (128,), 1, torch.float16)
+    steps = {"x": 1, "a": 1 / 8, "u": 1 / 4, "b": 1 / 4, "v": 1 / 8, "y": 1 / 8}
+    short = {name: (getattr(update, name) / step).round() * step for name, step in steps.items()}
+    exact = Update(**{**vars(update), **short})
+    y = exact.y.clone()
+    add_tied_update(kernels, Wrapper(FEW), y, *exact.rest)
+    assert torch.equal(y, exact.expected().to(y.dtype))
+
+
+@pytest.mark.usefixtures("by_interpreter")
 def test_a_batch_without_adapters_is_left_alone() -> None:
     """Metadata of such a batch are those of the one before it, beside the flag."""
     update = make_update(FEW, 8, (128,), 1, torch.float16)
