@@ -27,14 +27,14 @@ def test_the_gpu_path_of_vllm_by_the_interpreter() -> None:
     assert len(json.loads(done.stdout.splitlines()[-1])) == 6
 
 
-def make_wrapper(mapping: tuple[int, ...], *, specialised: bool) -> Any:
+def make_wrapper(mapping: tuple[int, ...]) -> Any:
     """vLLM's wrapper for GPUs, which has been told the slot of each token of a batch."""
     from support.tied_updates import SLOTS
     from vllm.config.lora import LoRAConfig
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    config = LoRAConfig(max_loras=SLOTS, max_lora_rank=128, specialize_active_lora=specialised)
+    config = LoRAConfig(max_loras=SLOTS, max_lora_rank=128)
     wrapper = PunicaWrapperGPU(256, 256, "cpu", lora_config=config)
     ids = [7, 11, 13, 17]  # of the adapters in the slots; 0 is the base
     named = [0 if slot < 0 else ids[slot] for slot in mapping]
@@ -64,7 +64,7 @@ def compare_all() -> list[str]:
             torch._dynamo.reset()
             add = torch.compile(add, backend="aot_eager", fullgraph=True)
         with torch.inference_mode():
-            check_update(add, make_wrapper(mapping, specialised=number < 3), update)
+            check_update(add, make_wrapper(mapping), update)
         done.append(f"rank {rank}, slices {slices}, {len(mapping)} tokens, {'compiled' if compiled else 'eager'}")
     return done
 

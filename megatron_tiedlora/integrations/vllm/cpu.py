@@ -15,27 +15,22 @@ class CpuTokens:
 
     Attributes:
         order: the rows of the batch with a slot, sorted by slot, (max tokens).
-        runs: slot, number of rows, and the first row if the rows are consecutive or else -1, (max slots + 1, 3). The
-            first run with no rows ends the list.
+        runs: slot and number of rows, (max slots + 1, 2). The first run with no rows ends the list.
     """
 
     def __init__(self, wrapper: Any, max_tokens: int, num_slots: int) -> None:
         self.wrapper = wrapper
         self.order = torch.zeros(max_tokens, dtype=torch.long)
-        self.runs = torch.zeros(num_slots + 1, 3, dtype=torch.long)
+        self.runs = torch.zeros(num_slots + 1, 2, dtype=torch.long)
 
     def prepare(self) -> None:
         """Sort the tokens of the next step. The wrapper has their slots, -1 for the base."""
         slots, order = self.wrapper.token_lora_indices.sort(stable=True)
         base = int((slots < 0).sum())
         self.order[: len(order) - base] = order[base:]
-        values, counts = slots[base:].unique_consecutive(return_counts=True)
+        runs = torch.stack(slots[base:].unique_consecutive(return_counts=True), dim=1)
         self.runs.zero_()
-        start = base
-        for run, (slot, count) in enumerate(zip(values.tolist(), counts.tolist(), strict=True)):
-            first, last = int(order[start]), int(order[start + count - 1])
-            self.runs[run] = torch.tensor([slot, count, first if last - first == count - 1 else -1])
-            start += count
+        self.runs[: len(runs)] = runs
 
     def add_update(self, y: Tensor, x: Tensor, slots: FactorSlots, slices: tuple[int, ...]) -> None:
         """Add v B u A x to y (tokens, out) in place, with the factors of each token's slot and x (tokens, in)."""
@@ -47,10 +42,10 @@ def add_update_cpu(
 ) -> None:
     """Add the update to y, see `CpuTokens.add_update`. A x and u are computed in fp32, the rest in B's dtype."""
     table = [run for run in runs.tolist() if run[1]]
-    total = sum(count for _, count, _ in table)
+    total = sum(count for _, count in table)
     if total < _SHORT * len(table):
         rows = order[:total]
-        of = torch.tensor([slot for slot, count, _ in table for _ in range(count)])
+        of = torch.tensor([slot for slot, count in table for _ in range(count)])
         inner = torch.einsum("ti,tri->tr", x[rows].float(), a[of, 0].float())
         scaled = (inner[:, None] * u[of]).to(b.dtype)
         parts = zip(scaled.unbind(1), b[of, 0].split(slices, dim=1), strict=True)
@@ -58,18 +53,14 @@ def add_update_cpu(
         y.index_add_(0, rows, (wide * v[of]).to(y.dtype))
         return
     start = 0
-    for slot, count, first in table:
+    for slot, count in table:
         rows = order[start : start + count]
         start += count
-        own = x[rows] if first < 0 else x[first : first + count]
-        inner = own.float() @ a[slot, 0].float().T
+        inner = x[rows].float() @ a[slot, 0].float().T
         scaled = (inner * u[slot, :, None]).to(b.dtype)  # (slices, count, r)
         parts = zip(scaled, b[slot, 0].split(slices), strict=True)
-        wide = (torch.cat([part @ of_slice.T for part, of_slice in parts], dim=1) * v[slot]).to(y.dtype)
-        if first < 0:
-            y.index_add_(0, rows, wide)
-        else:
-            y[first : first + count] += wide
+        wide = torch.cat([part @ of_slice.T for part, of_slice in parts], dim=1) * v[slot]
+        y.index_add_(0, rows, wide.to(y.dtype))
 
 
 # torch.compile calls the operator and does not look into it.

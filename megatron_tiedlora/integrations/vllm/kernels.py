@@ -19,12 +19,8 @@ from torch import Tensor
 
 from megatron_tiedlora.integrations.vllm.slots import FactorSlots
 
-# Sizes of a tile of the output, of which a block of threads computes one. 16 tokens are enough for a matmul on tensor
-# cores. Larger batches have tiles of 64 tokens, as the grid has blocks for every slot that may have all tokens.
-FEW_TOKENS, MANY_TOKENS = 16, 64
-COLUMNS = 128
-MOST_RANKS = 64  # of A and B, that a tile reads at a time
-SMALLEST_DOT = 16  # the fewest rows and ranks of a matmul on tensor cores
+_FEW, _MANY = 16, 64  # tokens of a tile; 16 are the fewest rows, and ranks, of a matmul on tensor cores
+_COLUMNS = 128  # of a tile
 
 
 @triton.jit
@@ -88,37 +84,28 @@ def _expand_tile(  # type: ignore[no-untyped-def]  # Triton reads annotations in
 
 
 def _add_expanded(
-    y: Tensor,
-    low: Tensor,
-    b: Tensor,
-    u: Tensor,
-    v: Tensor,
-    slices: list[int],
-    tokens: Tensor,
-    counts: Tensor,
-    starts: Tensor,
-    slots: Tensor,
-    no_adapter: Tensor,
-    num_groups: Tensor,
+    y: Tensor, low: Tensor, b: Tensor, u: Tensor, v: Tensor, slices: list[int], metadata: list[Tensor]
 ) -> None:
-    if no_adapter.item():  # on the CPU, as `num_groups` is
+    *groups, no_adapter, _ = metadata
+    if no_adapter.item():  # on the CPU
         return
     (num_tokens, out), rank = y.shape, b.shape[-1]
     sizes = tuple(slices) if u.shape[1] > 1 else (sum(slices),)  # slices that share u are one
     assert sum(sizes) == out == b.shape[-2] == v.shape[1] and len(sizes) == u.shape[1], (sizes, y.shape, u.shape)
     assert all(tensor.is_contiguous() for tensor in (y, low, b, u, v))
-    tiles = [triton.cdiv(size, COLUMNS) for size in sizes]
-    block = FEW_TOKENS if num_tokens <= FEW_TOKENS else MANY_TOKENS
-    _expand_tile[triton.cdiv(num_tokens, block), sum(tiles), int(num_groups.item())](
-        *(y, low, b, u, v, tokens, counts, starts, slots),
+    tiles = [triton.cdiv(size, _COLUMNS) for size in sizes]
+    # Large batches have large tiles, as the grid has blocks for every slot that may have all tokens.
+    block = _FEW if num_tokens <= _FEW else _MANY
+    _expand_tile[triton.cdiv(num_tokens, block), sum(tiles), len(groups[-1])](
+        *(y, low, b, u, v, *groups),
         ENDS=tuple(accumulate(sizes)),
         FIRST_TILES=(0, *accumulate(tiles[:-1])),
         NUM_SLICES=len(sizes),
         RANK=rank,
         BLOCK_M=block,
-        BLOCK_N=COLUMNS,
-        BLOCK_K=min(max(triton.next_power_of_2(rank), SMALLEST_DOT), MOST_RANKS),
-        num_warps=4 if block == FEW_TOKENS else 8,  # with 4, a large tile takes up to 246 registers of 255
+        BLOCK_N=_COLUMNS,
+        BLOCK_K=min(max(triton.next_power_of_2(rank), 16), 64),
+        num_warps=4 if block == _FEW else 8,  # with 4, a large tile takes up to 246 registers of 255
     )
 
 
@@ -153,6 +140,5 @@ class GpuTokens:
         """
         low = torch.empty((1, len(x), factors.b.shape[-1]), dtype=torch.float32, device=x.device)
         self.wrapper.add_shrink(low, x, (factors.a,), 1.0)
-        specialize = self.wrapper.lora_config.specialize_active_lora
-        _, *metadata = self.wrapper.token_mapping_meta.meta_args(len(x), specialize)
-        torch.ops.tied_lora.add_expanded(y, low, *factors[1:], list(slices), *metadata)
+        _, *metadata = self.wrapper.token_mapping_meta.meta_args(len(x), False)  # of all slots
+        torch.ops.tied_lora.add_expanded(y, low, *factors[1:], list(slices), metadata)

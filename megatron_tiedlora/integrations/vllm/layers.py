@@ -4,14 +4,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from megatron_tiedlora.integrations.vllm.slots import FactorSlots
-
-_LINEARS = (
-    *("ColumnParallelLinearWithLoRA", "MergedColumnParallelLinearWithLoRA", "QKVParallelLinearWithLoRA"),
-    *("MergedQKVParallelLinearWithLoRA", "RowParallelLinearWithLoRA", "ReplicatedLinearWithLoRA"),
-    "MergedColumnParallelLinearVariableSliceWithLoRA",
-)
 
 
 class TiedLayer:
@@ -56,6 +51,6 @@ class TiedLayer:
 @cache
 def tied_class(kind: type, keeps_plain: bool) -> type:
     """Return vLLM's class of a layer with `TiedLayer` mixed in, or the class itself if it is not a linear with LoRA."""
-    if kind.__name__ not in _LINEARS:
+    if not issubclass(kind, BaseLinearLayerWithLoRA):
         return kind
     return type(f"Tied{kind.__name__}", (TiedLayer, kind), {"keeps_plain": keeps_plain})

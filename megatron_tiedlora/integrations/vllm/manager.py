@@ -51,11 +51,9 @@ class TiedLoRAModel(LoRAModel):
     """An adapter in tied slots. It has no plain LoRA, unless it stands for any adapter in a warm-up.
 
     Attributes:
-        factors: the full factors of each target, until they are cut.
         shards: the factors on this rank, by the names of `LinearSlots`.
     """
 
-    factors: Mapping[str, TargetFactors] = {}
     shards: Mapping[str, FactorSlots] = {}
 
 
@@ -100,9 +98,7 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             said = f"{folder}: adapts {', '.join(missing)}, for which the server has no slots"
             raise UserError(f"{said}; start it with --lora-target-modules {' '.join(sorted(names | here))}")
         if tied is not None:
-            model = TiedLoRAModel(adapter_id, served.rank, {})
-            model.factors = tied
-            return model
+            return manager.tied_model(adapter_id, served.rank, tied)
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         return LoRAModel.from_lora_tensors(
             adapter_id,
@@ -134,6 +130,8 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
             "float32 on a GPU, for which vLLM has no LoRA": device == "cuda" and config.lora_dtype == torch.float32,
             "VLLM_LORA_ENABLE_DUAL_STREAM=1": envs.VLLM_LORA_ENABLE_DUAL_STREAM,
             f"a device of type {device}": device not in ("cpu", "cuda"),
+            # Their graphs have one group of tokens for each adapter, and none for tokens of the base beside them.
+            "the CUDA graphs of --specialize-active-lora": device == "cuda" and config.specialize_active_lora,
         }
         for name in (name for name, is_set in refused.items() if is_set):
             raise ValueError(f"tied_lora does not work with {name}; start the server without one of them")
@@ -164,10 +162,8 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _create_lora_modules(self) -> None:
         if not self._keeps_plain and self.lora_config.target_modules is None:  # no slots for the embedding and the head
-            linears = self._source.shape.block.linears
-            modules = {rows.module.rpartition(".")[2] for linear in linears for rows in linear.sources}
-            modules |= {name for name, parts in self.packed_modules_mapping.items() if modules & {*parts}}
-            self.supported_lora_modules = [name for name in self.supported_lora_modules if name in modules]
+            others = self.model.embedding_modules
+            self.supported_lora_modules = [name for name in self.supported_lora_modules if name not in others]
         # On a CPU vLLM adds the last of its slots to tokens without an adapter (vLLM's issue 48421).
         self._spare = int(self._keeps_plain and self.device.type == "cpu")
         classes = utils._all_lora_classes
@@ -199,21 +195,25 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         loras = super().create_dummy_lora(lora_id, rank, embedding_modules).loras if self._keeps_plain else {}
         return TiedLoRAModel(lora_id, rank, loras)
 
+    def tied_model(self, lora_id: int, rank: int, tied: Mapping[str, TargetFactors]) -> TiedLoRAModel:
+        """Return an adapter with its factors on this rank. Raise UserError if its sizes are not the served model's."""
+        pins, model = PIN_MEMORY and self.device.type != "cpu", TiedLoRAModel(lora_id, rank, {})
+        linears = ((name, linear) for name, linear in self.linears.items() if linear.target in tied)
+        shards = {name: linear.cut(tied[linear.target]) for name, linear in linears}
+        if pins:
+            shards = {name: FactorSlots(*(each.pin_memory() for each in shard)) for name, shard in shards.items()}
+        model.shards = shards
+        return model
+
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
-        if lora_model.loras:
+        if lora_model.loras:  # vLLM expects at least one
             super()._create_merged_loras_inplace(lora_model)
-        factors: Mapping[str, TargetFactors] = getattr(lora_model, "factors", {})
-        if factors:
-            linears = ((name, linear) for name, linear in self.linears.items() if linear.target in factors)
-            shards = {name: linear.cut(factors[linear.target]) for name, linear in linears}
-            if PIN_MEMORY and self.device.type != "cpu":
-                shards = {name: FactorSlots(*(each.pin_memory() for each in shard)) for name, shard in shards.items()}
-            lora_model.factors, lora_model.shards = {}, shards
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Copy an adapter into its slots, unless it is there. Return whether it was copied."""
         activated = bool(super().activate_adapter(lora_id))
         if activated:
+            self._last_mapping = None  # an adapter of the other kind may have had this number
             shards = getattr(self._registered_adapters.cache[lora_id], "shards", {})
             for name, linear in self.linears.items():
                 linear.set(self.lora_index_to_id.index(lora_id), shards.get(name))
@@ -236,24 +236,20 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
             RuntimeError: the outputs differ.
         """
         draw = torch.Generator().manual_seed(0)
-        model = TiedLoRAModel(1, self.lora_config.max_lora_rank, {})
-        for name, linear in self.linears.items():
-            a, b, u, v = linear.slots
-            one_slot = a[0, 0], b[0, 0], u[:, 0], v[:, 0]
-            shard = (torch.randn(part.shape, generator=draw).to(part.dtype) for part in one_slot)
-            model.shards = {**model.shards, name: FactorSlots(*shard)}
-        self._registered_adapters[1] = model
-        self.activate_adapter(1)
-        adapted = torch.tensor([True, False, True, True, False, True, False])
-        ids = tuple(adapted.int().tolist())
+        self.add_adapter(TiedLoRAModel(1, self.lora_config.max_lora_rank, {}))
+        self.activate_adapter(1)  # in slot 0
+        ids = 1, 0, 1, 1, 0, 1, 0
+        adapted = torch.tensor(ids) > 0
         self._set_adapter_mapping(LoRAMapping(ids, ids[: self.max_num_seqs]))
         for name, linear in self.linears.items():
-            a, b, u, v = (part.float() for part in model.shards[name])
-            x, y = (torch.randn(len(ids), size, generator=draw).to(linear.slots.b.dtype) for size in (len(a.T), len(b)))
-            inner = (x.float() @ a.T)[:, None] * u[0]
-            parts = zip(inner.unbind(1), b.split(linear.slices), strict=True)
-            expected = y.float() + torch.cat([part @ rows.T for part, rows in parts], dim=1) * v[0]
+            shard = FactorSlots(*(torch.randn(part.shape, generator=draw).to(part.dtype) for part in linear.part(0)))
+            linear.set(0, shard)
+            a, b, u, v = (part.float() for part in shard)
+            x, y = (torch.randn(len(ids), size, generator=draw).to(shard.b.dtype) for size in (len(a.T), len(b)))
+            u_of_rows = u[0].repeat_interleave(torch.tensor(linear.slices), dim=0)
+            expected = y.float() + x.float() @ a.T @ (b * u_of_rows).T * v[0]
             found = linear.first._apply_lora_to_output(x.to(self.device), y.to(self.device)).cpu()
+            linear.set(0, None)
             error = (found.float() - expected)[adapted].abs().max() / expected[adapted].abs().max()
             # GPUs multiply fp32 in tf32.
             limit = max(4 * torch.finfo(x.dtype).eps, 1e-5 if self.device.type == "cpu" else 2e-3)
@@ -261,8 +257,6 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
                 said = f"differs from PyTorch's by {error:.1e} of the largest value, or the base's output changed"
                 raise RuntimeError(f"tied_lora: the update of {name} {said}; start the server without tied_lora")
         self.remove_all_adapters()
-        for linear in self.linears.values():
-            linear.set(0, None)
 
 
 def _only(mapping: LoRAMapping, ids: set[int]) -> LoRAMapping:

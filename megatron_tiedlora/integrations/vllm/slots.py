@@ -80,40 +80,35 @@ class LinearSlots:
         Raises:
             UserError: the sizes are not those of the served model.
         """
-        in_size, out_size = factors.a.shape[1], sum(self.blocks)
-        if len(factors.b) != out_size or max(self.layers) >= len(factors.u):
+        out_size, in_size, index = sum(self.blocks), self.slots.a.shape[-1], list(self.layers)
+        if len(factors.b) != out_size or index[-1] >= len(factors.u):
             raise UserError(f"{self.target}: B has {len(factors.b)} rows, but the served model has {out_size}")
-        index, slices = list(self.layers), len(self.slices)
-        u = factors.u[index]
-        if u.shape[1] > 1:
-            u = u[:, list(self.covered)]
-        a = self.first.slice_lora_a(factors.a) if slices == 1 else factors.a
-        if a.shape[1] != self.slots.a.shape[3]:
-            size = self.slots.a.shape[3]
-            raise UserError(f"{self.target}: A has {in_size} columns, but the served model has {size}")
-        v = self._local_rows(factors.v[index].T).T
-        kinds = (slot.dtype for slot in self.slots)
-        tensors = a, self._local_rows(factors.b), u.expand(-1, slices, -1), v
-        return FactorSlots(*(value.to(kind).contiguous() for value, kind in zip(tensors, kinds, strict=True)))
+        a = self.first.slice_lora_a(factors.a) if len(self.slices) == 1 else factors.a
+        if a.shape[1] != in_size:
+            raise UserError(f"{self.target}: A has {factors.a.shape[1]} columns, but the served model has {in_size}")
+        u = factors.u[index] if factors.u.shape[1] == 1 else factors.u[index][:, list(self.covered)]
+        u, v = u.expand(-1, len(self.slices), -1), self._local_rows(factors.v[index].T).T
+        tensors = a, self._local_rows(factors.b), u, v
+        dtypes = (slot.dtype for slot in self.slots)
+        return FactorSlots(*(value.to(dtype).contiguous() for value, dtype in zip(tensors, dtypes, strict=True)))
 
     def _local_rows(self, rows: Tensor) -> Tensor:
         """Return this rank's rows of (out, n)."""
         parts = [rows.split(self.blocks)[block] for block in self.covered]
-        if len(self.slices) == 1:
-            local: Tensor = self.first.slice_lora_b(torch.cat(parts))
-            return local
-        return torch.cat(self.first.slice_lora_b(parts))
+        if len(self.slices) > 1:
+            return torch.cat(self.first.slice_lora_b(parts))
+        local: Tensor = self.first.slice_lora_b(torch.cat(parts))
+        return local
+
+    def part(self, slot: int, rank: int | None = None) -> FactorSlots:
+        """Return the part of a slot that an adapter uses, by default one of the highest rank (see `cut`)."""
+        a, b, u, v = self.slots
+        return FactorSlots(a[slot, 0, :rank], b[slot, 0, :, :rank], u[:, slot, :, :rank], v[:, slot])
 
     def set(self, slot: int, shard: FactorSlots | None) -> None:
         """Copy one adapter's factors (see `cut`) into a slot. None sets the slot to zero."""
-        a, b, u, v = self.slots
-        rank = 0 if shard is None else len(shard.a)
-        # The slot may hold an adapter of a higher rank.
-        for unused in (a[slot, 0, rank:], b[slot, 0, :, rank:], u[:, slot, :, rank:]):
-            unused.zero_()
-        if shard is None:
-            v[:, slot].zero_()
-            return
-        used = a[slot, 0, :rank], b[slot, 0, :, :rank], u[:, slot, :, :rank], v[:, slot]
-        for into, value in zip(used, shard, strict=True):
-            into.copy_(value, non_blocking=True)
+        for whole in self.part(slot):  # the slot may hold an adapter of a higher rank
+            whole.zero_()
+        if shard is not None:
+            for into, value in zip(self.part(slot, len(shard.a)), shard, strict=True):
+                into.copy_(value, non_blocking=True)

@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,10 +40,9 @@ class Wrapper:
     batch does not use is as vLLM leaves it: slots -1, counts 0, and any tokens.
     """
 
-    def __init__(self, mapping: tuple[int, ...], *, specialised: bool = False) -> None:
+    def __init__(self, mapping: tuple[int, ...]) -> None:
         slots = torch.tensor(mapping, dtype=torch.int32)
         used, counts = torch.unique(slots, return_counts=True)
-        self.lora_config = SimpleNamespace(specialize_active_lora=specialised)
         self.token_mapping_meta = self
         self.slots = slots
         self.sorted = torch.cat((slots.sort(stable=True).indices.int(), torch.full((9,), 10**6, dtype=torch.int32)))
@@ -53,10 +51,10 @@ class Wrapper:
         self.active[: len(used)], self.counts[: len(used)] = used, counts.int()
         self.starts[1 : len(used) + 1] = counts.cumsum(0)
         self.no_adapter = torch.tensor([not (slots >= 0).any()])
-        self.num_groups = torch.tensor([len(used) if specialised else SLOTS + 1])
+        self.num_groups = torch.tensor([SLOTS + 1])
 
     def meta_args(self, token_nums: int, specialize_active_lora: bool) -> tuple[Tensor, ...]:
-        assert specialize_active_lora == self.lora_config.specialize_active_lora
+        assert not specialize_active_lora
         ordered = (self.slots[:token_nums], self.sorted[:token_nums])
         return (*ordered, self.counts, self.starts, self.active, self.no_adapter, self.num_groups)
 
@@ -79,7 +77,7 @@ def by_interpreter() -> Iterator[None]:
 def test_values_are_those_of_fp64(rank: int, slices: tuple[int, ...], shared: bool, dtype: torch.dtype) -> None:
     for mapping in (MANY, FEW):
         update = make_update(mapping, rank, slices, 1 if shared else len(slices), dtype)
-        check_update(partial(add_tied_update, kernels), Wrapper(mapping, specialised=shared), update)
+        check_update(partial(add_tied_update, kernels), Wrapper(mapping), update)
 
 
 @pytest.mark.usefixtures("by_interpreter")

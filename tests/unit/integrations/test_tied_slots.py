@@ -111,7 +111,7 @@ def updated(linear: LinearSlots, layer: int, x: Tensor, token_slots: list[int]) 
     tokens = CpuTokens.__new__(CpuTokens)
     tokens.wrapper = type("Wrapper", (), {"token_lora_indices": torch.tensor(token_slots)})
     tokens.order = torch.zeros(64, dtype=torch.long)
-    tokens.runs = torch.zeros(5, 3, dtype=torch.long)
+    tokens.runs = torch.zeros(5, 2, dtype=torch.long)
     tokens.prepare()
     y = torch.zeros(len(x), sum(linear.slices))
     slots = linear.layers[layer].slots
