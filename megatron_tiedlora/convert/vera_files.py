@@ -74,9 +74,8 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
         projections = [_drawn(*shape, draw) for shape in shared.values()]
         notes = (f"{folder}: vera_A and vera_B are drawn from projection_prng_key = {key}, as PEFT draws them",)
     a, b = projections
-    largest = {"vera_A": float(a.abs().max()), "vera_B": float(b.abs().max())}
-    for index, name in enumerate(stored):
-        largest[name] = max(float(both[index].abs().max()) for both in vectors.values())
+    tensors = {"vera_A": [a], "vera_B": [b], **dict(zip(stored, zip(*vectors.values(), strict=True), strict=True))}
+    largest = {name: max(float(each.abs().max()) for each in of) for name, of in tensors.items()}
     check_bound(rank, largest, source=folder / WEIGHTS_FILE)
     return Vera(rank, a, b, vectors, notes)
 
@@ -108,17 +107,16 @@ def vera_factors(vera: Vera, source: ModelSource) -> dict[str, TargetFactors]:
     found, num_layers = {}, source.shape.num_layers
     for name, linear in peft_files.adapted_linears(vera.vectors, source).items():
         fused = len({stored.module for stored in linear.sources}) > 1
-        rows = [slice(one.start, one.start + size) for one, size in zip(linear.sources, linear.blocks, strict=True)]
-        u = torch.zeros(num_layers, len(rows) if fused else 1, vera.rank)
+        u = torch.zeros(num_layers, len(linear.blocks) if fused else 1, vera.rank)
         b, v = torch.zeros(linear.out_size, vera.rank), torch.zeros(num_layers, linear.out_size)
-        b_blocks, v_blocks = b.split(linear.blocks), v.split(linear.blocks, dim=1)
-        for index, stored in enumerate(linear.sources):
-            of_layers = [vera.vectors.get(Module(layer, stored.module)) for layer in range(1, num_layers + 1)]
-            for layer, vectors in enumerate(of_layers):
-                if vectors is not None:
-                    v_blocks[index][layer], u[layer, index if fused else 0] = vectors[0][rows[index]], vectors[1]
-            if any(vectors is not None for vectors in of_layers):  # another module may have more rows than B
-                b_blocks[index].copy_(vera.b[rows[index]])
+        blocks = zip(linear.sources, b.split(linear.blocks), v.split(linear.blocks, dim=1), strict=True)
+        for index, (stored, b_block, v_block) in enumerate(blocks):
+            rows = slice(stored.start, stored.start + len(b_block))
+            here = vera.b[rows]  # B may have fewer rows than a module that is not adapted, whose v is zero
+            b_block[: len(here)] = here
+            for layer in range(num_layers):
+                if vectors := vera.vectors.get(Module(layer + 1, stored.module)):
+                    v_block[layer], u[layer, index if fused else 0] = vectors[0][rows], vectors[1]
         found[name] = TargetFactors(vera.a[:, : linear.in_size].clone(), b, u, v)
     return found
 
@@ -126,10 +124,8 @@ def vera_factors(vera: Vera, source: ModelSource) -> dict[str, TargetFactors]:
 def native_vera(vera: Vera, source: ModelSource) -> Native:
     """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`."""
     factors, layers = vera_factors(vera, source), tuple(sorted({layer for layer, _ in vera.vectors}))
-    linears = [source.shape.block.adaptable[name] for name in factors]
-    modules = {stored.module for linear in linears for stored in linear.sources}
-    one_module = all(one.u.shape[1] == 1 for one in factors.values())
-    if one_module and all(Module(layer, module) in vera.vectors for layer in layers for module in modules):
+    modules = {stored.module for name in factors for stored in source.shape.block.adaptable[name].sources}
+    if len(modules) == len(factors) and len(vera.vectors) == len(layers) * len(modules):
         targets, index = targets_of(source.shape, tuple(factors)), [layer - 1 for layer in layers]
         config = make_adapter_config("vera", rank=vera.rank, alpha=vera.rank, layers=layers, targets=targets, seed=0)
         state: dict[str, Tensor] = {}

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tiedlora.base.files import read_json_or_none
-from megatron_tiedlora.checkpoint.base_identity import check_same_base, identify_shape, model_source
+from megatron_tiedlora.checkpoint.base_identity import check_same_base, identify_shape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.export_peft import peft_tensors
@@ -83,12 +82,6 @@ def _tied_factors(adapter: NativeAdapter, num_layers: int) -> dict[str, TargetFa
         u[index, 0], v[index] = of_layers(f"{target.prefix}u") * config.scale, of_layers(f"{target.prefix}v")
         found[target.name] = TargetFactors(a, b, u, v)
     return found
-
-
-def served_model(hf_config: Any, name: str) -> ModelSource:
-    """Return the model that a server has loaded, from its transformers config and its folder or hub id. Raise UserError
-    if the model's family is not implemented."""
-    return model_source(hf_config, name)
 
 
 def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:

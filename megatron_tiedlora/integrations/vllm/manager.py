@@ -20,9 +20,10 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text
+from megatron_tiedlora.checkpoint.base_identity import model_source
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.integrations.vllm.cpu import CpuTokens
-from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, TargetFactors, read_served, served_model
+from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, TargetFactors, read_served
 from megatron_tiedlora.integrations.vllm.layers import TiedLayer, tied_class
 from megatron_tiedlora.integrations.vllm.slots import FactorSlots, LinearSlots
 
@@ -44,7 +45,7 @@ def serving_mode(vllm_config: Any) -> Mode:
 
 def _source_of(vllm_config: Any) -> ModelSource:
     model = vllm_config.model_config
-    return served_model(model.hf_config.get_text_config(), model.model)
+    return model_source(model.hf_config.get_text_config(), model.model)
 
 
 class TiedLoRAModel(LoRAModel):
@@ -120,7 +121,6 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
 
     linears: dict[str, LinearSlots]
     supported_lora_modules: list[str]
-    _spare = 0  # more slots of vLLM's than adapters at a time
 
     def __init__(self, *, vllm_config: Any, **options: Any) -> None:
         self._keeps_plain, self._source = serving_mode(vllm_config) == "both", _source_of(vllm_config)
@@ -139,11 +139,6 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         self._check_linears()
         size = bytes_in_words(sum(linear.bytes_per_slot for linear in self.linears.values()))
         logger.info("tied adapters: %s of %s on this rank", count_text(self.lora_slots, "slot"), size)
-
-    @property
-    def lora_slots(self) -> int:
-        """Return the number of slots, or, while vLLM creates its own slots, how many it has to create."""
-        return int(super().lora_slots) + self._spare
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: Any) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
@@ -164,14 +159,15 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         if not self._keeps_plain and self.lora_config.target_modules is None:  # no slots for the embedding and the head
             others = self.model.embedding_modules
             self.supported_lora_modules = [name for name in self.supported_lora_modules if name not in others]
-        # On a CPU vLLM adds the last of its slots to tokens without an adapter (vLLM's issue 48421).
-        self._spare = int(self._keeps_plain and self.device.type == "cpu")
-        classes = utils._all_lora_classes
+        classes, num_slots = utils._all_lora_classes, self.lora_config.max_loras
         utils._all_lora_classes = tuple(tied_class(kind, self._keeps_plain) for kind in classes)
         try:
+            if self._keeps_plain and self.device.type == "cpu":
+                # vLLM adds the last of its slots to tokens without an adapter (vLLM's issue 48421).
+                self.lora_config.max_loras += 1
             super()._create_lora_modules()
         finally:
-            utils._all_lora_classes, self._spare = classes, 0
+            utils._all_lora_classes, self.lora_config.max_loras = classes, num_slots
         self.linears = {linear.name: linear for linear in self._group_linears()}
 
     def _group_linears(self) -> Iterator[LinearSlots]:

@@ -21,10 +21,11 @@ from support.tiny_models import FAMILY_MODELS, write_tiny_model
 from torch import Tensor
 
 from megatron_tiedlora.base.methods import METHODS
+from megatron_tiedlora.checkpoint.base_identity import model_source
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, read_served, served_model
+from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, read_served
 
 LAYERS = 5
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -63,7 +64,7 @@ def config_source(base: Path) -> ModelSource:
     """The model as a server knows it, from a config of transformers."""
     from transformers import AutoConfig
 
-    return served_model(AutoConfig.from_pretrained(base), str(base))
+    return model_source(AutoConfig.from_pretrained(base), str(base))
 
 
 def dense(served: ServedAdapter) -> dict[tuple[int, str], Tensor]:
@@ -319,5 +320,5 @@ def test_the_config_of_a_server_gives_the_model_that_its_folder_gives(tmp_path: 
 def test_a_model_of_an_unknown_family_is_rejected() -> None:
     from transformers import AutoConfig
 
-    assert "gpt2" in refusal(served_model, AutoConfig.for_model("gpt2"), "owner/model")
-    assert "owner/model" in refusal(served_model, AutoConfig.for_model("gpt2"), "owner/model")
+    assert "gpt2" in refusal(model_source, AutoConfig.for_model("gpt2"), "owner/model")
+    assert "owner/model" in refusal(model_source, AutoConfig.for_model("gpt2"), "owner/model")
