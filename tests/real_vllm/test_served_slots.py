@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,40 @@ def test_one_slot_for_adapters_in_turn(single: Engine, llama: ServedModel) -> No
         in_turn += [plain[0], small, plain[1], large, plain[1], qkv, plain[0]]
     wrong = [line for served in in_turn for line in asked_in_turn(single, questions_of(served, llama.base, most=2))]
     assert not wrong
+
+
+def test_an_adapter_that_does_not_fit_takes_no_other_s_place(
+    single: Engine, llama: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_tiedlora.base.messages import UserError
+    from megatron_tiedlora.integrations.vllm.slots import LinearSlots
+
+    def refuse(*_: Any) -> None:
+        raise UserError("its sizes do not fit")
+
+    loaded, other = (llama.of_method("tl6", part) for part in ("all", "qkv"))
+    single.load(loaded)
+    monkeypatch.setattr(LinearSlots, "cut", refuse)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="its sizes do not fit"):
+            single.load(other)
+        assert single.llm.llm_engine.list_loras() == {single.request(loaded).lora_int_id}
+    assert not asked_in_turn(single, questions_of(loaded))
+
+
+def test_an_output_that_is_not_contiguous() -> None:
+    """Kernels of quantised bases may return the first columns of a padded output."""
+    from megatron_tiedlora.integrations.vllm.layers import TiedLayer
+
+    def add_update(y: torch.Tensor, *_: Any) -> None:
+        assert y.is_contiguous() and y.shape == (3, 4)
+        y += 1
+
+    layer: Any = TiedLayer()
+    layer.tokens, layer.slots, layer.output_slices = SimpleNamespace(add_update=add_update), (), (4,)
+    x, padded = torch.zeros(3, 2), torch.zeros(3, 6)
+    for output in (padded[:, :4], padded[None, :, :4]):
+        assert torch.equal(layer._apply_lora_to_output(x.view(*output.shape[:-1], 2), output), torch.ones(output.shape))
 
 
 @pytest.fixture(scope="module")

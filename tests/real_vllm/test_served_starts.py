@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.served_models import ServedModel
 from support.vllm_engine import MODES
 from support.vllm_server import Server
@@ -36,6 +38,25 @@ def test_two_streams(models: dict[str, ServedModel], started: Any, monkeypatch: 
     monkeypatch.setenv("VLLM_LORA_ENABLE_DUAL_STREAM", "1")
     with pytest.raises(ValueError, match="Dual CUDA streams are only supported on CUDA"):
         started(models["llama"], "tied")
+
+
+def test_graphs_for_each_number_of_adapters(models: dict[str, ServedModel]) -> None:
+    """vLLM replays one that was recorded for one group of tokens, of an adapter, where the base's are another."""
+    from transformers import AutoConfig
+    from vllm.config.lora import LoRAConfig
+
+    from megatron_tiedlora.integrations.vllm.manager import TiedLoRAModelManager
+
+    folder = models["llama"].folder
+    config = SimpleNamespace(hf_config=AutoConfig.from_pretrained(folder), model=str(folder))
+    for value in (True, "both"):
+        vllm_config = SimpleNamespace(additional_config={"tied_lora": value}, model_config=config)
+        with pytest.raises(ValueError, match=r"the CUDA graphs of --specialize-active-lora; start the server without"):
+            TiedLoRAModelManager(
+                vllm_config=vllm_config,
+                lora_config=LoRAConfig(specialize_active_lora=True),
+                device=torch.device("cuda"),
+            )
 
 
 def test_the_server_ends_with_the_error(models: dict[str, ServedModel], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class TiedLayer:
         if self.slots is None:
             return output
         shape = output.shape
-        y = output.reshape(-1, shape[-1])
+        y = output.reshape(-1, shape[-1]).contiguous()  # the base's kernel may have padded it
         self.tokens.add_update(y, x.reshape(-1, x.shape[-1]), self.slots, self.output_slices)
         return y.reshape(shape)
 

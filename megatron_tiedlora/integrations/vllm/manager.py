@@ -217,11 +217,10 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         if self._keeps_plain:
-            models = self._registered_adapters.cache
-            tied = {one for one, model in models.items() if isinstance(model, TiedLoRAModel)}
-            of_tied = _only(mapping, tied)
+            models = [self._registered_adapters.cache[one] for one in self.lora_index_to_id if one is not None]
+            of_tied = _only(mapping, {model.id for model in models if isinstance(model, TiedLoRAModel)})
             self._wrapper.update_metadata(of_tied, self.lora_index_to_id, self.lora_slots + 1, self.vocab_size)
-            mapping = _only(mapping, {one for one, model in models.items() if model.loras})
+            mapping = _only(mapping, {model.id for model in models if model.loras})
         super()._set_adapter_mapping(mapping)
         self.tokens.prepare()
 

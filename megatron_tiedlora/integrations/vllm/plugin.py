@@ -21,7 +21,6 @@ _RANGE = "vLLM {}.{} to {}.{}".format(*TESTED[0], *TESTED[1])
 # {part of the plugin: {module: {name: parameters}}}. "=" follows a parameter that has a default, and "..." stands for
 # further ones. An object that is not callable has its type.
 _NAMES = Path(__file__).with_name("vllm_names.json")
-_KERNELS = {"vllm.lora.ops.triton_ops", "vllm.lora.punica_wrapper.punica_gpu"}
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 
@@ -85,11 +84,8 @@ def _check(part: str) -> None:
 
 
 def differences(part: str) -> Iterator[str]:
-    """Yield what is different from the recorded names of vLLM for a part of the plugin. Names in modules with Triton
-    kernels are compared only where vLLM uses Triton."""
+    """Yield what is different from the recorded names of vLLM for a part of the plugin."""
     for module, names in json.loads(_NAMES.read_text())[part].items():
-        if module in _KERNELS and not import_module("vllm.triton_utils").HAS_TRITON:
-            continue
         for name, recorded in names.items():
             try:
                 found: Any = reduce(getattr, name.split("."), import_module(module))

@@ -108,14 +108,11 @@ def dense(factors: TargetFactors, layer: int, blocks: tuple[int, ...]) -> Tensor
 
 def updated(linear: LinearSlots, layer: int, x: Tensor, token_slots: list[int]) -> Tensor:
     """The update of one layer's output, from zeros, by the operation that the server calls."""
-    tokens = CpuTokens.__new__(CpuTokens)
-    tokens.wrapper = type("Wrapper", (), {"token_lora_indices": torch.tensor(token_slots)})
-    tokens.order = torch.zeros(64, dtype=torch.long)
-    tokens.runs = torch.zeros(5, 2, dtype=torch.long)
+    tokens = CpuTokens(SimpleNamespace(token_lora_indices=torch.tensor(token_slots)), 64, 4)
     tokens.prepare()
     y = torch.zeros(len(x), sum(linear.slices))
     slots = linear.layers[layer].slots
-    add_update_cpu(y, x, *slots, tokens.order, tokens.runs, list(linear.slices))
+    add_update_cpu(y, x, *slots, tokens.order, tokens.counts, list(linear.slices))
     return y
 
 

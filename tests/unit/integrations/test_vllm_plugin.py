@@ -54,7 +54,6 @@ class Vllm:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.patch = folder, patch
         self.add("vllm", __version__="0.32.0+cpu")
-        self.add("vllm.triton_utils", HAS_TRITON=True)
         for part in RECORDED.values():
             for module, names in part.items():
                 if module != MIXIN:
@@ -234,14 +233,6 @@ def test_other_names_leave_vllm_as_it_is(vllm: Vllm, caplog: pytest.LogCaptureFi
     (line,) = warnings(caplog)
     assert line.startswith("tied_lora is switched off: ") and said in line
     assert "This server loads no native adapters and VeRA. Use vLLM 0.26 to 0.32, or serve plain LoRAs that" in line
-
-
-def test_kernels_are_compared_where_vllm_has_triton(vllm: Vllm) -> None:
-    vllm.define("vllm.lora.punica_wrapper.punica_gpu", "PunicaWrapperGPU.add_shrink", "self, y")
-    vllm.patch.delitem(sys.modules, "vllm.lora.ops.triton_ops")
-    assert len([*plugin.differences("manager")]) == 2
-    vllm.add("vllm.triton_utils", HAS_TRITON=False)
-    assert not [*plugin.differences("manager")]
 
 
 def test_a_fault_of_the_plugin_leaves_vllm_as_it_is(vllm: Vllm, caplog: pytest.LogCaptureFixture) -> None:
