@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, compress, islice, pairwise, product
 from multiprocessing import active_children, current_process, get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,13 +31,21 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.batch import filled
-from megatron_tiedlora.data.chat import Chat
+from megatron_tiedlora.data.chat import Chat, read_chat_template
 from megatron_tiedlora.data.sources import NumberedRow
 from megatron_tiedlora.data.splits import check_shape, make_example
 from megatron_tiedlora.data.tables import num_bytes
-from megatron_tiedlora.data.task import Example, Reading, Segment, Task
+from megatron_tiedlora.data.task import DataSettings, Example, Reading, Segment, Task
+from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
+from megatron_tiedlora.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    end_ids,
+    library_errors,
+    load_tokenizer,
+    start_ids,
+)
 
 
 class Encoded(NamedTuple):
@@ -284,6 +293,21 @@ class Encoding:
     reading: Reading
     max_length: int
     end_ids: frozenset[int]
+
+
+def open_encoding(settings: DataSettings, model_folder: Path, *, vocab_size: int, max_length: int) -> Encoding:
+    """Return the encoding of a command's settings. The default tokenizer is the model's. --chat_template replaces its
+    chat template.
+
+    Raises UserError if the tokenizer cannot be read or has no end token, or if one of its ids exceeds the `vocab_size`
+    rows of the embedding.
+    """
+    tokenizer = load_tokenizer(settings.tokenizer or model_folder)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
+    check_vocabulary(tokenizer, vocab_size)
+    ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
+    return Encoding(get_task(settings.task), tokenizer, Reading.of(settings), max_length, ends)
 
 
 Arrays = dict[str, NDArray[Any]]

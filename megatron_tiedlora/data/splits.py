@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice, repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import DataSettings, Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
-from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_tiedlora.data.turns import ASSISTANT
 
 _CARVE_STREAM = 2**32  # the random stream that selects held-out rows; epoch e uses the stream e
@@ -70,18 +68,6 @@ def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: i
         limit=limit,
         reading=Reading.of(settings),
     )
-
-
-def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer in a command's settings, by default the model's. --chat_template replaces its chat template.
-
-    Raises UserError if it cannot be read, or if one of its ids exceeds the `vocab_size` rows of the embedding.
-    """
-    tokenizer = load_tokenizer(settings.tokenizer or model_folder)
-    if settings.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(settings.chat_template)
-    check_vocabulary(tokenizer, vocab_size)
-    return tokenizer
 
 
 def files_of(settings: DataSettings) -> Files:
