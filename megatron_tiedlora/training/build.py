@@ -29,7 +29,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel, largest_of_all
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.planning.run_plan import RunPlan, load_start
@@ -138,9 +138,7 @@ def load_stage_weights(
         frozen_weights(stage),
         stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
         access=deepspeed_engine.parameter_access(plan.engine),
-        tp_rank=grid.tp_rank,
-        tp_size=grid.tp_size,
-        largest=partial(largest_of_all, group=groups.tensor),
+        group=groups.tensor,
         reads=grid.dp_rank == 0,  # the engine broadcasts all parameters from this rank to its replicas
         progress=grid.rank == 0,
     )
