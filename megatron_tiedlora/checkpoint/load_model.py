@@ -227,8 +227,7 @@ def load_model(
 
 def adapter_shard(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
     """Return this rank's shard of an adapter for a stage with these layers, on `device`."""
-    adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
-    part = TiedAdapter(AdapterShard(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
+    part = TiedAdapter(AdapterShard.of_stage(adapter.config, layers, grid.tp_rank, grid.tp_size)).to(device)
     part.load_full(adapter.state)
     return part
 

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Dropout
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.checkpoint import base_identity as identity
@@ -153,8 +153,10 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
     values."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
+    shard = grid.tp_rank, grid.tp_size
     # Adapters are created outside DeepSpeed's construction context, which would partition or mark them.
-    adapters = {name: TiedAdapter(plan.part_of(own.adapter)).to(device) for name, own in plans.items()}
+    parts = {name: AdapterShard.of_stage(own.adapter, plan.stage.layers, *shard) for name, own in plans.items()}
+    adapters = {name: TiedAdapter(part).to(device) for name, part in parts.items()}
     rates = {name: own.settings for name, own in plans.items() if own.settings.dropout}
     adapter_group = AdapterGroup(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
     specs = layer_specs(

@@ -184,9 +184,8 @@ class Case:
 
     def part(self, grid: Grid) -> tied_adapter.AdapterShard:
         """What a rank holds of the adapter."""
-        config, stage = self.adapter_config, self.stages[grid.pp_rank]
-        layers = tuple(layer for layer in config.layers if layer in stage)
-        return tied_adapter.AdapterShard(config, layers, grid.tp_rank, grid.tp_size)
+        stage = self.stages[grid.pp_rank]
+        return tied_adapter.AdapterShard.of_stage(self.adapter_config, stage, grid.tp_rank, grid.tp_size)
 
 
 def tokens_at_cuts(vocab_size: int) -> list[int]:
