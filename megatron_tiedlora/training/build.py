@@ -75,10 +75,9 @@ def build_model(
         UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was trained
             on a different base.
     """
-    shared, resumed = shared_plan(plans), checkpoints or {}
+    resumed = checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
-        stage, groups, _ = model = _build_stage(plans, device, kernels, states)
-        load_stage_weights(shared, weights, stage, groups)
+        stage, *_ = model = _build_stage(plans, device, kernels, states, weights)
         frozen = [parameter for parameter in stage.layers.parameters() if not parameter.requires_grad]
         stored = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)  # ZeRO-3's partitions
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored)
@@ -119,38 +118,23 @@ def checked_starts(
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
     """Build a model with random base weights for benchmarks, without reading files. Return it as `build_model` does."""
     shared = shared_plan(plans)
-    stage, groups, _ = model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
-    load_stage_weights(shared, weights, stage, groups)
+    model = _build_stage(plans, device, kernels, dict.fromkeys(plans), weights)
     base = identity.identify_shape(shared.source, shared.dtype_name, weights_hash="random")
     none = (0,) * shared.grid.world_size
     runner = _start_engine(plans, model, device, {})
     return BuiltModel(runner, base, none, none, dict.fromkeys(plans, ()))
 
 
-def load_stage_weights(
-    plan: RunPlan, weights: BaseWeights | RandomWeights, stage: Stage, groups: ParallelGroups
-) -> None:
-    """Load this rank's slices of the base weights into `stage`. All ranks must call this function."""
-    grid = plan.grid
-    load_base_weights(
-        weights,
-        frozen_weights(stage),
-        stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
-        access=deepspeed_engine.parameter_access(plan.engine),
-        group=groups.tensor,
-        reads=grid.dp_rank == 0,  # the engine broadcasts all parameters from this rank to its replicas
-        progress=grid.rank == 0,
-    )
-
-
 # The stage, its process groups, and a function that initialises DeepSpeed's engine for the stage.
 _Model = tuple[Stage, ParallelGroups, Callable[..., Any]]
 
 
-def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: States) -> _Model:
-    """Return the stage with the adapters, but without base weights. Adapters that are None in `states` get initial
-    values."""
+def _build_stage(
+    plans: Plans, device: torch.device, kernels: Kernels, states: States, weights: BaseWeights | RandomWeights
+) -> _Model:
+    """Return the stage with the adapters and this rank's slices of `weights`. Adapters that are None in `states` get
+    initial values. All ranks must call this function."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
     shard = grid.tp_rank, grid.tp_size
@@ -194,6 +178,15 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
             adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None
         state = states[name]
         adapter.load_full(initial_values(plans[name].adapter) if state is None else state)
+    load_base_weights(
+        weights,
+        frozen_weights(stage),
+        stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
+        access=deepspeed_engine.parameter_access(plan.engine),
+        group=groups.tensor,
+        reads=grid.dp_rank == 0,  # the engine broadcasts all parameters from this rank to its replicas
+        progress=grid.rank == 0,
+    )
     return stage, groups, partial(deepspeed_engine.initialize_engine, module, process_grid=process_grid)
 
 
