@@ -246,13 +246,7 @@ def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[
     """
     betas = settings.beta1, settings.beta2
     optimizer = AdamW(trained, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
-    factor = partial(
-        learning_rate_factor,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps,
-        schedule=settings.schedule,
-    )
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizer, LambdaLR(optimizer, partial(learning_rate_factor, settings))
 
 
 def _identify(plan: RunPlan, weights: BaseWeights) -> identity.BaseIdentity:
@@ -301,15 +295,16 @@ SCHEDULES: Mapping[Schedule, Callable[[int, int], float]] = {
 assert SCHEDULES.keys() == set(get_args(Schedule)), "--schedule offers the names of this table"
 
 
-def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine") -> float:
+def learning_rate_factor(settings: Settings, step: int) -> float:
     """Return the learning rate at `step` (0-based) as a fraction of the peak learning rate.
 
-    During warm-up the fraction is (step + 1) / warmup_steps. After warm-up the fraction follows `schedule`: it is 1 at
-    the first step and 0 at `max_steps`. For the constant schedule it stays 1.
+    During warm-up the fraction is (step + 1) / warmup_steps. After warm-up the fraction follows --schedule: it is 1 at
+    the first step and 0 at --max_steps. For the constant schedule it stays 1.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return SCHEDULES[schedule](step - warmup_steps, max(max_steps - warmup_steps, 1))
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[settings.schedule](step - warmup, max(settings.max_steps - warmup, 1))
 
 
 def resume_scheduler(scheduler: LambdaLR, step: int) -> None:
