@@ -18,11 +18,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, compress, islice, pairwise, product
 from multiprocessing import active_children, current_process, get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,21 +30,13 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.batch import filled
-from megatron_tiedlora.data.chat import Chat, read_chat_template
+from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.sources import NumberedRow
-from megatron_tiedlora.data.splits import check_shape, make_example
+from megatron_tiedlora.data.splits import Encoding, check_shape, make_example
 from megatron_tiedlora.data.tables import num_bytes
-from megatron_tiedlora.data.task import DataSettings, Example, Reading, Segment, Task
-from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.data.task import Example, Reading, Segment
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import (
-    Tokenizer,
-    check_vocabulary,
-    end_ids,
-    library_errors,
-    load_tokenizer,
-    start_ids,
-)
+from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
 
 
 class Encoded(NamedTuple):
@@ -279,35 +270,6 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> 
 CHUNK, CHUNK_BYTES = 500, 2**18
 _FEW_CHUNKS = 4  # up to this many chunks are encoded in this process, because starting others takes longer
 _MOST_PROCESSES = 32
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """All inputs that determine the token ids of a row.
-
-    end_ids: the token ids that end an answer.
-    """
-
-    task: Task
-    tokenizer: Tokenizer
-    reading: Reading
-    max_length: int
-    end_ids: frozenset[int]
-
-
-def open_encoding(settings: DataSettings, model_folder: Path, *, vocab_size: int, max_length: int) -> Encoding:
-    """Return the encoding of a command's settings. The default tokenizer is the model's. --chat_template replaces its
-    chat template.
-
-    Raises UserError if the tokenizer cannot be read or has no end token, or if one of its ids exceeds the `vocab_size`
-    rows of the embedding.
-    """
-    tokenizer = load_tokenizer(settings.tokenizer or model_folder)
-    if settings.chat_template is not None:
-        tokenizer.chat_template = read_chat_template(settings.chat_template)
-    check_vocabulary(tokenizer, vocab_size)
-    ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
-    return Encoding(get_task(settings.task), tokenizer, Reading.of(settings), max_length, ends)
 
 
 Arrays = dict[str, NDArray[Any]]

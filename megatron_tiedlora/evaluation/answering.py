@@ -18,8 +18,8 @@ from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.data.chat import chat_writer
-from megatron_tiedlora.data.encode import Encoding, continuation_ids, decode_ids, encode_prompts, open_encoding
-from megatron_tiedlora.data.splits import read_split
+from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
+from megatron_tiedlora.data.splits import Encoding, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, join_answer
 from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric

@@ -20,8 +20,7 @@ from megatron_tiedlora.config.cli import RUN_OF_ALL, check_folders, check_halvin
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings, make_settings
 from megatron_tiedlora.data import cache, chat
-from megatron_tiedlora.data.encode import open_encoding
-from megatron_tiedlora.data.splits import files_of, read_split
+from megatron_tiedlora.data.splits import files_of, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset, permutation

@@ -14,7 +14,7 @@ from support.task_files import refusal
 from support.tiny_decoders import build, calls_of
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.data.encode import Encoding
+from megatron_tiedlora.data.splits import Encoding
 from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import end_ids, load_tokenizer
