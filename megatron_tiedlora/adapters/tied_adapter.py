@@ -6,7 +6,7 @@ A and F. checkpoint/ writes files, and `tying` sums gradients over stages.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -199,6 +199,11 @@ class AdapterShard:
     def whole(config: AdapterConfig) -> "AdapterShard":
         """Return the shard that contains the full adapter."""
         return AdapterShard(config, config.layers)
+
+    @staticmethod
+    def of_stage(config: AdapterConfig, stage: Collection[int], tp_rank: int, tp_size: int) -> "AdapterShard":
+        """Return the shard of a rank of the stage that has the layers in `stage`."""
+        return AdapterShard(config, tuple(layer for layer in config.layers if layer in stage), tp_rank, tp_size)
 
     def slots(self, name: str) -> range:
         """Return the slots that this rank holds: all slots of a tied tensor, or the slots of the stage's layers."""

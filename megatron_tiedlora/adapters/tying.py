@@ -6,7 +6,7 @@ partial sum of its gradient, from its own layers. The partial sums are added onc
 flat fp32 message. u is replicated on the tensor-parallel ranks too, so its gradient is summed over these ranks as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -214,19 +214,19 @@ class AdapterLayout:
     """The distribution of an adapter's shards over the ranks.
 
     Attributes:
-        stage_layers: the adapted layers of each pipeline stage.
+        stages: the layers of each pipeline stage.
     """
 
     config: AdapterConfig
     grid: Grid
-    stage_layers: tuple[tuple[int, ...], ...]
+    stages: Sequence[Collection[int]]
 
     def parts(self) -> dict[int, AdapterShard]:
         """Return the shards on the ranks with data-parallel rank 0, by rank. They contain the full adapter."""
-        tp_size = self.grid.tp_size
+        config, tp_size = self.config, self.grid.tp_size
         return {
-            self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterShard(self.config, layers, tp_rank, tp_size)
-            for pp_rank, layers in enumerate(self.stage_layers)
+            self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterShard.of_stage(config, stage, tp_rank, tp_size)
+            for pp_rank, stage in enumerate(self.stages)
             for tp_rank in range(tp_size)
         }
 

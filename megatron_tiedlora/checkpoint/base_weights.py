@@ -27,13 +27,13 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
+from megatron_tiedlora.parallel.groups import ALONE, RankGroup, largest_of_all
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 _LONGEST_NAME = 60  # maximum characters of a file name; model-00001-of-00030.safetensors has half as many
 _COMPARED_ROWS = 4096  # number of rows of two tensors that are compared at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-Largest = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -187,17 +187,16 @@ class BaseWeights(WeightFiles):
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
-    def fill(
-        self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1, largest: Largest = None
-    ) -> None:
-        """Read this rank's shard of one weight into `target`, block by block. For `largest` see `load_base_weights`.
+    def fill(self, rule: WeightRule, target: FrozenWeight, group: RankGroup = ALONE) -> None:
+        """Read this rank's shard of one weight into `target`, block by block. `group` is the tensor-parallel group.
         Raise UserError if a weight has a zero by which the backward pass divides, or if it cannot be quantised."""
         dim = rule.spec.dim or 0
         offset = 0
-        for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
+        for stored, block in zip(rule.parts, rule.spec.block_slices(group.rank, group.size), strict=True):
             size, start = block.stop - block.start, block.start + (stored.start if dim == 0 else 0)
             part, columns = slice(start, start + size), None
-            if dim == 1 and tp_size > 1:
+            if dim == 1 and group.size > 1:
+                largest = partial(largest_of_all, group=group)
                 columns = Columns(part.start, part.stop, rule.shape[1], largest)
                 part = target.columns_to_read(columns)
             if self._stored is not None and stored.name in self._quantised and isinstance(target, QuantisedWeight):
@@ -240,9 +239,7 @@ def load_base_weights(
     rules: Sequence[WeightRule] | None = None,
     *,
     access: Access = nullcontext,
-    tp_rank: int = 0,
-    tp_size: int = 1,
-    largest: Largest = None,
+    group: RankGroup = ALONE,
     reads: bool = True,
     progress: bool = False,
 ) -> None:
@@ -252,7 +249,7 @@ def load_base_weights(
         targets: the weights, by the names of their rules (see `frozen_weights`).
         rules: the name table of the stage; None for all rules of `weights`.
         access: returns a context in which a weight's parameters can be written (it gathers them under ZeRO-3).
-        largest: returns the elementwise maximum over the tensor-parallel ranks, for the scales of sharded rows.
+        group: the tensor-parallel group, which also agrees on the scales of sharded rows.
         reads: whether this rank reads the weights; False on ranks that only call `access`.
         progress: whether to show a progress bar.
     """
@@ -262,7 +259,7 @@ def load_base_weights(
             target = targets[rule.name]
             with access(list(target.parameters.values())):
                 if reads:
-                    weights.fill(rule, target, tp_rank=tp_rank, tp_size=tp_size, largest=largest)
+                    weights.fill(rule, target, group)
 
 
 @dataclass(frozen=True)
@@ -275,10 +272,10 @@ class RandomWeights:
 
     kind: ClassVar[str] = "random weights"
 
-    def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, **_: object) -> None:
+    def fill(self, rule: WeightRule, target: FrozenWeight, group: RankGroup = ALONE) -> None:
         """Fill `target` with random values for this rank's shard of one weight."""
         name = rule.hf_names[0]
-        seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # equal for copies of a tied embedding
+        seed = stream_seed(self.seed, f"{name}/{group.rank}")  # equal for copies of a tied embedding
         target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed))
 
 

@@ -17,7 +17,6 @@ each forward pass, in the adapter's dtype. The results are equal to the results 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import psutil
@@ -42,7 +41,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stage_weight_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
-from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, TensorParallel, largest_of_all
+from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantise import quantised_rows
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
@@ -220,9 +219,7 @@ def load_model(
             weights,
             frozen_weights(model),
             stage_weight_rules(shape, has_embedding=model.embedding is not None),
-            tp_rank=grid.tp_rank,
-            tp_size=grid.tp_size,
-            largest=partial(largest_of_all, group=groups.tensor),
+            group=groups.tensor,
             progress=progress,
         )
     return model.eval()
@@ -230,8 +227,7 @@ def load_model(
 
 def adapter_shard(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
     """Return this rank's shard of an adapter for a stage with these layers, on `device`."""
-    adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
-    part = TiedAdapter(AdapterShard(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
+    part = TiedAdapter(AdapterShard.of_stage(adapter.config, layers, grid.tp_rank, grid.tp_size)).to(device)
     part.load_full(adapter.state)
     return part
 

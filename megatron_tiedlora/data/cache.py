@@ -35,9 +35,9 @@ from megatron_tiedlora.base.files import (
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.data.encode import Encoding, encoded_rows
+from megatron_tiedlora.data.encode import encoded_rows
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind
-from megatron_tiedlora.data.splits import held_out_rows
+from megatron_tiedlora.data.splits import Encoding, held_out_rows
 from megatron_tiedlora.data.tables import file_key
 from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, compress, islice, pairwise, product
 from multiprocessing import active_children, current_process, get_context
@@ -32,9 +32,9 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.sources import NumberedRow
-from megatron_tiedlora.data.splits import check_shape, make_example
+from megatron_tiedlora.data.splits import Encoding, check_shape, make_example
 from megatron_tiedlora.data.tables import num_bytes
-from megatron_tiedlora.data.task import Example, Reading, Segment, Task
+from megatron_tiedlora.data.task import Example, Reading, Segment
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
 
@@ -270,20 +270,6 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> 
 CHUNK, CHUNK_BYTES = 500, 2**18
 _FEW_CHUNKS = 4  # up to this many chunks are encoded in this process, because starting others takes longer
 _MOST_PROCESSES = 32
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """All inputs that determine the token ids of a row.
-
-    end_ids: the token ids that end an answer.
-    """
-
-    task: Task
-    tokenizer: Tokenizer
-    reading: Reading
-    max_length: int
-    end_ids: frozenset[int]
 
 
 Arrays = dict[str, NDArray[Any]]

@@ -7,6 +7,7 @@ The function `task.join_answer` adds the leading space of an answer.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import DataSettings, Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
-from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.data.turns import ASSISTANT
 
 _CARVE_STREAM = 2**32  # the random stream that selects held-out rows; epoch e uses the stream e
@@ -72,16 +73,33 @@ def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: i
     )
 
 
-def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer in a command's settings, by default the model's. --chat_template replaces its chat template.
+@dataclass(frozen=True)
+class Encoding:
+    """All inputs that determine the token ids of a row.
 
-    Raises UserError if it cannot be read, or if one of its ids exceeds the `vocab_size` rows of the embedding.
+    end_ids: the token ids that end an answer.
+    """
+
+    task: Task
+    tokenizer: Tokenizer
+    reading: Reading
+    max_length: int
+    end_ids: frozenset[int]
+
+
+def open_encoding(settings: DataSettings, model_folder: Path, *, vocab_size: int, max_length: int) -> Encoding:
+    """Return the encoding of a command's settings. The default tokenizer is the model's. --chat_template replaces its
+    chat template.
+
+    Raises UserError if the tokenizer cannot be read or has no end token, or if one of its ids exceeds the `vocab_size`
+    rows of the embedding.
     """
     tokenizer = load_tokenizer(settings.tokenizer or model_folder)
     if settings.chat_template is not None:
         tokenizer.chat_template = read_chat_template(settings.chat_template)
     check_vocabulary(tokenizer, vocab_size)
-    return tokenizer
+    ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
+    return Encoding(get_task(settings.task), tokenizer, Reading.of(settings), max_length, ends)
 
 
 def files_of(settings: DataSettings) -> Files:

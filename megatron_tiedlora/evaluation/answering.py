@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +19,8 @@ from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.data.chat import chat_writer
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
-from megatron_tiedlora.data.splits import open_tokenizer, read_split
-from megatron_tiedlora.data.task import Example, Reading, Task, join_answer
-from megatron_tiedlora.data.tokenizer import end_ids
+from megatron_tiedlora.data.splits import Encoding, open_encoding, read_split
+from megatron_tiedlora.data.task import Example, join_answer
 from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
@@ -46,22 +44,20 @@ class ScoredSet:
     """The tokenised held-out samples for which an adapter generates answers.
 
     Attributes:
+        encoding: how the rows became token ids. Its `max_length` is the maximum number of tokens in a prompt.
         prompts: the token ids of each sample's prompt, with BOS.
         endings: the token ids of each choice of each sample, as it follows the prompt; empty if there are none.
         num_truncated: the number of prompts that were shortened.
-        end_ids: the token ids that end an answer.
         max_new_tokens: the maximum number of tokens in an answer. Prompts are shortened to leave room for them.
         batch_size: the number of samples for which a data-parallel rank generates answers at once.
         chat_note: a description of the template that wrote the text of chats; '' if the rows are not chats.
     """
 
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
+    encoding: Encoding
     examples: tuple[Example, ...]
     prompts: tuple[NDArray[np.int32], ...]
     endings: tuple[tuple[tuple[int, ...], ...], ...]
     num_truncated: int
-    end_ids: frozenset[int]
     max_new_tokens: int
     batch_size: int
     chat_note: str = ""
@@ -76,34 +72,19 @@ class ScoredSet:
 
 
 def encode_scored(
-    examples: Sequence[Example],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    reading: Reading,
-    longest_prompt: int,
-    max_new_tokens: int,
-    batch_size: int,
-    model_folder: Path,
-    vocab_size: int,
+    examples: Sequence[Example], encoding: Encoding, *, max_new_tokens: int, batch_size: int
 ) -> ScoredSet:
-    """Tokenise samples as in training, with prompts shortened to `longest_prompt` tokens. Raises UserError if the
-    tokenizer has no end token, if a metric of the task cannot score an example, or if a choice has no token.
-
-    Args:
-        reading: the user's options for reading rows.
-        model_folder: the folder of the model, whose generation config may name more tokens that end a sequence.
-        vocab_size: the number of rows of the model's embedding.
-    """
-    ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
-    metrics = [find_metric(name) for name in task.metrics]
+    """Tokenise samples as in training, with prompts shortened to `encoding.max_length` tokens. Raises UserError if a
+    metric of the task cannot score an example, or if a choice has no token."""
+    tokenizer, reading = encoding.tokenizer, encoding.reading
+    metrics = [find_metric(name) for name in encoding.task.metrics]
     for metric in metrics:
         for example in examples:
             metric.check(example)
     for example in examples:
         if not example.prompt:
             raise UserError(f"{example.source}: the row is text without a prompt; give rows with a prompt")
-    prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
+    prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=encoding.max_length, reading=reading)
     reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
     choices = [  # the texts of the choices as they follow the prompt
         (example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices))
@@ -118,7 +99,7 @@ def encode_scored(
             raise UserError(f"{example.source}: a choice has no tokens; remove the row")
     note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
     samples = tuple(examples), tuple(prompts), tuple(endings), num_truncated
-    return ScoredSet(task, tokenizer, *samples, ends, max_new_tokens, batch_size, note)
+    return ScoredSet(encoding, *samples, max_new_tokens, batch_size, note)
 
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
@@ -138,18 +119,9 @@ def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
 def _read(plan: EvaluationPlan) -> ScoredSet:
     """Return the rows of the plan's split, checked and tokenised."""
     settings, folder, vocab_size = plan.settings, plan.source.weights_folder(), plan.source.shape.vocab_size
-    tokenizer = open_tokenizer(settings, folder, vocab_size=vocab_size)
-    return encode_scored(
-        read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit),
-        plan.task,
-        tokenizer,
-        reading=Reading.of(settings),
-        longest_prompt=plan.longest_prompt,
-        max_new_tokens=plan.max_new_tokens,
-        batch_size=settings.batch_size,
-        model_folder=folder,
-        vocab_size=vocab_size,
-    )
+    encoding = open_encoding(settings, folder, vocab_size=vocab_size, max_length=plan.longest_prompt)
+    rows = read_split(settings, settings.split, tokenizer=encoding.tokenizer, limit=plan.limit)
+    return encode_scored(rows, encoding, max_new_tokens=plan.max_new_tokens, batch_size=settings.batch_size)
 
 
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
@@ -207,7 +179,7 @@ class _AskedSet:
         self.batch_size = min(scored.batch_size, -(-len(self.order) // grid.dp_size))
         whole = self.batch_size * grid.dp_size
         self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
-        self.is_end = _stop_test(scored.tokenizer, scored.task.stop)
+        self.is_end = _stop_test(scored.encoding.tokenizer, scored.encoding.task.stop)
         self.asked: list[int] = []  # this rank's samples in the current batch; it may be empty
         self.mine: _Answers = {}
 
@@ -216,17 +188,17 @@ class _AskedSet:
         scored, start = self.scored, self.grid.dp_rank * self.batch_size
         self.asked = self.batches[number][start : start + self.batch_size]
         ids = [scored.prompts[index].tolist() for index in self.asked or self.order[:1]]
-        return Prompts(ids, scored.end_ids, scored.max_new_tokens, self.is_end, self.adapter)
+        return Prompts(ids, scored.encoding.end_ids, scored.max_new_tokens, self.is_end, self.adapter)
 
     def take(self, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
         """Store the answers of the batch, and score the choices of its samples."""
-        scored = self.scored
+        scored, encoding = self.scored, self.scored.encoding
         choice_scores: list[list[float]] = [[] for _ in rows]
         if any(scored.endings):
             samples = [(scored.prompts[i].tolist(), scored.endings[i]) for i in self.asked or self.order[:1]]
             choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.adapter)
         for index, row, scores in zip(self.asked, rows, choice_scores, strict=False):
-            self.mine[index] = (_text(scored.tokenizer, row, scored.task.stop), tuple(scores))
+            self.mine[index] = (_text(encoding.tokenizer, row, encoding.task.stop), tuple(scores))
 
     def answers(self, gathered: Sequence[_Answers]) -> list[Answer]:
         """Return all answers in the order of the samples, from the answers of all ranks."""

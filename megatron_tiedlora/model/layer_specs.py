@@ -168,6 +168,8 @@ HEAD_ROWS = 1024
 class Block(nn.Module):
     """A transformer block: x = x + attention(x); x = x + mlp(x). Each norm is part of the linear before or after it.
 
+    Run it by `steps`.
+
     Attributes:
         recomputes_gate: whether gate and up, and the norm before them, are recomputed in the backward pass instead of
             being saved (`Stage.set_recompute`).
@@ -179,11 +181,6 @@ class Block(nn.Module):
         super().__init__()
         self.attention = attention
         self.mlp = mlp
-
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """Return the block's output in the shape of `hidden`; see `steps` for the arguments after `addend`."""
-        hidden, output = run_steps(self.steps(hidden, None, *arguments, **keywords))
-        return hidden + output
 
     def steps(
         self,

@@ -291,7 +291,8 @@ class Stage(nn.Module):
         updates = self.read_adapter(segments)
         halves = list[Half]()
         of_rows = (positions, documents, token_index)
-        for own, *rows in zip(first.chunk(number, dim), *(_in_halves(ids, number) for ids in of_rows), strict=True):
+        chunks = ((None,) * number if ids is None else ids.chunk(number) for ids in of_rows)
+        for own, *rows in zip(first.chunk(number, dim), *chunks, strict=True):
             hidden = own if self.embedding is None else self.embed(own, tensor_parallel)
             own_positions, own_documents, own_index = rows
             own_updates: Mapping[int, LayerUpdate] = updates
@@ -476,7 +477,3 @@ class Stage(nn.Module):
 
 def _run(steps: Sequence[Steps[Any]]) -> list[Any]:
     return [run_steps(steps[0])] if len(steps) == 1 else alternate(*steps)
-
-
-def _in_halves(ids: Tensor | None, number: int) -> Sequence[Tensor | None]:
-    return (None,) * number if ids is None else ids.chunk(number)

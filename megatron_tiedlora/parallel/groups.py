@@ -150,6 +150,9 @@ class TensorParallel:
         return replace(self, sequence_parallel=False, overlap=False)
 
 
+UNSHARDED = TensorParallel()
+
+
 @dataclass(frozen=True)
 class ParallelGroups:
     """All process groups of this rank.

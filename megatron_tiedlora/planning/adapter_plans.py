@@ -8,7 +8,7 @@ once, before any rank waits for other ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
@@ -19,12 +19,11 @@ from megatron_tiedlora.config.batch import longest_prompt
 from megatron_tiedlora.config.cli import RUN_OF_ALL, check_folders, check_halving, read_adapters
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings, make_settings
-from megatron_tiedlora.data import cache, chat, encode
-from megatron_tiedlora.data.splits import files_of, open_tokenizer, read_split
+from megatron_tiedlora.data import cache, chat
+from megatron_tiedlora.data.splits import files_of, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset, permutation
-from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
@@ -239,16 +238,10 @@ def prepare_data(plan: RunPlan) -> RunData:
     """
     if not plan.settings.names_data:
         raise UserError(NO_TRAIN_FILE)
-    settings, task, vocab_size = plan.settings, get_task(plan.settings.task), plan.source.shape.vocab_size
+    settings, shape = plan.settings, plan.source.shape
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
-    tokenizer, reading = open_tokenizer(settings, model_folder, vocab_size=vocab_size), Reading.of(settings)
-    encoding = encode.Encoding(
-        task=task,
-        tokenizer=tokenizer,
-        reading=reading,
-        max_length=settings.max_length,
-        end_ids=end_ids(tokenizer, model_folder, vocab_size=vocab_size),
-    )
+    encoding = open_encoding(settings, model_folder, vocab_size=shape.vocab_size, max_length=settings.max_length)
+    tokenizer = encoding.tokenizer
     files, limit = files_of(settings), settings.timeout_minutes
     parts = cache.tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
     drawn = list[Example]()
@@ -260,21 +253,13 @@ def prepare_data(plan: RunPlan) -> RunData:
     def scored_set(examples: list[Example]) -> ScoredSet | None:
         if not examples:
             return None
-        return encode_scored(
-            examples,
-            task,
-            tokenizer,
-            reading=reading,
-            longest_prompt=longest_prompt(settings.max_length, plan.source.shape.limit.tokens, plan.max_new_tokens),
-            max_new_tokens=plan.max_new_tokens,
-            batch_size=settings.eval_batch_size,
-            model_folder=model_folder,
-            vocab_size=vocab_size,
-        )
+        longest = longest_prompt(settings.max_length, shape.limit.tokens, plan.max_new_tokens)
+        of_prompts, most = replace(encoding, max_length=longest), plan.max_new_tokens
+        return encode_scored(examples, of_prompts, max_new_tokens=most, batch_size=settings.eval_batch_size)
 
     scored = scored_set(_test_examples(settings, tokenizer))
     return RunData(
-        **vars(parts), tokenizer=tokenizer, scored=scored, scored_validation=scored_set(drawn), reading=reading
+        **vars(parts), tokenizer=tokenizer, scored=scored, scored_validation=scored_set(drawn), reading=encoding.reading
     )
 
 

@@ -318,10 +318,6 @@ def hint_lines(plan: ClusterPlan) -> list[str]:
     return [*_formats(plan), *_waits(best, plan.best_of_each()), *_recompute(best, plan), *of_attention]
 
 
-def _rate(row: Planned) -> str:
-    return f"{row.tokens_per_second:,.0f} tokens/s"
-
-
 def _ratio(faster: Planned, slower: Planned) -> float:
     return faster.tokens_per_second / slower.tokens_per_second
 
@@ -344,7 +340,7 @@ def _formats(plan: ClusterPlan) -> Iterator[str]:
         gain = None if best is None else _ratio(row, best) - 1
         if gain is None or gain >= _GAIN:
             words = "would fit" if gain is None else f"would gain {gain:.0%}"
-            words = f"{name} {words} ({row.name}, {_rate(row)})"
+            words = f"{name} {words} ({row.name}, {row.tokens_per_second:,.0f} tokens/s)"
             yield f"{words}, but {_CHANGES_NUMBERS}; --formats {name} takes it"
 
 

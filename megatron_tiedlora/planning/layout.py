@@ -347,12 +347,7 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                 layout,
                 index,
                 layers,
-                parts=tuple(
-                    AdapterShard(
-                        adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, layout.tp_size
-                    )
-                    for adapter in layout.adapters
-                ),
+                parts=tuple(AdapterShard.of_stage(adapter, layers, 0, layout.tp_size) for adapter in layout.adapters),
                 local_base=local_base,
                 full_base_bytes=sum(number * tensor.num_bytes for tensor, number in full_base.items()),
                 cost_share=sum(costs[layer] for layer in layers) / sum(costs),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.shapes import ModelShape
@@ -159,13 +159,7 @@ class RunPlan:
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
         """Return how an adapter is sharded over the stages and ranks of this plan."""
-        own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
-        return AdapterLayout(adapter, self.grid, tuple(own))
-
-    def part_of(self, adapter: AdapterConfig) -> AdapterShard:
-        """Return the shard of an adapter that this rank holds."""
-        layers = self.layout_of(adapter).stage_layers[self.grid.pp_rank]
-        return AdapterShard(adapter, layers, self.grid.tp_rank, self.grid.tp_size)
+        return AdapterLayout(adapter, self.grid, [stage.layers for stage in self.stages])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,7 +26,7 @@ from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.stage import Attended, Half, Stage
 from megatron_tiedlora.parallel import frozen_weight, loss
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 from megatron_tiedlora.planning import counting
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -150,8 +150,8 @@ class Tracer:
         """
         self.shape, self.dtype, self._on_gpu, self._rounds = shape, dtype, on_gpu, rounds
         self._counts = counting.Counts()
-        group = counting.CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
-        self.tensor_parallel = TensorParallel(group, sequence_parallel and tp_size > 1)
+        group = counting.CountingGroup(None, 0, tp_size, self._counts)
+        self.tensor_parallel = TensorParallel(group, sequence_parallel)
         with torch.device(counting.META):
             kernels = counting.counted_kernels(self._counts)
             self._specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels)

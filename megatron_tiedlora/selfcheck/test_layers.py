@@ -74,8 +74,7 @@ def measure_layer(model: str, tp_size: int, flags: tuple[str, ...], device: torc
     plans = [plan_benchmark(each, world_size=tp_size) for each in settings]
     chosen = choose_kernels(plans[0], device)
     parts.tell_kernels(tell, chosen.description)
-    sharded = plans[0].layout.sequence_parallel
-    group = TensorParallel(CountingGroup(None, 0, tp_size), sharded) if tp_size > 1 else None
+    group = TensorParallel(CountingGroup(None, 0, tp_size), plans[0].layout.sequence_parallel)
     taken, flops, length = [], [], settings[0].length
     for plan in plans:
         shape, kernels = plan.source.shape, chosen.kernels

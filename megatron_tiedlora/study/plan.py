@@ -7,13 +7,11 @@ limits how many.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import psutil
-import torch
 
 from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, naming, user_path
@@ -170,23 +168,6 @@ def _free_gpu_bytes() -> float:
     return float(asked.stdout)
 
 
-@contextmanager
-def _no_accelerator_needed() -> Iterator[None]:
-    """Tell DeepSpeed inside the block that there is no GPU. Otherwise its check of the config prints a warning.
-
-    The setting is removed again after the block, because launched commands may run on hosts with GPUs.
-    """
-    told = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
-    if not told:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        yield
-    finally:
-        if not told:
-            del os.environ["DS_ACCELERATOR"]
-
-
-@_no_accelerator_needed()
 def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     """Check the folder, model, grid, task and every run before anything is launched, and return the plan.
 

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Dropout
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.checkpoint import base_identity as identity
@@ -29,7 +29,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
 from megatron_tiedlora.parallel.agreement import gather_numbers, num_differing
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel, largest_of_all
+from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
 from megatron_tiedlora.planning.run_plan import RunPlan, load_start
@@ -75,10 +75,9 @@ def build_model(
         UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was trained
             on a different base.
     """
-    shared, resumed = shared_plan(plans), checkpoints or {}
+    resumed = checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
-        stage, groups, _ = model = _build_stage(plans, device, kernels, states)
-        load_stage_weights(shared, weights, stage, groups)
+        stage, *_ = model = _build_stage(plans, device, kernels, states, weights)
         frozen = [parameter for parameter in stage.layers.parameters() if not parameter.requires_grad]
         stored = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)  # ZeRO-3's partitions
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored)
@@ -119,44 +118,29 @@ def checked_starts(
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
     """Build a model with random base weights for benchmarks, without reading files. Return it as `build_model` does."""
     shared = shared_plan(plans)
-    stage, groups, _ = model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
-    load_stage_weights(shared, weights, stage, groups)
+    model = _build_stage(plans, device, kernels, dict.fromkeys(plans), weights)
     base = identity.identify_shape(shared.source, shared.dtype_name, weights_hash="random")
     none = (0,) * shared.grid.world_size
     runner = _start_engine(plans, model, device, {})
     return BuiltModel(runner, base, none, none, dict.fromkeys(plans, ()))
 
 
-def load_stage_weights(
-    plan: RunPlan, weights: BaseWeights | RandomWeights, stage: Stage, groups: ParallelGroups
-) -> None:
-    """Load this rank's slices of the base weights into `stage`. All ranks must call this function."""
-    grid = plan.grid
-    load_base_weights(
-        weights,
-        frozen_weights(stage),
-        stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
-        access=deepspeed_engine.parameter_access(plan.engine),
-        tp_rank=grid.tp_rank,
-        tp_size=grid.tp_size,
-        largest=partial(largest_of_all, group=groups.tensor),
-        reads=grid.dp_rank == 0,  # the engine broadcasts all parameters from this rank to its replicas
-        progress=grid.rank == 0,
-    )
-
-
 # The stage, its process groups, and a function that initialises DeepSpeed's engine for the stage.
 _Model = tuple[Stage, ParallelGroups, Callable[..., Any]]
 
 
-def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: States) -> _Model:
-    """Return the stage with the adapters, but without base weights. Adapters that are None in `states` get initial
-    values."""
+def _build_stage(
+    plans: Plans, device: torch.device, kernels: Kernels, states: States, weights: BaseWeights | RandomWeights
+) -> _Model:
+    """Return the stage with the adapters and this rank's slices of `weights`. Adapters that are None in `states` get
+    initial values. All ranks must call this function."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
+    shard = grid.tp_rank, grid.tp_size
     # Adapters are created outside DeepSpeed's construction context, which would partition or mark them.
-    adapters = {name: TiedAdapter(plan.part_of(own.adapter)).to(device) for name, own in plans.items()}
+    parts = {name: AdapterShard.of_stage(own.adapter, plan.stage.layers, *shard) for name, own in plans.items()}
+    adapters = {name: TiedAdapter(part).to(device) for name, part in parts.items()}
     rates = {name: own.settings for name, own in plans.items() if own.settings.dropout}
     adapter_group = AdapterGroup(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
     specs = layer_specs(
@@ -194,6 +178,15 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
             adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None
         state = states[name]
         adapter.load_full(initial_values(plans[name].adapter) if state is None else state)
+    load_base_weights(
+        weights,
+        frozen_weights(stage),
+        stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
+        access=deepspeed_engine.parameter_access(plan.engine),
+        group=groups.tensor,
+        reads=grid.dp_rank == 0,  # the engine broadcasts all parameters from this rank to its replicas
+        progress=grid.rank == 0,
+    )
     return stage, groups, partial(deepspeed_engine.initialize_engine, module, process_grid=process_grid)
 
 
@@ -253,13 +246,7 @@ def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[
     """
     betas = settings.beta1, settings.beta2
     optimizer = AdamW(trained, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
-    factor = partial(
-        learning_rate_factor,
-        warmup_steps=settings.warmup_steps,
-        max_steps=settings.max_steps,
-        schedule=settings.schedule,
-    )
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizer, LambdaLR(optimizer, partial(learning_rate_factor, settings))
 
 
 def _identify(plan: RunPlan, weights: BaseWeights) -> identity.BaseIdentity:
@@ -308,15 +295,16 @@ SCHEDULES: Mapping[Schedule, Callable[[int, int], float]] = {
 assert SCHEDULES.keys() == set(get_args(Schedule)), "--schedule offers the names of this table"
 
 
-def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine") -> float:
+def learning_rate_factor(settings: Settings, step: int) -> float:
     """Return the learning rate at `step` (0-based) as a fraction of the peak learning rate.
 
-    During warm-up the fraction is (step + 1) / warmup_steps. After warm-up the fraction follows `schedule`: it is 1 at
-    the first step and 0 at `max_steps`. For the constant schedule it stays 1.
+    During warm-up the fraction is (step + 1) / warmup_steps. After warm-up the fraction follows --schedule: it is 1 at
+    the first step and 0 at --max_steps. For the constant schedule it stays 1.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return SCHEDULES[schedule](step - warmup_steps, max(max_steps - warmup_steps, 1))
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[settings.schedule](step - warmup, max(settings.max_steps - warmup, 1))
 
 
 def resume_scheduler(scheduler: LambdaLR, step: int) -> None:

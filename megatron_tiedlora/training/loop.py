@@ -98,7 +98,7 @@ class Evaluation:
             with run.failing_alone():
                 found[run.name] = {}
                 if run.name in asked:
-                    names, own = asked[run.name].task.metrics, answers.get(run.name, [])
+                    names, own = asked[run.name].encoding.task.metrics, answers.get(run.name, [])
                     score = partial(score_answers, names, own)
                     found[run.name] = decided_by_rank_0(score, kind=dict[str, Score])
         return {run.name: found[run.name] for run in runs if run.failure is None}

@@ -42,7 +42,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, FrozenWeight, WeightMaker, padded
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import UNSHARDED, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, marking
 from megatron_tiedlora.parallel.quantise import slow_nf4
 from megatron_tiedlora.planning.counting import CountingGroup
@@ -286,6 +286,7 @@ def choose_kernels(plan: RunPlan, device: torch.device, *, ranks: Collection[int
         _LOGGER.info("compiling the kernels ...")
     started = time.monotonic()
     kernels, failure = EAGER, None
+    group = TensorParallel(CountingGroup(None, 0, plan.grid.tp_size), plan.layout.sequence_parallel)
     # On CPUs one rank of each host compiles first and fills the cache for the rest. On GPUs all ranks compile at once.
     for turn in (True, False) if device.type == "cpu" else (None,):
         if turn is None or (rank_number(local=True) == 0) == turn:
@@ -294,8 +295,7 @@ def choose_kernels(plan: RunPlan, device: torch.device, *, ranks: Collection[int
                     plan.source.shape,
                     dtype=plan.dtype,
                     device=device,
-                    tp_size=plan.grid.tp_size,
-                    sequence_parallel=plan.layout.sequence_parallel,
+                    tensor_parallel=group,
                     ranks=ranks or (plan.adapter.rank,),
                     weight_maker=partial(plan.weight_maker, device),
                 )
@@ -316,14 +316,14 @@ def compiled_kernels(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    tp_size: int = 1,
-    sequence_parallel: bool = False,
+    tensor_parallel: TensorParallel = UNSHARDED,
     ranks: Collection[int] = (4,),
     weight_maker: Callable[[Kernels], WeightMaker] | None = None,
 ) -> Kernels:
-    """Compile and return the kernels for the layers of a model that is sharded over `tp_size` ranks.
+    """Compile and return the kernels for the layers of a model.
 
     Args:
+        tensor_parallel: the ranks over which the model is sharded. Their messages are counted and not sent.
         ranks: the ranks r of the adapters.
         weight_maker: returns the function that makes the linears' weights; None for plain weights.
 
@@ -338,14 +338,13 @@ def compiled_kernels(
         kernels = Kernels().compiled(static_widths=device.type != "cpu")
         given: dict[str, Any] = {"weight_maker": weight_maker, "dtype": dtype, "device": device}
         if device.type != "cpu":
-            given |= {"tp_size": tp_size, "sequence_parallel": sequence_parallel}
-            warm_up_widths(kernels, shape, ranks=ranks, **given)
+            warm_up_widths(kernels, shape, tensor_parallel, ranks=ranks, **given)
             return kernels
         # Every kernel is called, forwards and backwards, with each kind of shapes in training. The hidden size and a
         # rank's shard of the vocabulary are those of the run, since compilers treat long and short rows differently.
         # All other sizes are small and different from each other. This includes 14: a head of 28 has 14 rotated pairs.
         small = shape.resized(
-            vocab_size=-(-shape.vocab_size // tp_size),
+            vocab_size=-(-shape.vocab_size // tensor_parallel.group.size),
             intermediate_size=88,
             num_layers=2,
             heads=shape.heads.resized(num=6, num_kv=2, dim=28),
@@ -368,13 +367,7 @@ def use_private_cache() -> None:
 
 
 def warm_up_widths(
-    kernels: Kernels,
-    shape: ModelShape,
-    *,
-    tp_size: int = 1,
-    sequence_parallel: bool = False,
-    ranks: Collection[int] = (4,),
-    **others: Any,
+    kernels: Kernels, shape: ModelShape, own: TensorParallel, *, ranks: Collection[int] = (4,), **others: Any
 ) -> None:
     """Call every kernel with the widths and strides of a rank, so that no step compiles another one.
 
@@ -382,17 +375,17 @@ def warm_up_widths(
     number of rows. A second forward pass has one row.
 
     Args:
+        own: as in `compiled_kernels`.
         ranks: the ranks r of the adapters. Under sequence parallelism they decide strides (`beside`).
         others: as in `_call_all`.
     """
-    group = CountingGroup(None, 0, tp_size) if tp_size > 1 else RankGroup()
-    own = TensorParallel(group, sequence_parallel and tp_size > 1)
     short = shape.resized(
         vocab_size=shape.vocab_size, intermediate_size=shape.intermediate_size, num_layers=2, heads=shape.heads
     )
     columns = {padded(rank, MESSAGE_MULTIPLE) for rank in ranks} if own.sequence_parts > 1 else {MESSAGE_MULTIPLE}
+    length = padded(696, own.group.size)
     for rank in sorted(columns):
-        _call_all(kernels.by_rows(marking), short, 3, padded(696, tp_size), tensor_parallel=own, rank=rank, **others)
+        _call_all(kernels.by_rows(marking), short, 3, length, tensor_parallel=own, rank=rank, **others)
     with torch.no_grad():
         _call_all(kernels, short, 1, 1, tensor_parallel=own.whole_sequences(), **others)
 
@@ -407,7 +400,7 @@ def _call_all(
     device: torch.device,
     weight_maker: Callable[[Kernels], WeightMaker] | None = None,
     documents: Sequence[torch.Tensor | None] = (None,),
-    tensor_parallel: TensorParallel | None = None,
+    tensor_parallel: TensorParallel = UNSHARDED,
     rank: int = 4,
 ) -> None:
     """Run models of `shape` with zero weights on `num_rows` x `length` tokens, once for each item of `documents`.
@@ -416,7 +409,6 @@ def _call_all(
     """
     from torch._inductor import config as inductor
 
-    tensor_parallel = tensor_parallel or TensorParallel()
     tp_size = tensor_parallel.group.size
     with device:
         make = FrozenWeight.empty if weight_maker is None else weight_maker(kernels)

@@ -26,6 +26,7 @@ from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
 from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
 SIZES = {
@@ -302,7 +303,7 @@ def test_rows_of_a_fused_tensor_are_read_and_given_back(tmp_path: Path) -> None:
         rule = rules_of(shape, 1)["layers.1.attention.qkv.weight"]
         for rank in range(2):
             local = torch.empty(rule.spec.local_shape(rule.shape, 2))
-            stored.fill(rule, FrozenWeight(local), tp_rank=rank, tp_size=2)
+            stored.fill(rule, FrozenWeight(local), RankGroup(None, rank, 2))
             assert torch.equal(local, rule.spec.split(torch.cat([query, key, value]), rank, 2))
     given = rule.by_stored_tensor(torch.cat([query, key, value]))
     assert list(given) == ["model.layers.0.self_attn.kqv.weight"]

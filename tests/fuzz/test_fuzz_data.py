@@ -20,8 +20,8 @@ from support.zoo_oracle import TOOLS
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.cache import tokenised_once
-from megatron_tiedlora.data.encode import Encoding, encode_dataset, encode_prompts
-from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.encode import encode_dataset, encode_prompts
+from megatron_tiedlora.data.splits import Encoding, load_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer

@@ -64,7 +64,7 @@ def test_metrics(base: Base, finished: tuple[Path, Ended]) -> None:
     assert all(set(row) == {"step", "split", "loss"} for row in validation)
     assert all(len(repr(row["loss"])) > 12 for row in train), "rounded"
     for row in train:
-        factor = learning_rate_factor(row["step"] - 1, warmup_steps=2, max_steps=10)
+        factor = learning_rate_factor(make_settings({"warmup_steps": 2, "max_steps": 10}), row["step"] - 1)
         assert row["learning_rate"] == 2e-2 * factor
         assert row["grad_norm"] > 0 and row["tokens_per_second"] > 0
     # 24 samples in batches of 4: six steps see each answer (with its EOS) once.

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.linears import QkvLinear
+from megatron_tiedlora.model.regions import run_steps
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
@@ -142,6 +143,7 @@ def saved_bytes_per_token(stage: Any, dtype: torch.dtype) -> float:
     factors = (factor for factor in found if isinstance(factor, torch.Tensor))
     held = {tensor.untyped_storage().data_ptr() for tensor in (*chain(*context.tables.values()), *factors)}
     with saved_by_autograd(stage) as saved:
-        output = block(hidden, context, stage.tensor_parallel, update=updates.get(index))
+        steps = block.steps(hidden, None, context, stage.tensor_parallel, update=updates.get(index))
+        output = sum(run_steps(steps))
     assert output.shape == hidden.shape
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in held) / length

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,6 @@ from megatron_tiedlora.parallel.groups import (
     TensorParallel,
     Traffic,
     TrafficCounter,
-    largest_of_all,
     named_handles,
 )
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
@@ -185,9 +184,8 @@ class Case:
 
     def part(self, grid: Grid) -> tied_adapter.AdapterShard:
         """What a rank holds of the adapter."""
-        config, stage = self.adapter_config, self.stages[grid.pp_rank]
-        layers = tuple(layer for layer in config.layers if layer in stage)
-        return tied_adapter.AdapterShard(config, layers, grid.tp_rank, grid.tp_size)
+        stage = self.stages[grid.pp_rank]
+        return tied_adapter.AdapterShard.of_stage(self.adapter_config, stage, grid.tp_rank, grid.tp_size)
 
 
 def tokens_at_cuts(vocab_size: int) -> list[int]:
@@ -274,9 +272,7 @@ def build_stage(
             weights,
             frozen_weights(stage),
             stage_weight_rules(case.shape, has_embedding=stage.embedding is not None),
-            tp_rank=grid.tp_rank,
-            tp_size=grid.tp_size,
-            largest=partial(largest_of_all, group=groups.tensor),
+            group=groups.tensor,
         )
     return stage
 

@@ -14,8 +14,8 @@ import torch
 
 from megatron_tiedlora.adapters.adapter_groups import AdapterSegment
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
-from megatron_tiedlora.data.encode import Encoding, encode_dataset
-from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.encode import encode_dataset
+from megatron_tiedlora.data.splits import Encoding, load_split
 from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset

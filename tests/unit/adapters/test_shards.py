@@ -120,8 +120,7 @@ def rejoin(config: AdapterConfig, grid: Grid, local: dict[int, torch.Tensor], fa
 def test_cuts_of_every_factor_rejoin(method: str, layout: str, layers: tuple[int, ...]) -> None:
     config, (tp_size, stages) = adapter_config(method, layers), LAYOUTS[layout]
     grid = Grid(0, 2 * tp_size * len(stages), tp_size=tp_size, pp_size=len(stages))  # two data-parallel ranks
-    stage_layers = tuple(tuple(layer for layer in layers if layer in stage) for stage in stages)
-    parts = AdapterLayout(config, grid, stage_layers).parts()
+    parts = AdapterLayout(config, grid, stages).parts()
     assert set(parts) == {rank for rank in range(grid.world_size) if grid.at(rank).dp_rank == 0}
     values = {name: torch.randn(config.shape(name)) for name in config.tensors}
     held = {rank: TiedAdapter(part) for rank, part in parts.items()}

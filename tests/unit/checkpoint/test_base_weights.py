@@ -25,7 +25,7 @@ from megatron_tiedlora.checkpoint.load_model import MergedWeights, load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.weights import stage_weight_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
-from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -48,7 +48,7 @@ def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
         local = torch.full(rule.spec.local_shape(rule.shape, tp_size), float("nan"))
         parameters[rule.name] = torch.nn.Parameter(local, requires_grad=False)
     targets = {name: FrozenWeight(parameter) for name, parameter in parameters.items()}
-    load_base_weights(RandomWeights(rules), targets, tp_rank=1)
+    load_base_weights(RandomWeights(rules), targets, group=RankGroup(None, 1, 2))
     for rule in rules:
         drawn = parameters[rule.name]
         if len(rule.shape) == 1:
@@ -57,7 +57,7 @@ def test_random_weights_keep_activations_at_their_size(tmp_path: Path) -> None:
             assert float(drawn.std()) == pytest.approx(rule.shape[-1] ** -0.5, rel=0.1)
     assert torch.equal(parameters["layers.0.weight"], parameters[rules[-1].name])
     before = parameters["layers.0.weight"].clone()
-    load_base_weights(RandomWeights(rules), targets, tp_rank=0)
+    load_base_weights(RandomWeights(rules), targets, group=RankGroup(None, 0, 2))
     assert not torch.equal(before, parameters["layers.0.weight"]), "ranks have different parts"
 
 
@@ -96,7 +96,7 @@ def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, tp_size: int, stored:
         with BaseWeights(folder, source.shape) as weights:
             for rank in range(tp_size):
                 parts.append(torch.empty(rule.spec.local_shape(rule.shape, tp_size)))
-                weights.fill(rule, FrozenWeight(parts[-1]), tp_rank=rank, tp_size=tp_size)
+                weights.fill(rule, FrozenWeight(parts[-1]), RankGroup(None, rank, tp_size))
             times = tp_size if rule.spec.dim is None else 1
             assert weights.bytes_read == times * stored.itemsize * torch.Size(rule.shape).numel()
         expected = torch.cat([whole[name] for name in rule.hf_names]).float()
@@ -139,9 +139,10 @@ def test_every_rank_loads_its_shards_of_the_merged_model(tmp_path: Path) -> None
     source, adapter, _ = with_adapter(write_tiny_model(tmp_path, tokenizer=False), "tl6", targets=TARGET_NAMES)
     whole = frozen_weights(load_model(source, adapter, dtype=torch.float32, merged=True))
     plain = frozen_weights(load_model(source, None, dtype=torch.float32))
+    layouts = [(Grid(rank, 2, tp_size=2), ParallelGroups(tensor=RankGroup(None, rank, 2))) for rank in range(2)]
     ranks = [
-        frozen_weights(load_model(source, adapter, dtype=torch.float32, grid=Grid(rank, 2, tp_size=2), merged=True))
-        for rank in range(2)
+        frozen_weights(load_model(source, adapter, dtype=torch.float32, grid=grid, groups=groups, merged=True))
+        for grid, groups in layouts
     ]
     changed = 0
     with MergedWeights(source, None) as weights:

@@ -21,6 +21,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -57,7 +58,7 @@ def test_shards_have_the_values_of_the_file(folders: Folders, kind: str, size: i
                     compared += 1
                 else:
                     target = FrozenWeight.empty(*local, dtype=torch.float32)
-                weights.fill(rule, target, tp_rank=rank, tp_size=size)
+                weights.fill(rule, target, RankGroup(None, rank, size))
                 found.append(dequantised(target) if isinstance(target, QuantisedWeight) else target.tensor.detach())
             if rule.spec.dim is None:
                 assert all(torch.equal(one, full) for one in found)

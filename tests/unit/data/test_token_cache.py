@@ -23,7 +23,7 @@ from support.zoo_oracle import CHATML, write_zoo_tokenizer
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data import cache, encode, sources, tables
 from megatron_tiedlora.data.cache import cache_key
-from megatron_tiedlora.data.encode import Encoding
+from megatron_tiedlora.data.splits import Encoding
 from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer

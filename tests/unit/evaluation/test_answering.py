@@ -14,17 +14,17 @@ from support.task_files import refusal
 from support.tiny_decoders import build, calls_of
 from support.tiny_models import write_tiny_model
 
+from megatron_tiedlora.data.splits import Encoding
 from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.data.tokenizer import end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.groups import Grid
 
 NEW_TOKENS = 20
-SIZE: dict[str, Any] = {"reading": Reading(), "longest_prompt": 60, "max_new_tokens": NEW_TOKENS, "batch_size": 4,
-                        "vocab_size": 320}  # fmt: skip
+SIZE: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "batch_size": 4}
 STOP = "s"  # a letter that some of the answers below do hold
 # Ranks, tensor, pipeline: what is left is data parallel.
 LAYOUTS = (pytest.param(2, 1, 1, marks=pytest.mark.slow), (4, 2, 1), (4, 1, 2))
@@ -45,8 +45,13 @@ def task(stop: str | None = STOP) -> Task:
     return replace(get_task("hellaswag"), stop=stop)
 
 
-def scored_of(folder: Path, rows: list[Example], *, stop: str | None = STOP, **changes: Any) -> ScoredSet:
-    return encode_scored(rows, task(stop), load_tokenizer(folder), **{**SIZE, "model_folder": folder, **changes})
+def scored_of(
+    folder: Path, rows: list[Example], *, stop: str | None = STOP, config: Path | None = None, **changes: Any
+) -> ScoredSet:
+    """The samples for a tokenizer in `folder` and a generation config in `config`, by default the same folder."""
+    tokenizer = load_tokenizer(folder)
+    ends = end_ids(tokenizer, config or folder, vocab_size=320)
+    return encode_scored(rows, Encoding(task(stop), tokenizer, Reading(), 60, ends), **{**SIZE, **changes})
 
 
 def answers(
@@ -81,9 +86,9 @@ def same(ours: list[Answer], wanted: list[Answer]) -> bool:
 def test_answers_stand_in_the_samples_order_and_end_before_the_stop(folder: Path, alone: list[Answer]) -> None:
     assert [answer.example for answer in alone] == examples()
     scored = scored_of(folder, examples(), stop=None)
-    prompts = Prompts([prompt.tolist() for prompt in scored.prompts], scored.end_ids, NEW_TOKENS)
+    prompts = Prompts([prompt.tolist() for prompt in scored.prompts], scored.encoding.end_ids, NEW_TOKENS)
     (rows,) = generate(build(folder, grid=Grid(0, 1)), [prompts])
-    texts = [scored.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    texts = [scored.encoding.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     assert [answer.prediction for answer in alone] == [text.split(STOP)[0].strip() for text in texts]
     assert any(STOP in text for text in texts) and not all(STOP in text for text in texts)
     for answer in alone:  # each choice has a score of its own
@@ -149,8 +154,8 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
     letter = next(letter for letter in text[1:] if letter.isascii() and letter.isalnum())
     (token,) = tokenizer.encode(letter, add_special_tokens=False)
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
-    scored = scored_of(folder, examples(), model_folder=tmp_path)
-    assert scored.end_ids == {tokenizer.eos_token_id, token}
+    scored = scored_of(folder, examples(), config=tmp_path)
+    assert scored.encoding.end_ids == {tokenizer.eos_token_id, token}
     found = answer_all(build(folder, grid=Grid(0, 1)), {"": scored}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(letter)[0].strip()
 
@@ -158,11 +163,11 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
 def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: Path) -> None:
     """A reference without its number, and answers that nothing ends."""
     sample, tokenizer = Example("How many?", " 18", "test.jsonl:3"), load_tokenizer(folder)
-    options: dict[str, Any] = {"model_folder": folder, **SIZE}
-    message = refusal(lambda: encode_scored([sample], get_task("gsm8k"), tokenizer, **options))
+    encoding = Encoding(get_task("gsm8k"), tokenizer, Reading(), 60, frozenset())
+    message = refusal(lambda: encode_scored([sample], encoding, **SIZE))
     assert message.startswith("test.jsonl:3") and "#### NUMBER" in message
     tokenizer.eos_token = None
-    assert "end-of-sequence" in refusal(lambda: encode_scored(examples(), task(), tokenizer, **options))
+    assert "end-of-sequence" in refusal(lambda: end_ids(tokenizer, folder, vocab_size=320))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
 from megatron_tiedlora.parallel.frozen_weight import wide_matmul
+from megatron_tiedlora.parallel.groups import UNSHARDED, RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_wide_rows, run_in_parts
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import compiled_kernels
@@ -44,7 +45,7 @@ def static() -> Kernels:
     plain = Kernels()
     kernels = plain.compiled(static_widths=True)
     kernels = replace(kernels, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
-    throughput.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST)
+    throughput.warm_up_widths(kernels, model_config(), UNSHARDED, dtype=torch.float32, device=HOST)
     return kernels
 
 
@@ -95,7 +96,8 @@ def test_each_compiled_kernel_rounds_no_worse() -> None:
 @needs_compiler
 def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
     """5000 ids over 2 ranks: a compiler goes over rows of up to 4096 numbers in another way than over longer ones."""
-    kernels = compiled_kernels(model_config(), dtype=torch.float32, device=HOST, tp_size=2)
+    halves = TensorParallel(RankGroup(None, 0, 2))
+    kernels = compiled_kernels(model_config(), dtype=torch.float32, device=HOST, tensor_parallel=halves)
     logits, total = torch.randn(8, 2500), torch.zeros(8)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         kernels.row_log_sums(logits)

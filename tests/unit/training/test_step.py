@@ -272,23 +272,22 @@ def rates_of_transformers(schedule: str, warmup: int, total: int) -> list[float]
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("warmup", "total"), [(50, 2000), (0, 7), (3, 3)])
 def test_after_warm_up_the_rates_are_those_of_transformers(schedule: str, warmup: int, total: int) -> None:
-    ours = [
-        learning_rate_factor(step, warmup_steps=warmup, max_steps=total, schedule=schedule)
-        for step in range(warmup, total)
-    ]
+    settings = make_settings({"warmup_steps": warmup, "max_steps": total, "schedule": schedule})
+    ours = [learning_rate_factor(settings, step) for step in range(warmup, total)]
     theirs = rates_of_transformers(schedule, warmup, total)[: len(ours)]
     assert ours == pytest.approx(theirs, abs=1e-15)
 
 
 def test_cosine_has_the_bits_that_runs_have_used() -> None:
+    settings = make_settings({"warmup_steps": 50, "max_steps": 2000})
     for step in range(2010):
         expected = (step + 1) / 50 if step < 50 else 0.5 * (1.0 + math.cos(math.pi * min(step - 50, 1950) / 1950))
-        assert learning_rate_factor(step, warmup_steps=50, max_steps=2000) == expected
+        assert learning_rate_factor(settings, step) == expected
 
 
 def test_ends() -> None:
     def factor(step: int, schedule: Schedule) -> float:
-        return learning_rate_factor(step, warmup_steps=4, max_steps=10, schedule=schedule)
+        return learning_rate_factor(make_settings({"warmup_steps": 4, "max_steps": 10, "schedule": schedule}), step)
 
     for schedule in SCHEDULES:
         assert [factor(step, schedule) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
