@@ -20,7 +20,7 @@ from support.vllm_server import Reply, Server, answer_of
 
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 MANY = 1000
 SAMPLED = 8  # of these, whose answers are those of a merged model
 ASKED = 1  # the prompt that all are asked

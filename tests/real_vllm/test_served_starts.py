@@ -11,7 +11,7 @@ from support.served_models import Served, ServedModel
 from support.vllm_engine import MODES, questions_of, wrong_answers
 from support.vllm_server import Server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 # Values of `tied_lora`.
 WRONG: dict[str, Any] = {"a word": "yes", "a mode's name": "tied", "a number": 1, "a list": [True]}
 SHARDED = "--fully-sharded-loras; start the server without one of them"

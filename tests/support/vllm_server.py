@@ -21,7 +21,7 @@ from support.folders import ROOT
 from support.served_models import COUNT, FUSED, Answer, ServedModel, prompts
 from support.vllm_engine import ENVIRONMENT, MODES
 
-START_SECONDS = 150  # until it answers
+START_SECONDS = 240  # until it answers
 REQUEST_SECONDS = 60
 
 
