@@ -8,7 +8,7 @@ import pytest
 from support.served_models import METHODS, ServedModel
 from support.vllm_engine import MODES, Engine, expected_bytes, held_bytes, questions_of, woven, wrong_answers
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240), pytest.mark.distributed]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400), pytest.mark.distributed]
 
 
 @pytest.fixture(scope="module", params=MODES)

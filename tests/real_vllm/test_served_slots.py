@@ -10,7 +10,7 @@ import torch
 from support.served_models import Served, ServedModel, prompts
 from support.vllm_engine import MODES, Engine, Question, expected_bytes, held_bytes, questions_of, woven, wrong_answers
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 NATIVE = ("tied", "both")  # modes with slots of the plugin's own
 
 

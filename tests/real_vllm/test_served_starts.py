@@ -1,4 +1,4 @@
-"""What a server is not started with: one error that says what to change."""
+"""What a server is not started with, and what it does not load: one error that says what to change."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.served_models import ServedModel
-from support.vllm_engine import MODES
+from support.served_models import Served, ServedModel
+from support.vllm_engine import MODES, questions_of, wrong_answers
 from support.vllm_server import Server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 # Values of `tied_lora`.
 WRONG: dict[str, Any] = {"a word": "yes", "a mode's name": "tied", "a number": 1, "a list": [True]}
 SHARDED = "--fully-sharded-loras; start the server without one of them"
@@ -68,6 +68,33 @@ def test_the_server_ends_with_the_error(models: dict[str, ServedModel], tmp_path
     ):
         pass
     assert SHARDED in log.read_text()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_not_loaded(mode: str, models: dict[str, ServedModel], started: Any) -> None:
+    """A rank above the server's, a linear without slots, another base's shape, and in tied slots what is not tied. The
+    engine answers afterwards."""
+    llama, qwen3 = models["llama"], models["qwen3"]
+    engine = started(llama, mode, lora_target_modules=["q_proj", "k_proj", "v_proj"])
+    served = llama.of_method("tl6", "qkv")
+    llama.native("rank16", "tl6", rank=16)
+    llama.native("o_proj", "tl6", targets=("qkv", "o_proj"))
+    qwen3.native("of_qwen3", "tl6")
+    wrong = {
+        llama.root / "rank16": ["rank16", "rank 16 is greater than --max-lora-rank 8"],
+        llama.root / "o_proj": ["o_proj", "has no slots", "--lora-target-modules"],
+        qwen3.root / "of_qwen3": ["of_qwen3", "num_layers 4"],
+        llama.root / "nothing": ["nothing"],
+    }
+    if mode == "tied":
+        wrong |= {llama.exported("tl6", "qkv", native=False).folder: ["tl6-qkv-plain", "plain LoRA"]}
+        wrong |= {llama.of_method("lora", "qkv").folder: ["lora-qkv", "method lora"]}
+    for folder, words in wrong.items():
+        with pytest.raises(Exception) as raised:
+            engine.load(Served(folder.name, folder, {}))
+        assert "\n" not in str(raised.value).strip()
+        assert not [word for word in words if word not in str(raised.value)], raised.value
+        assert not wrong_answers(questions_of(served), engine.ask(questions_of(served)))
 
 
 def test_an_engine_after_a_refusal(models: dict[str, ServedModel], started: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from support.served_models import MODELS, Served, ServedModel
 from support.vllm_engine import MODES, TOLERANCE, Engine, Question, difference, questions_of, wrong_answers
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module", params=MODELS)

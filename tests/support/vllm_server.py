@@ -21,7 +21,7 @@ from support.folders import ROOT
 from support.served_models import COUNT, FUSED, Answer, ServedModel, prompts
 from support.vllm_engine import ENVIRONMENT, MODES
 
-START_SECONDS = 150  # until it answers
+START_SECONDS = 240  # until it answers
 REQUEST_SECONDS = 60
 
 
@@ -42,20 +42,30 @@ class Server:
     """A server of a model in a mode, whose adapters are the folders below `adapters`."""
 
     def __init__(
-        self, model: ServedModel, mode: str, adapters: Path, log: Path, *options: str, **environment: str
+        self, model: ServedModel, mode: str, adapters: Path, log: Path, *options: str, by_command: bool = False
     ) -> None:
-        """Its start; `options` are of `vllm serve`."""
+        """Its start.
+
+        Args:
+            options: of `vllm serve`.
+            by_command: start it by `tiedlora serve`, which sets the mode and what adapters by name need.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.log = log
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model.folder]
-        command += ["--host", "127.0.0.1", "--port", self.port, "--served-model-name", "base", "--dtype", "float32"]
-        command += ["--enable-lora", "--max-lora-rank", 8, "--max-loras", 8, "--max-cpu-loras", 64, *options]
-        command += ["--lora-target-modules", *FUSED, "--additional-config", json.dumps(MODES[mode])]
-        command += ["--max-model-len", 96, "--max-num-seqs", 16, "--enforce-eager", "--no-enable-prefix-caching"]
+        self.log, self.mode = log, mode
+        flags = ["--host", "127.0.0.1", "--port", self.port, "--served-model-name", "base", "--dtype", "float32"]
+        flags += ["--max-lora-rank", 8, "--max-loras", 8, "--max-cpu-loras", 64, "--max-model-len", 96]
+        flags += ["--max-num-seqs", 16, "--enforce-eager", "--no-enable-prefix-caching", *options]
         variables = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": str(ROOT)}
-        variables |= {"TIEDLORA_ADAPTERS": str(adapters), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **environment}
+        if by_command:
+            command = ["megatron_tiedlora", "serve", "--model", model.folder, "--adapters", adapters, "--slots", mode]
+            command += ["--", *flags]
+        else:
+            command = ["vllm.entrypoints.cli.main", "serve", model.folder, "--enable-lora", *flags]
+            command += ["--lora-target-modules", *FUSED, "--additional-config", json.dumps(MODES[mode])]
+            variables |= {"TIEDLORA_ADAPTERS": str(adapters), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        command = [sys.executable, "-m", *command]
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 list(map(str, command)), stdout=stream, stderr=stream, env=variables, start_new_session=True
