@@ -135,11 +135,7 @@ def verify(settings: adapter_settings.VerifySettings) -> int:
 
 
 def serve(settings: adapter_settings.ServeSettings) -> int:
-    """Print the command of a vLLM server and run it in place of this process. Return 0 after a dry run.
-
-    Raises:
-        UserError: there is nothing to serve, or vLLM is not installed.
-    """
+    """Print the command of a vLLM server and run it in place of this process. Return 0 after a dry run."""
     from megatron_tiedlora.integrations.vllm.serve import plan_server  # needs sqlite3
 
     source = find_model(settings.model, weights=False)

@@ -39,14 +39,8 @@ def slot_bytes(linears: Collection[LinearShape], rank: int, num_layers: int, *, 
 
 
 def vllm_words(base: str, targets: Collection[str], *, rank: int, slots: int = 1, cached: int = 1) -> list[str]:
-    """Return the words of `vllm serve` with its LoRA flags.
-
-    Args:
-        base: hub id or folder of the base.
-        targets: names of the adapted linears.
-        rank: a value of `VLLM_RANKS`.
-        slots, cached: number of adapters in one batch and in host memory; vLLM's default is 1.
-    """
+    """Return the words of `vllm serve` with its LoRA flags, for adapters of the linears `targets` and `rank`, a value
+    of `VLLM_RANKS`. `slots` adapters fit in one batch and `cached` in host memory; vLLM's default is 1."""
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
     # By default vLLM reserves memory for all linears, embedding and head. vLLM and this package fuse the same linears.
     modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in targets)
@@ -62,9 +56,8 @@ def serve_command(base: str, adapters: Path) -> str:
 def serve_hints(
     exports: Mapping[str, Export], source: ModelSource, *, named: str | None = None, adapters: Path | None = None
 ) -> list[str]:
-    """Return the shell commands that serve adapters of one base, each after a comment that names the program.
-
-    With several adapters, only the commands of vLLM are returned.
+    """Return the shell commands that serve adapters of one base, each after a comment that names the program. With
+    several adapters, only the commands of vLLM are returned.
 
     Args:
         exports: {name of the adapter in requests: its export}.

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
-from megatron_tiedlora.base.files import read_json_or_none
+from megatron_tiedlora.base.files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import check_same_base, identify_shape, model_source
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter, read_config
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.export_peft import peft_tensors, target_modules
 from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
-from megatron_tiedlora.convert.open_adapter import read_peft, read_peft_config
+from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.convert.peft_files import read_rank
 from megatron_tiedlora.convert.vera_files import TargetFactors, Vera, native_vera, read_vera, vera_factors
 
@@ -134,15 +134,15 @@ def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
 def read_unloaded(folder: Path, source: ModelSource) -> NativeAdapter:
     """Return the native or PEFT adapter in `folder` as its config describes it, without tensors. A PEFT adapter has the
     method lora or vera, and `source` as its base. Raise UserError if the config cannot be read."""
-    if adapter_kind(folder, flag=str(folder)) == "native":
+    content, shape = read_json_object(folder / CONFIG_FILE, kind="an adapter folder"), source.shape
+    if "format_version" in content:
         config, base, _ = read_config(folder)
         return NativeAdapter(config, base, {})
-    content, shape = read_peft_config(folder), source.shape
     names: Collection[str] = shape.block.adaptable
     if isinstance(given := content.get("target_modules"), list):  # not a pattern
         modules = {str(name).rpartition(".")[2] for name in given}
         names = [name for name in names if modules & {*target_modules(shape.block, [name])}]
-    method, rank = "vera" if content["peft_type"] == "VERA" else "lora", read_rank(content.get("r"), f"{folder}: r")
+    method, rank = "vera" if content.get("peft_type") == "VERA" else "lora", read_rank(content.get("r"), f"{folder}: r")
     targets, layers = targets_of(shape, tuple(names)), tuple(range(1, shape.num_layers + 1))
     config = AdapterConfig(method, rank, rank, layers, targets, seed=0, init_std_a=0, init_std_b=0)
     return NativeAdapter(config, identify_shape(source, "fp32", weights_hash=""), {})

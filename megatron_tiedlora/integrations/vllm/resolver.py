@@ -40,12 +40,8 @@ class AdapterResolver(LoRAResolver):
 
     Nothing outside of the folder is read, even if a link leads there. An adapter that has a different base, is damaged
     or does not fit the server raises UserError. This is a ValueError, so vLLM answers the request with the error's line
-    and status 400. For a name without an adapter, vLLM answers with 404.
-
-    Args:
-        environment: the variables of the server, of which `tiedlora serve` sets the folder and the owners.
-        command: the command line of the server, which may limit the rank and the kind of adapters.
-    """
+    and status 400. For a name without an adapter, vLLM answers with 404. The server's `environment` has the folder and
+    the owners, as `tiedlora serve` sets them. Its `command` line limits the rank and the kind of adapters."""
 
     def __init__(self, environment: Mapping[str, str], command: Sequence[str]) -> None:
         self.folder = Path(environment[ADAPTERS]).absolute()
@@ -58,11 +54,8 @@ class AdapterResolver(LoRAResolver):
         self._base, self._lock = cache(_identified), Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Return the request for the adapter `lora_name`, or None if there is none. The server's loop goes on.
-
-        Raises:
-            UserError: the name is ambiguous, or the adapter has a different base, is damaged or does not fit.
-        """
+        """Return the request for the adapter `lora_name`, or None if there is none. Raise UserError if the name is
+        ambiguous, or if the adapter has a different base, is damaged or does not fit. The server's loop goes on."""
         folder = await asyncio.to_thread(self._find, base_model_name, lora_name)
         # vLLM replaces the number by one of its own.
         return None if folder is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))

@@ -21,6 +21,8 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 PLUGIN = "tied_lora"  # the name of the plugin, and its key in vLLM's --additional-config
 ADAPTERS, HUB = "TIEDLORA_ADAPTERS", "TIEDLORA_HUB"  # variables for `resolver`
+Servable = tuple[AdapterConfig, bool]  # of an adapter: its config, and whether it fits a tied slot
+Server = tuple[list[str], dict[str, str], list[str]]  # the words, variables, and notes for the user
 _TIED = {"tied": [True], "both": [True, False], "expanded": [False]}  # the slots of each kind
 _MOST_TIED = 64  # slots by default, if all are tied
 _CACHE_BYTES = 16e9  # host memory that --max-cpu-loras may use by default
@@ -28,16 +30,10 @@ _MOST_PROBLEMS = 5  # that are told one by one
 _RANK_ON_HUB = 16  # if all adapters are on the hub, where their ranks are unknown
 
 
-def find_servable(
-    root: Path, source: ModelSource, *, only_tied: bool
-) -> tuple[dict[str, tuple[AdapterConfig, bool]], list[str]]:
-    """Find the adapters in `root` that a server of `source` can serve. Raise UserError if `root` is not a folder.
-
-    Returns:
-        By name in requests, the config of each adapter and whether it fits a tied slot; a sentence for each of the
-        adapters that cannot be served.
-    """
-    found, problems = dict[str, tuple[AdapterConfig, bool]](), list[str]()
+def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[dict[str, Servable], list[str]]:
+    """Return the adapters in `root` that a server of `source` can serve, by their names in requests, and a sentence for
+    each of the others. Raise UserError if `root` is not a folder."""
+    found, problems = dict[str, Servable](), list[str]()
     for folder in progress_bar("adapters", "adapter", find_folders(root)):
         if folder != root and folder.name != "adapter" and RunFolder(folder.parent).is_run:
             continue  # an export of this run
@@ -55,21 +51,13 @@ def find_servable(
     return found, problems
 
 
-def plan_server(
-    settings: ServeSettings, source: ModelSource, plugins: str | None
-) -> tuple[list[str], dict[str, str], list[str]]:
-    """Return the words of the server of the adapters in --adapters whose base is `source`, the variables that it needs,
-    and notes for the user.
-
-    Args:
-        plugins: the value of VLLM_PLUGINS, which has to name the plugin if it is set.
-
-    Raises:
-        UserError: vLLM has no LoRA for this model, or no adapter can be served.
-    """
+def plan_server(settings: ServeSettings, source: ModelSource, plugins: str | None) -> Server:
+    """Return the server of the adapters in --adapters whose base is `source`. A value of VLLM_PLUGINS, `plugins`, is
+    extended. Raise UserError if vLLM has no LoRA for this model, or if no adapter can be served."""
     if why := serving.why_no_lora(source.shape):
         raise UserError(f"--model {settings.model}: {why}")
-    found, notes = find_servable(settings.adapters.absolute(), source, only_tied=settings.slots == "tied")
+    root = Path(os.path.abspath(settings.adapters))
+    found, notes = find_servable(root, source, only_tied=settings.slots == "tied")
     if not found and not settings.hub:
         because = "".join(f" ({note})" for note in notes[:1])
         raise UserError(f"--adapters {settings.adapters}: has no adapter to serve{because}; give another folder")
@@ -79,7 +67,7 @@ def plan_server(
     configs, tied = [config for config, _ in found.values()], [is_tied for _, is_tied in found.values()]
     kind = settings.slots or ("tied" if all(tied) else "both" if any(tied) else "expanded")
     linears, adapted = source.shape.block.adaptable, {target.name for config in configs for target in config.targets}
-    targets = [name for name in linears if name in adapted or not found]
+    targets = [name for name in linears if name in adapted or not adapted]
     rank = serving.allowed_rank(max((config.rank for config in configs), default=_RANK_ON_HUB))
     of_slot = [linears[name] for name in targets], rank, source.shape.num_layers
     size = sum(serving.slot_bytes(*of_slot, tied=is_tied) for is_tied in _TIED[kind])
@@ -93,7 +81,7 @@ def plan_server(
     words = serving.vllm_words(base_location(source), targets, rank=rank, slots=slots, cached=cached)
     if kind != "expanded":
         words += ["--additional-config", json.dumps({PLUGIN: kind == "tied" or kind})]
-    added = {ADAPTERS: os.path.abspath(settings.adapters), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    added = {ADAPTERS: str(root), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     added |= {HUB: ",".join(settings.hub)} if settings.hub else {}
     if plugins is not None and PLUGIN not in plugins.split(","):
         added["VLLM_PLUGINS"] = ",".join(filter(None, (plugins, PLUGIN)))

@@ -111,7 +111,8 @@ def test_names_that_lead_nowhere(module: Any, root: Path, bases: Path) -> None:
     resolver = resolver_of(module, root / "team")
     shutil.copytree(root / "plain", root / "team/.new")
     names = ["none", "../plain", "run/../../plain", str(root / "plain"), "", ".", "/", "run//adapter", "run/", ".new",
-             "a\0b", "\ud800", "x" * 201, "é" * 101, "a/" * 600, "~", "*", "run/peft/none", "me/run"]  # fmt: skip
+             "a\0b", "\ud800", "x" * 300, "é" * 150, "a/" * 600 + "a", "a/" * 3000 + "a",
+             "~", "*", "run/peft/none", "me/run"]  # fmt: skip
     assert {name: found(resolver, name, bases / "mine") for name in names} == dict.fromkeys(names)
 
 
@@ -188,6 +189,8 @@ def test_the_base_of_a_plain_lora(module: Any, root: Path, bases: Path, caplog: 
     (root / "lora" / RECORD).unlink()
     assert found(resolver, "lora", bases / "other") == root / "lora"
     assert f"{root}/lora: {said}{bases}/other" in caplog.text
+    edit_json(root / "lora" / CONFIG, without=["peft_type"])  # vLLM does not ask for it
+    assert found(resolver, "lora", bases / "mine") == root / "lora"
 
 
 def test_damage_is_an_error_with_the_file(module: Any, root: Path, bases: Path) -> None:

@@ -108,8 +108,10 @@ def test_adapters_of_peft(base: Path, root: Path, capsys: pytest.CaptureFixture[
     assert "--additional-config" not in words and "# 1 adapter up to rank 16 on qkv, gate_up: lora" in notes
     words, notes = planned(capsys, base, root)
     assert words[-1] == '{"tied_lora": "both"}' and f"# not served: {root}/wrong: r = 'many' is not an int" in notes
-    pattern = changed(lora, root / "pattern", CONFIG, {"target_modules": ".*mlp.*"})
-    assert "qkv_proj o_proj gate_up_proj down_proj" in " ".join(planned(capsys, base, pattern)[0]), "all, to be safe"
+    for given in (".*mlp.*", ["experts"]):
+        unknown = changed(lora, root / "unknown", CONFIG, {"target_modules": given})
+        assert "qkv_proj o_proj gate_up_proj down_proj" in " ".join(planned(capsys, base, unknown)[0]), "to be safe"
+        shutil.rmtree(unknown)
     vera = {"peft_type": "VERA", "r": 64, "target_modules": ["q_proj"]}
     changed(lora, root / "vera", CONFIG, vera)
     words, _ = planned(capsys, base, root / "vera")
