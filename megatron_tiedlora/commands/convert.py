@@ -3,14 +3,12 @@ random-model."""
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base.installation import require_vllm
 from megatron_tiedlora.base.messages import UserError, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.shapes import PRESETS
@@ -69,9 +67,7 @@ def export(settings: adapter_settings.ExportSettings) -> int:
     """Export one or more adapters in PEFT format. Return the exit status."""
 
     def show_serving(source: ModelSource, exports: Mapping[str, export_peft.Export]) -> None:
-        named = settings.base_name or export_peft.base_name(source)
-        base, shape = export_peft.base_location(source), source.shape
-        show(*serve_hints(exports, base, shape, named=named, adapters=settings.output))
+        show(*serve_hints(exports, source, named=settings.base_name, adapters=settings.output))
 
     output, adapters = settings.output, export_peft.find_adapters(settings.adapter)
     chosen: dict[str, Any] = {
@@ -139,24 +135,19 @@ def verify(settings: adapter_settings.VerifySettings) -> int:
 
 
 def serve(settings: adapter_settings.ServeSettings) -> int:
-    """Print the command of a vLLM server and run it in place of this process. Return 0 after a dry run.
-
-    Raises:
-        UserError: there is nothing to serve, or vLLM is not installed.
-    """
+    """Print the command of a vLLM server and run it in place of this process. Return 0 after a dry run."""
     from megatron_tiedlora.integrations.vllm.serve import plan_server  # needs sqlite3
 
-    server = plan_server(settings, find_model(settings.model, weights=False), os.environ)
-    environment = [f"{name}={shlex.quote(value)}" for name, value in server.environment.items()]
-    show(*(f"# {note}" for note in server.notes), " ".join([*environment, shlex.join(server.words)]))
-    if settings.dry_run:
-        return 0
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    program = shutil.which("vllm", path=path)
-    if program is None or find_spec("vllm") is None:
-        fix = "in an environment of its own, as vLLM pins torch and transformers, run pip install 'vllm>=0.26' and"
-        raise UserError(f"vLLM is not installed; {fix} install this package too; or give --dry_run")
-    os.execvpe(program, [*server.words], {**os.environ, **server.environment})
+    source = find_model(settings.model, weights=False)
+    words, variables, notes = plan_server(settings, source, os.environ.get("VLLM_PLUGINS"))
+    before = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    show(*(f"# {note}" for note in notes), " ".join([*before, shlex.join(words)]))
+    if not settings.dry_run:
+        require_vllm("tiedlora serve without --dry_run")
+        # This is the program `vllm` of this environment, wherever its script is.
+        command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", *words[1:]]
+        os.execve(sys.executable, command, {**os.environ, **variables})
+    return 0
 
 
 def convert(settings: ConvertNemoSettings) -> int:

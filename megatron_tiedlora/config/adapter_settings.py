@@ -357,12 +357,12 @@ class ServeSettings(CommandSettings, command="serve"):
     examples: ClassVar[str] = """\
 examples:
   tiedlora serve --model meta-llama/Llama-2-7b-hf --adapters runs
-  tiedlora serve --model M --adapters runs --tensor_parallel 2 --dry_run -- --port 8001 --max-model-len 4096
+  tiedlora serve --model M --adapters runs --dry_run -- --port 8001 --tensor-parallel-size 2
 
-This needs vLLM 0.26 or later in the same environment (pip install 'vllm>=0.26'). An adapter's name in requests is its
-path in DIR: `support` is DIR/support, DIR/support/adapter or DIR/support/native; with an index (tiedlora index DIR), it
-is also the name of its run. It is loaded by the first request for it, also if it was added after the start. Its base
-and its checksums are compared first, and a wrong or damaged adapter is an error of this request only.
+This needs vLLM 0.26 or later in the same environment. An adapter's name in requests is its path in DIR: `support` is
+DIR/support, DIR/support/adapter or DIR/support/native; with an index (tiedlora index DIR), it is also the name of its
+run. It is loaded by the first request for it, also if it was added after the start. Its base and its checksums are
+compared first, and a wrong or damaged adapter is an error of this request only.
 
 --slots tied keeps tied adapters and VeRA as they are stored, which needs 11 to 88 times less memory than expanded
 LoRAs. It cannot serve plain LoRAs. `both` has slots of both kinds. `expanded` has only vLLM's own slots.
@@ -373,14 +373,10 @@ LoRAs. It cannot serve plain LoRAs. `both` has slots of both kinds. `expanded` h
     slots: Literal["tied", "both", "expanded"] | None = _flag(
         "kind of the slots in GPU memory [tied if all adapters are tied; both if some are; expanded if none is]", None,
     )
-    max_loras: int | None = _flag(
-        "slots: adapters in one batch [8; up to 64 tied ones, which need no more memory than 8 expanded]", None, ge=1,
-    )
-    tensor_parallel: int = _train("tensor_parallel", "GPUs that share the model", group="")
+    max_loras: int | None = _flag("slots: adapters in one batch [all, up to 64 tied ones or 8 others]", None, ge=1)
     hub: tuple[str, ...] = _flag(
         "owners whose hub repositories OWNER/NAME are also loaded by name", (), metavar="OWNER", words=True,
     )
-    base_differs: bool = _base_differs(help_text="also serve adapters that were trained on a different base")
     dry_run: bool = _flag("print the command and start nothing", False)
     flags: tuple[str, ...] = _flag("flags of vLLM, after --", (), metavar="FLAG", positional=True, words=True)
 

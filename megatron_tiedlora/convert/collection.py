@@ -59,7 +59,10 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
 def find_folders(root: Path) -> Iterator[Path]:
     """Yield the folders of native and PEFT adapters inside `root`, except checkpoints and exports of runs.
 
-    Hidden folders are skipped, because they are still being written. Links are not followed."""
+    Hidden folders are skipped, because they are still being written. Links are not followed. Raise UserError if `root`
+    is not a folder."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give a folder with adapters")
     for file in sorted(root.rglob(native_adapter.CONFIG_FILE)):
         folder = file.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
@@ -79,8 +82,6 @@ def build_index(root: Path) -> tuple[int, list[str]]:
     Raises:
         UserError: `root` is not a folder, or cannot be written.
     """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give a folder with adapters")
     entries, problems = [], []
     for folder in progress_bar("index", "adapter", find_folders(root)):
         try:

@@ -128,13 +128,9 @@ def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.path)
 
 
-def find_entry(root: Path, name: str, entries: Sequence[Entry] | None = None) -> Entry:
-    """Return the row of the adapter with this path or name. Raise UserError unless there is exactly one such row.
-
-    Args:
-        entries: all rows, if they have been read already.
-    """
-    entries = list(_entries(root)) if entries is None else entries
+def find_entry(root: Path, name: str) -> Entry:
+    """Return the row of the adapter with this path or name. Raise UserError unless there is exactly one such row."""
+    entries = list(_entries(root))
     found = [entry for entry in entries if entry.path == name] or [entry for entry in entries if entry.name == name]
     if len(found) != 1:
         what = f"{len(found)} adapters; give the path of one" if found else "no adapter; list them with `find`"

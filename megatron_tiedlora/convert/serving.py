@@ -2,21 +2,21 @@
 
 import shlex
 from collections.abc import Collection, Mapping
-from math import ceil
 from pathlib import Path
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES, LinearShape, ModelShape
-from megatron_tiedlora.convert.export_peft import Export
+from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert.export_peft import Export, base_location, base_name
 
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LARGEST_BATCH = 8  # adapters in one batch of vLLM; each needs a slot of GPU memory
-NO_STABLELM = "vLLM has no LoRA for StableLM; serve the merged model instead"
 
 
-def vllm_has_lora(shape: ModelShape) -> bool:
-    """Return whether vLLM serves adapters of this model: of all families here but StableLM, whose norms have biases."""
-    return shape.final_norm.bias_name is None
+def why_no_lora(shape: ModelShape) -> str:
+    """Return why vLLM has no adapters of this model: of all families here, StableLM alone; '' if vLLM has them."""
+    is_stablelm = shape.final_norm.bias_name is not None
+    return "vLLM has no LoRA for StableLM; serve the merged model instead" if is_stablelm else ""
 
 
 def allowed_rank(rank: int) -> int:
@@ -24,37 +24,23 @@ def allowed_rank(rank: int) -> int:
     return next((known for known in VLLM_RANKS if known >= rank), 0)
 
 
-def slot_bytes(linears: Collection[LinearShape], rank: int, num_layers: int, *, tied: bool, tp_size: int = 1) -> int:
-    """Return the bytes that a slot of vLLM takes on each GPU, with A, B and v in 16 bits and u in fp32.
+def slot_bytes(linears: Collection[LinearShape], rank: int, num_layers: int, *, tied: bool) -> int:
+    """Return the bytes that a slot of vLLM takes without tensor parallelism, with A, B and v in 16 bits and u in fp32.
 
     A tied slot has A and B once, and u for each fused block and v in every layer. vLLM's own slot has A for each fused
-    block and B in every layer.
-
-    Args:
-        linears: the adapted linears of a layer.
-        tp_size: number of tensor-parallel ranks. At most as many as key and value heads, which vLLM else replicates.
+    block and B in every layer. `linears` are the adapted linears of a layer.
     """
     total = 0
     for linear in linears:
-        by_row, slices = linear.sharded_dim == "row", len(linear.blocks)
-        inputs, outputs = (ceil(size / tp_size) for size in (linear.in_size, linear.out_size))
-        inputs, outputs = (inputs, linear.out_size) if by_row else (linear.in_size, outputs)
-        if tied:
-            total += 2 * (rank * (inputs + outputs) + num_layers * outputs) + 4 * num_layers * slices * rank
-        else:
-            total += 2 * num_layers * rank * (slices * inputs + outputs)
+        a, b, slices = rank * linear.in_size, rank * linear.out_size, len(linear.blocks)
+        own = 2 * num_layers * (slices * a + b)
+        total += 2 * (a + b + num_layers * linear.out_size) + 4 * num_layers * slices * rank if tied else own
     return total
 
 
 def vllm_words(base: str, targets: Collection[str], *, rank: int, slots: int = 1, cached: int = 1) -> list[str]:
-    """Return the words of `vllm serve` with its LoRA flags.
-
-    Args:
-        base: hub id or folder of the base.
-        targets: names of the adapted linears.
-        rank: a value of `VLLM_RANKS`.
-        slots, cached: number of adapters in one batch and in host memory; vLLM's default is 1.
-    """
+    """Return the words of `vllm serve` with its LoRA flags, for adapters of the linears `targets` and `rank`, a value
+    of `VLLM_RANKS`. `slots` adapters fit in one batch and `cached` in host memory; vLLM's default is 1."""
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
     # By default vLLM reserves memory for all linears, embedding and head. vLLM and this package fuse the same linears.
     modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in targets)
@@ -68,24 +54,18 @@ def serve_command(base: str, adapters: Path) -> str:
 
 
 def serve_hints(
-    exports: Mapping[str, Export],
-    base: str,
-    shape: ModelShape,
-    *,
-    named: str | None = None,
-    adapters: Path | None = None,
+    exports: Mapping[str, Export], source: ModelSource, *, named: str | None = None, adapters: Path | None = None
 ) -> list[str]:
-    """Return the shell commands that serve adapters of one base, each after a comment that names the program.
-
-    With several adapters, only the commands of vLLM are returned.
+    """Return the shell commands that serve adapters of one base, each after a comment that names the program. With
+    several adapters, only the commands of vLLM are returned.
 
     Args:
         exports: {name of the adapter in requests: its export}.
-        base: hub id or folder of the base.
-        named: name of the base in PEFT's config, for a note if it is not `base`.
+        named: name of the base in PEFT's config [`base_name`].
         adapters: the folder of the native adapters or exports, if `tiedlora serve` can serve them by name.
     """
-    lines = _vllm(exports, base, shape, named, adapters)
+    base = base_location(source)
+    lines = _vllm(exports, base, source.shape, named or base_name(source), adapters)
     if len(exports) == 1:
         ((name, export),) = exports.items()
         gguf = f"{export.folder.name}.gguf"
@@ -98,11 +78,9 @@ def serve_hints(
     return lines
 
 
-def _vllm(
-    exports: Mapping[str, Export], base: str, shape: ModelShape, named: str | None, adapters: Path | None
-) -> list[str]:
-    if not vllm_has_lora(shape):
-        return [f"# {NO_STABLELM}"]
+def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: str, adapters: Path | None) -> list[str]:
+    if why := why_no_lora(shape):
+        return [f"# {why}"]
     ranks = {name: allowed_rank(of.rank) for name, of in exports.items()}
     served = {name: exports[name] for name, rank in ranks.items() if rank}
     lines = []
@@ -118,7 +96,7 @@ def _vllm(
     lines.append("# serve with vLLM 0.26 or later")
     if len(served) > 1:
         lines[-1] += "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
-    if named not in (None, base):
+    if named != base:
         note = f"# only for vLLM's filesystem resolver: the export names {named}"
         lines.append(f"{note}; export with --base_name {base}")
     words += ["--lora-modules", *(f"{name}={export.folder}" for name, export in served.items())]

@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import describe_dtype, layerwise_loss
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
-from megatron_tiedlora.convert.export_peft import Export, base_location, base_name, export_peft
+from megatron_tiedlora.convert.export_peft import Export, export_peft
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
 from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
@@ -318,8 +318,7 @@ def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder
     source = finished[0].plan.source
     own = [(run.folder.path / "peft", run.plan.settings) for run in finished]
     exports = {of.name: Export(peft, its.rank, its.targets) for of, (peft, its) in zip(finished, own, strict=True)}
-    named = base_name(source)
-    serving = serve_hints(exports, base_location(source), source.shape, named=named, adapters=folder.path)
+    serving = serve_hints(exports, source, adapters=folder.path)
     return [*lines, "", "next", *(f"  {line}" for line in serving)]
 
 
@@ -415,6 +414,5 @@ def next_steps(run: AdapterRun) -> list[str]:
         lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]
         lines.append(f"  tiedlora verify {shlex.join([*adapter, '--peft', str(peft)])}")
     exported = Export(peft, settings.rank, settings.targets)
-    named = base_name(source)
-    serving = serve_hints({"tied": exported}, base_location(source), source.shape, named=named, adapters=path)
+    serving = serve_hints({"tied": exported}, source, adapters=path)
     return [*lines, *(f"  {line}" for line in serving)]

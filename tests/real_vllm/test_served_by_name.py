@@ -217,7 +217,7 @@ WRONG = {
     "bad-rank": (too_high, ["16", "8", "--max-lora-rank"]),
     "bad-value": (not_finite, ["finite"]),
 }
-WRONG_KIND = {"bad-method": (untied, ["lora", '"both"']), "tl6-qkv-plain": (plain, ["plain LoRA", '"both"'])}
+WRONG_KIND = {"bad-method": (untied, ["lora", '"both"']), "tl6-qkv-plain": (plain, ["method lora", '"both"'])}
 
 
 @pytest.mark.parametrize("name", [*WRONG, *WRONG_KIND])

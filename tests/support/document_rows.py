@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -226,7 +226,7 @@ def applies(reader: Reader, command: str) -> None:
 def is_others(reader: Reader, command: str) -> None:
     """Other programs: what an export prints, or what has of ours only a folder that a command before it wrote."""
     exported = {"tied": Export(Path("runs/seven/peft-16"), 16, ["qkv"])}
-    hints = serve_hints(exported, "/shared/llama2-7b", find_model("llama2-7b").shape)
+    hints = serve_hints(exported, replace(find_model("llama2-7b"), name="/shared/llama2-7b"))
     read = re.findall(r"runs/[\w/-]+|\w+\.gguf", command)[:1]
     before = " ".join(reader.document.commands).partition(command)[0]
     assert command in hints or command.startswith("hf ") or (read and read[0] in before), command

@@ -6,7 +6,7 @@ equals a plain LoRA.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tiedlora.base.files import read_json_or_none
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
+from megatron_tiedlora.base.files import read_json_object, read_json_or_none
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import check_same_base, identify_shape
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter, read_config
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert.export_peft import peft_tensors, target_modules
 from megatron_tiedlora.convert.inputs import NATIVE_FOLDER, adapter_kind
 from megatron_tiedlora.convert.open_adapter import read_peft
+from megatron_tiedlora.convert.peft_files import read_rank
 from megatron_tiedlora.convert.vera_files import TargetFactors, Vera, native_vera, read_vera, vera_factors
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
@@ -84,6 +87,13 @@ def _tied_factors(adapter: NativeAdapter, num_layers: int) -> dict[str, TargetFa
     return found
 
 
+def is_plain_lora(folder: Path) -> bool:
+    """Return whether `folder` has only a PEFT LoRA, which may be of any model that the server has."""
+    content = read_json_or_none(folder / CONFIG_FILE) or {}
+    is_lora = content.get("peft_type", "LORA") == "LORA" and "format_version" not in content
+    return bool(content) and is_lora and not os.path.lexists(folder / NATIVE_FOLDER)
+
+
 def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
     """Return the native adapter or PEFT VeRA in `folder`, or None for a PEFT LoRA, which vLLM reads itself.
 
@@ -93,10 +103,9 @@ def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
         UserError: the folder contains no adapter, another kind of adapter, or damaged files, or its shapes do not fit
             `source`.
     """
-    content = read_json_or_none(folder / CONFIG_FILE) or {}
-    is_lora = content.get("peft_type", "LORA") == "LORA" and "format_version" not in content
-    if content and is_lora and not os.path.lexists(folder / NATIVE_FOLDER):
+    if is_plain_lora(folder):
         return None
+    content = read_json_or_none(folder / CONFIG_FILE) or {}
     notes: tuple[str, ...] = ()
     stored: NativeAdapter | Vera | None
     if adapter_kind(folder, flag=str(folder)) == "native":
@@ -113,3 +122,34 @@ def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
         here = identify_shape(source, "fp32", weights_hash="")
         check_same_base(stored.base_identity, here, source=str(folder), differs=True)  # compares only the shapes
     return None if stored is None else ServedAdapter(source, stored)
+
+
+def read_unloaded(folder: Path, source: ModelSource) -> NativeAdapter:
+    """Return the native or PEFT adapter in `folder` as its config describes it, without tensors. A PEFT adapter has the
+    method lora or vera, and `source` as its base. Raise UserError if the config cannot be read."""
+    content, shape = read_json_object(folder / CONFIG_FILE, kind="an adapter folder"), source.shape
+    if "format_version" in content:
+        config, base, _ = read_config(folder)
+        return NativeAdapter(config, base, {})
+    names: Collection[str] = shape.block.adaptable
+    if isinstance(given := content.get("target_modules"), list):  # not a pattern
+        modules = {str(name).rpartition(".")[2] for name in given}
+        names = [name for name in names if modules & {*target_modules(shape.block, [name])}]
+    method, rank = "vera" if content.get("peft_type") == "VERA" else "lora", read_rank(content.get("r"), f"{folder}: r")
+    targets, layers = targets_of(shape, tuple(names)), tuple(range(1, shape.num_layers + 1))
+    config = AdapterConfig(method, rank, rank, layers, targets, seed=0, init_std_a=0, init_std_b=0)
+    return NativeAdapter(config, identify_shape(source, "fp32", weights_hash=""), {})
+
+
+def check_served(
+    folder: Path, served: ServedAdapter | None, source: ModelSource, *, max_rank: int | None, only_tied: bool
+) -> None:
+    """Raise UserError if a server with this --max-lora-rank, or with only tied slots, cannot serve an adapter, which
+    `read_served` returned."""
+    served = served or ServedAdapter(source, read_unloaded(folder, source))
+    if max_rank is not None and served.rank > max_rank:
+        said = f"{folder}: rank {served.rank} is greater than --max-lora-rank {max_rank}"
+        raise UserError(f"{said}; increase it, or serve the merged model")
+    if only_tied and served.why_not_tied:
+        fix = 'start the server with --additional-config \'{"tied_lora": "both"}\''
+        raise UserError(f"{folder}: {served.why_not_tied}; {fix}")

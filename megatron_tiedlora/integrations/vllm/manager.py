@@ -22,14 +22,14 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.base_identity import model_source
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.integrations.vllm import factors
 from megatron_tiedlora.integrations.vllm.cpu import CpuTokens
-from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, TargetFactors, read_served
+from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, TargetFactors
 from megatron_tiedlora.integrations.vllm.layers import TiedLayer, tied_class
 from megatron_tiedlora.integrations.vllm.slots import FactorSlots, LinearSlots
 
 Mode = Literal["expanded", "tied", "both"]
 _MODES: Mapping[Any, Mode] = {False: "expanded", True: "tied", "both": "both"}
-_HINT = 'start the server with --additional-config \'{"tied_lora": "both"}\''
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 
@@ -74,21 +74,19 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         folder = Path(get_adapter_absolute_path(lora_request.lora_path))
         try:
-            served = read_served(folder, self._source) if folder.is_dir() else None
-            if served is None and not (self._mode == "tied" and folder.is_dir()):
+            only_tied, limit = self._mode == "tied", self.lora_config.max_lora_rank
+            if not folder.is_dir() or (factors.is_plain_lora(folder) and not only_tied):
                 return super()._load_adapter(lora_request)
+            served = factors.read_served(folder, self._source)
+            factors.check_served(folder, served, self._source, max_rank=limit, only_tied=only_tied)
             if served is None:
-                raise UserError(f"{folder}: a plain LoRA, but this server has only tied slots; {_HINT}")
+                return super()._load_adapter(lora_request)
             return self._loaded(served, folder, lora_request.lora_int_id)
         except UserError as error:
             raise ValueError(str(error)) from None
 
     def _loaded(self, served: ServedAdapter, folder: Path, adapter_id: int) -> LoRAModel:
-        if served.rank > (limit := self.lora_config.max_lora_rank):
-            raise UserError(f"{folder}: rank {served.rank} is greater than --max-lora-rank {limit}; increase it")
         tied = None if self._mode == "expanded" else served.tied
-        if tied is None and self._mode == "tied":
-            raise UserError(f"{folder}: {served.why_not_tied}; {_HINT}")
         manager, adaptable = self._adapter_manager, self._source.shape.block.adaptable
         tensors = served.lora_tensors() if tied is None else {}
         changed = {rows.module for target in tied or () for rows in adaptable[target].sources}

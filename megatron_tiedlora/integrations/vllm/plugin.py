@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce, wraps
@@ -44,12 +45,11 @@ def register() -> None:
     with _or_without("adapters by name"):
         if os.environ.get("TIEDLORA_ADAPTERS"):
             _check("resolver")
-            from megatron_tiedlora.integrations.vllm.resolver import named_resolvers
+            from megatron_tiedlora.integrations.vllm.resolver import AdapterResolver
 
             registry = import_module("vllm.lora.resolver").LoRAResolverRegistry
             if "tied_lora" not in registry.get_supported_resolvers():
-                for name, resolver in named_resolvers(os.environ).items():
-                    registry.register_resolver(name, resolver)
+                registry.register_resolver("tied_lora", AdapterResolver(os.environ, sys.argv))
 
 
 def _manager_class(stock: Any) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
+from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert.export_peft import Export
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -29,8 +31,9 @@ from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.model.families import shape_from_hf
 
-PLAIN = shape_from_hf(PRESETS["llama2-7b"])
-STABLELM = shape_from_hf({"model_type": "stablelm"})
+BASE = ModelSource("org/base", None, shape_from_hf(PRESETS["llama2-7b"]))
+SHARED = replace(BASE, name="/shared/llama2-7b")
+STABLE = replace(BASE, shape=shape_from_hf({"model_type": "stablelm"}))
 VLLM = "# serve with vLLM 0.26 or later"
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "tiedlora_export.json"
 
@@ -250,7 +253,7 @@ def one(rank: int, *targets: str, folder: str = "peft") -> dict[str, Export]:
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (100, 128), (512, 512)])
 def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
     """A shell takes the lines as they stand: programs are named in comments."""
-    lines = serve_hints(one(rank, "down_proj", "qkv", folder="out dir/peft"), "org/base", PLAIN)
+    lines = serve_hints(one(rank, "down_proj", "qkv", folder="out dir/peft"), BASE)
     comments, commands = [line for line in lines if line[0] == "#"], [line for line in lines if line[0] != "#"]
     assert commands == [
         f"vllm serve org/base --enable-lora --max-lora-rank {served} --lora-target-modules qkv_proj down_proj"
@@ -264,18 +267,18 @@ def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
 
 def test_what_vllm_does_not_serve_is_said() -> None:
     """A rank beyond its own, and StableLM, for which it has no LoRA: alone and among several."""
-    for exports, shape in ((one(513), PLAIN), (one(8), STABLELM)):
-        vllm, *rest = serve_hints(exports, "org/base", shape)
+    for exports, source in ((one(513), BASE), (one(8), STABLE)):
+        vllm, *rest = serve_hints(exports, source)
         assert vllm.startswith("# vLLM ") and "serve the merged model" in vllm
         others = "\n".join(rest)
         assert "sglang.launch_server --model-path org/base" in others and "convert_lora_to_gguf.py peft" in others
         assert "vllm serve" not in others
     several = {"a": Export(Path("a"), 8, ["qkv"]), "b": Export(Path("b"), 8, ["qkv"])}
-    assert serve_hints(several, "org/base", STABLELM) == [
+    assert serve_hints(several, STABLE) == [
         "# vLLM has no LoRA for StableLM; serve the merged model instead"
     ]
     huge = {name: export._replace(rank=513) for name, export in several.items()}
-    (said,) = serve_hints(huge, "org/base", PLAIN)
+    (said,) = serve_hints(huge, BASE)
     assert said == "# vLLM accepts ranks up to 512; serve the merged model of a, b instead"
 
 
@@ -286,28 +289,28 @@ def test_one_command_serves_all_by_name() -> None:
         "b": Export(Path("my run/b/peft"), 9, ["down_proj", "qkv"]),
         "huge": Export(Path("run/huge/peft"), 513, ["gate_up"]),
     }
-    left_out, comment, command = serve_hints(outputs, "org/base", PLAIN)
+    left_out, comment, command = serve_hints(outputs, BASE)
     assert left_out == "# vLLM accepts ranks up to 512; serve the merged model of huge instead"
     assert comment == f"{VLLM}; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
     assert command == (
         "vllm serve org/base --enable-lora --max-lora-rank 16 --lora-target-modules qkv_proj down_proj --max-loras 2"
         " --max-cpu-loras 2 --lora-modules a=run/a/peft 'b=my run/b/peft'"
     )
-    of_one = serve_hints({name: outputs[name] for name in ("a", "huge")}, "org/base", PLAIN)
+    of_one = serve_hints({name: outputs[name] for name in ("a", "huge")}, BASE)
     assert "--max-loras" not in of_one[-1], "one is served, and that is vLLM's default"
     many = {f"a{number}": Export(Path(f"a{number}"), 8, ["o_proj"]) for number in range(100)}
-    assert " --max-loras 8 --max-cpu-loras 100 " in serve_hints(many, "org/base", PLAIN)[-1], "no slot for each"
+    assert " --max-loras 8 --max-cpu-loras 100 " in serve_hints(many, BASE)[-1], "no slot for each"
 
 
 def test_the_name_that_vllm_s_resolver_asks_for_is_said_where_it_differs() -> None:
-    lines = serve_hints(one(8), "/shared/llama2-7b", PLAIN, named="llama2-7b")
+    lines = serve_hints(one(8), SHARED, named="llama2-7b")
     assert lines[1] == (
         "# only for vLLM's filesystem resolver: the export names llama2-7b; export with --base_name"
         " /shared/llama2-7b"
     )
     assert lines[2].startswith("vllm serve /shared/llama2-7b ")
     for named in ("/shared/llama2-7b", None):
-        assert not any("resolver" in line for line in serve_hints(one(8), "/shared/llama2-7b", PLAIN, named=named))
+        assert not any("resolver" in line for line in serve_hints(one(8), SHARED, named=named))
 
 
 # Pages of the docs: what they show is what is printed. test_plan_command.py compares guide.md.
@@ -323,9 +326,9 @@ def block(page: str) -> list[str]:
 def test_docs_of_one_and_of_several_exports() -> None:
     exports = one(16, *TARGET_NAMES, folder="RUN/peft-16")
     more: dict[str, Any] = {"named": "llama2-7b", "adapters": Path("RUN/peft-16")}
-    assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, **more)
+    assert block("docs/adapters.md") == serve_hints(exports, replace(SHARED, name="/models/llama2-7b"), **more)
     targets = {"support": ["qkv"], "legal": ["qkv"], "notes": TARGET_NAMES, "titles": ["qkv"]}
     ranks = {"legal": 16}
     exports = {name: Export(Path(f"runs/four/{name}/peft"), ranks.get(name, 8), of) for name, of in targets.items()}
-    shown = serve_hints(exports, "/shared/llama2-7b", PLAIN, adapters=Path("runs/four"))
+    shown = serve_hints(exports, SHARED, adapters=Path("runs/four"))
     assert block("docs/many_adapters.md") == shown

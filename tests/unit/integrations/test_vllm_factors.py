@@ -25,7 +25,7 @@ from megatron_tiedlora.checkpoint.base_identity import model_source
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, read_served
+from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, is_plain_lora, read_served
 
 LAYERS = 5
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -235,7 +235,8 @@ def test_a_plain_lora_is_left_to_vllm(bases: dict[str, Path], tmp_path: Path) ->
     for number, fields in enumerate(
         ({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": "all-linear"})
     ):
-        assert read_served(changed(folder, tmp_path / str(number), CONFIG, fields), source) is None
+        assert read_served(other := changed(folder, tmp_path / str(number), CONFIG, fields), source) is None
+        assert is_plain_lora(other), "which is known without a model"
     edit_json(folder / CONFIG, without=["peft_type"])  # vLLM does not ask for it
     assert read_served(folder, source) is None
 
@@ -257,7 +258,7 @@ def test_an_export_contains_its_native_adapter(
             pad_rank_to=8,
         )
         served = read_served(folder, config_source(base))
-        assert served is not None and served.rank == 4
+        assert served is not None and served.rank == 4 and not is_plain_lora(folder)
         check_close(dense(served), expected_native(oracle), 3e-7)
     (folder / "native" / WEIGHTS).write_bytes(b"")
     assert not caplog.records

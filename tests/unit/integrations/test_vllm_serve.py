@@ -18,10 +18,11 @@ from support.peft_folders import changed
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.commands.front import call, main
 from megatron_tiedlora.convert.collection import build_index
-from megatron_tiedlora.convert.serving import LARGEST_BATCH, slot_bytes
+from megatron_tiedlora.convert.serving import slot_bytes
 from megatron_tiedlora.model.families import shape_from_hf
 
 CONFIG = "adapter_config.json"
@@ -67,51 +68,50 @@ def test_the_command_of_tied_adapters(base: Path, root: Path, capsys: pytest.Cap
         "--max-cpu-loras", "2", "--additional-config", '{"tied_lora": true}',
     ]  # fmt: skip
     assert "# 2 adapters up to rank 8 on qkv, o_proj: out and team/run" in notes
-    more = "--tensor_parallel 2 --hub me you --base_differs --max_loras 5 -- --port 1 -x"
-    words, _ = planned(capsys, base, root, *more.split())
-    assert words[1:4] == ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "TIEDLORA_HUB=me,you", "TIEDLORA_BASE_DIFFERS=1"]
+    words, _ = planned(capsys, base, root, *["--hub", "me", "you", "--max_loras", "5", "--", "--port", "1", "-x"])
+    assert words[1:3] == ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "TIEDLORA_HUB=me,you"]
     assert words[words.index("--max-loras") :][:4] == ["--max-loras", "5", "--max-cpu-loras", "5"]
-    assert "--tensor-parallel-size 2 --additional-config" in " ".join(words) and words[-3:] == ["--port", "1", "-x"]
+    assert words[-3:] == ["--port", "1", "-x"]
 
 
 def test_names_are_those_that_the_server_finds(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ": run\n" in planned(capsys, base, root / "team/run")[1]
     assert ": out\n" in planned(capsys, base, root / "out")[1]
     assert ": peft\n" in planned(capsys, base, root / "team/run/peft")[1]
+    assert ": adapter\n" in planned(capsys, base, root / "team/run/adapter")[1]
+    shutil.copytree(root / "team/run/peft", root / "peft")
     build_index(root)
-    assert ": out and team/run\n" in planned(capsys, base, root)[1]
-    shutil.rmtree(root / "out")
-    assert ": out and team/run\n" in planned(capsys, base, root)[1], "the index alone is read"
+    shutil.copytree(root / "out", root / "new")
+    assert ": new, out, peft and team/run\n" in planned(capsys, base, root)[1], "an index may be older"
 
 
-@pytest.mark.parametrize("indexed", [False, True])
-def test_kinds_of_slots(base: Path, root: Path, capsys: pytest.CaptureFixture[str], indexed: bool) -> None:
+def test_kinds_of_slots(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_native(root / "plain", base, with_adapter(base, "lora", targets=("down_proj",))[2])
-    if indexed:
-        build_index(root)
     words, _ = planned(capsys, base, root)
     assert words[-2:] == ["--additional-config", '{"tied_lora": "both"}']
     assert words[words.index("--lora-target-modules") + 1 :][:3] == ["qkv_proj", "o_proj", "down_proj"]
     words, notes = planned(capsys, base, root, "--slots", "tied")
     assert words[-1] == '{"tied_lora": true}' and "down_proj" not in words
-    assert "# 1 adapter not tied, so --slots tied cannot serve this: plain" in notes
+    assert f"# not served: {root}/plain: method lora: its layers do not share A and B; " in notes
     for root_, given in ((root, ["--slots=expanded"]), (root / "plain", [])):
         assert "--additional-config" not in planned(capsys, base, root_, *given)[0]
 
 
 def test_adapters_of_peft(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By PEFT's rules for modules and ranks. What is no LoRA of these linears is said, and does not stop the others."""
+    """By their configs. What cannot be read is said, and does not stop the others."""
     peft = root / "team/run/peft"
     shutil.rmtree(peft / "native")
-    changes = {"r": 4, "rank_pattern": {"v_proj": 9}, "target_modules": ["v_proj", "up_proj"]}
-    lora = changed(peft, root / "lora", CONFIG, changes)
-    (lora / "tiedlora_export.json").unlink()
-    changed(peft, root / "moe", CONFIG, {"target_modules": ["experts"]})
+    lora = changed(peft, root / "lora", CONFIG, {"r": 9, "target_modules": ["layers.0.self_attn.v_proj", "up_proj"]})
+    changed(peft, root / "wrong", CONFIG, {"r": "many"})
     words, notes = planned(capsys, base, root / "lora")
     assert "--max-lora-rank 16 --lora-target-modules qkv_proj gate_up_proj" in " ".join(words)
     assert "--additional-config" not in words and "# 1 adapter up to rank 16 on qkv, gate_up: lora" in notes
     words, notes = planned(capsys, base, root)
-    assert words[-1] == '{"tied_lora": "both"}' and "# not served: " in notes and "experts is not supported" in notes
+    assert words[-1] == '{"tied_lora": "both"}' and f"# not served: {root}/wrong: r = 'many' is not an int" in notes
+    for given in (".*mlp.*", ["experts"]):
+        unknown = changed(lora, root / "unknown", CONFIG, {"target_modules": given})
+        assert "qkv_proj o_proj gate_up_proj down_proj" in " ".join(planned(capsys, base, unknown)[0]), "to be safe"
+        shutil.rmtree(unknown)
     vera = {"peft_type": "VERA", "r": 64, "target_modules": ["q_proj"]}
     changed(lora, root / "vera", CONFIG, vera)
     words, _ = planned(capsys, base, root / "vera")
@@ -122,16 +122,19 @@ def test_bases_are_compared_by_their_config(base: Path, root: Path, capsys: pyte
     other = write_tiny_model(root.parent / "other", num_layers=2)
     write_native(root / "foreign", other, with_adapter(other, "tl6", targets=("gate_up",))[2])
     words, notes = planned(capsys, base, root)
-    assert f"# 1 adapter of another base than {base}, so requests are errors: foreign" in notes
-    assert "gate_up_proj" not in words and "gate_up_proj" in planned(capsys, base, root, "--base_differs")[0]
+    assert f"# not served: {root}/foreign: its base is not {base}" in notes and "gate_up_proj" not in words
     said = refusal(planned, capsys, base, root / "foreign")
-    assert "has no adapter that can be served (1 adapter of another base" in said and "give another folder" in said
+    assert f"has no adapter to serve (not served: {root}/foreign: its base is not {base}); give another" in said
+    for number in range(7):
+        shutil.copytree(root / "foreign", root / f"other/{number}")
+    notes = planned(capsys, base, root)[1]
+    assert notes.count("its base is not") == 5 and "# not served: 3 more\n" in notes
 
 
 def test_what_cannot_be_served(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "empty").mkdir()
     assert "none: no such folder; give a folder with adapters" in refusal(planned, capsys, base, root / "none")
-    assert "has no adapter that can be served; give another" in refusal(planned, capsys, base, root / "empty")
+    assert "has no adapter to serve; give another" in refusal(planned, capsys, base, root / "empty")
     words, _ = planned(capsys, base, root / "empty", "--hub", "me")
     assert "--max-lora-rank 16 --lora-target-modules qkv_proj o_proj gate_up_proj down_proj" in " ".join(words)
     assert "--hub me/x: is not an owner" in refusal(planned, capsys, base, root, "--hub", "me/x")
@@ -144,7 +147,7 @@ def test_what_cannot_be_served(base: Path, root: Path, capsys: pytest.CaptureFix
     assert "vLLM has no LoRA for StableLM; serve the merged" in refusal(planned, capsys, stable, root)
     huge = root / "out" / CONFIG
     huge.write_text(json.dumps({"peft_type": "LORA", "r": 513, "target_modules": ["q_proj"]}))
-    assert "1 adapter of a rank above 512, which vLLM does not accept: out" in planned(capsys, base, root)[1]
+    assert f"{root}/out: rank 513 is greater than --max-lora-rank 512; " in planned(capsys, base, root)[1]
     assert "unknown argument --port" in refusal(planned, capsys, base, root, "--port", "1")
 
 
@@ -163,39 +166,37 @@ def test_the_plugin_is_loaded_whatever_is_set(
 def test_without_vllm_it_is_said_how_to_get_it(
     base: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    monkeypatch.setattr("megatron_tiedlora.base.installation.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as end:
         main(["serve", "--model", str(base), "--adapters", str(root)])
     output = capsys.readouterr()
     assert end.value.code == 2 and " vllm serve " in output.out
-    assert output.err.startswith("error: vLLM is not installed; ") and "pip install 'vllm>=0.26'" in output.err
+    assert " needs vLLM 0.26 or later, which is not installed here" in output.err
+    assert "pip install 'vllm>=0.26'" in output.err
     assert output.err.count("\n") == 1
 
 
 def test_the_command_is_run_in_place_of_this_process(
-    base: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    base: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tmp_path / "bin/vllm"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
-    monkeypatch.setattr("megatron_tiedlora.commands.convert.find_spec", lambda name: name)
+    monkeypatch.setattr("megatron_tiedlora.base.installation.find_spec", lambda name: name)
     started: list[Any] = []
 
     def instead(*given: Any) -> None:
         started.append(given)
         raise SystemExit
 
-    monkeypatch.setattr(os, "execvpe", instead)
+    monkeypatch.setattr(os, "execve", instead)
     monkeypatch.setenv("MINE", "1")
     with pytest.raises(SystemExit):
         call("serve", ["--model", str(base), "--adapters", str(root), "--", "--port", "1"])
     ((file, words, environment),) = started
-    assert file == str(program) and words[:3] == ["vllm", "serve", str(base)] and words[-2:] == ["--port", "1"]
+    assert file == sys.executable and words[:4] == [file, "-P", "-m", "vllm.entrypoints.cli.main"]
+    assert words[4:6] == ["serve", str(base)] and words[-2:] == ["--port", "1"]
     assert environment["TIEDLORA_ADAPTERS"] == str(root) and environment["MINE"] == "1"
     printed = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert printed == [*(f"{name}={environment[name]}" for name in list(environment)[-2:]), *words]
+    variables = [f"{name}={environment[name]}" for name in list(environment)[-2:]]
+    assert printed == [*variables, "vllm", *words[4:]], "vllm is the program of this module"
 
 
 # Slots ---------------------------------------------------------------------------------------------------------------
@@ -235,30 +236,24 @@ def test_the_table_of_the_docs() -> None:
     assert rows == expected
 
 
-def test_bytes_of_a_slot_with_tensor_parallelism() -> None:
-    """Column-parallel linears shard B and v, row-parallel linears A alone."""
-    shape = shape_from_hf(PRESETS["llama2-7b"])
-    column, row, layers = shape.block.qkv, shape.block.down, shape.num_layers
-    assert slot_bytes([column], 8, layers, tied=True, tp_size=2) == 2 * (8 * (4096 + 6144) + 32 * 6144) + 4 * 32 * 3 * 8
-    assert slot_bytes([row], 8, layers, tied=True, tp_size=2) == 2 * (8 * (5504 + 4096) + 32 * 4096) + 4 * 32 * 8
-    assert slot_bytes([column], 8, layers, tied=False, tp_size=2) == 2 * 32 * 8 * (3 * 4096 + 6144)
-    assert slot_bytes([row], 8, layers, tied=False, tp_size=2) == 2 * 32 * 8 * (5504 + 4096)
-
-
-def test_tied_slots_take_the_memory_of_eight_expanded_ones(
-    base: Path, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As many as there are adapters, at most 64. What they take is said."""
+def test_numbers_of_slots(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as there are adapters, at most 64 tied ones or 8 others. What one takes is said."""
     for number in range(70):
         shutil.copytree(root / "out", root / f"many/{number:02}")
-    config = json.loads((base / "config.json").read_text())
-    shape = shape_from_hf(config)
-    bytes_of = {kind: slot_bytes([shape.block.output], 8, shape.num_layers, tied=kind) for kind in (True, False)}
-    words, notes = planned(capsys, base, root / "many")
-    expected = min(64, LARGEST_BATCH * bytes_of[False] // bytes_of[True])
-    assert 8 < expected <= 64 and words[words.index("--max-loras") + 1] == str(expected)
-    assert words[words.index("--max-cpu-loras") + 1] == "70"
-    said = rf"# {expected} slots \(tied\) of \S+ k?B, so .* on each GPU \(a slot: .* tied, .* expanded\)"
-    assert re.search(said, notes)
-    words, notes = planned(capsys, base, root / "many", "--slots", "expanded")
-    assert words[words.index("--max-loras") + 1] == "8" and "# 8 slots (expanded)" in notes
+    shape = shape_from_hf(json.loads((base / "config.json").read_text()))
+    tied, expanded = (slot_bytes([shape.block.output], 8, shape.num_layers, tied=kind) for kind in (True, False))
+    for kind, slots, size in (("tied", 64, tied), ("expanded", 8, expanded), ("both", 8, tied + expanded)):
+        words, notes = planned(capsys, base, root / "many", "--slots", kind)
+        assert words[words.index("--max-loras") :][:4] == ["--max-loras", f"{slots}", "--max-cpu-loras", "70"]
+        assert f"# {slots} slots ({kind}) of {bytes_in_words(size)}; 70 adapters in host memory" in notes
+
+
+def test_host_memory_is_limited(
+    base: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        shutil.copytree(root / "out", root / f"many/{number:02}")
+    for most, cached in ((50_000, 12), (1, 3)):
+        monkeypatch.setattr("megatron_tiedlora.integrations.vllm.serve._CACHE_BYTES", most)
+        words, _ = planned(capsys, base, root / "many", "--max_loras", "3")
+        assert words[words.index("--max-cpu-loras") + 1] == str(cached)
