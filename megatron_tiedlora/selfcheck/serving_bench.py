@@ -8,7 +8,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -33,11 +33,11 @@ from megatron_tiedlora.parallel.shard_spec import draw_normal
 from megatron_tiedlora.selfcheck import compare, step_bench, timing
 
 NATIVE, EXPANDED, MERGED, NO_FLAG = "native", "expanded", "merged", "expanded, no flag"
-# vLLM reads these when it is imported. The engine then runs in the side's process, on any core.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+# vLLM reads these when it is imported. The engine then runs in the side's process, on any core, without messages.
+_ENVIRONMENT = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
 _BLOCK = 128  # tokens; vLLM's largest default block of keys and values
 _STD = 0.5  # of factors that start at zero
+_SIZES = "--in_batch, --slots, --served or --num_layers"
 _SETTINGS = ("model", "method", "rank", "targets", "batch_size", "length", "new_tokens", "served", "draws")
 
 
@@ -48,7 +48,7 @@ class MeasuredEngine:
     """vLLM's engine in this process. Its adapters are in the folders 0, 1, ... of the folder `adapters`."""
 
     def __init__(self, options: Mapping[str, Any], adapters: Path, settings: BenchSettings) -> None:
-        os.environ.update({name: of for name, of in {**_ENVIRONMENT, **_QUIET}.items() if name not in os.environ})
+        os.environ.update(_ENVIRONMENT)
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -71,16 +71,16 @@ class MeasuredEngine:
         """Load all adapters. Return the seconds, and bytes: of a slot, in host memory, and of an adapter's files."""
         for request in self.adapters:
             self.engine.remove_lora(request.lora_int_id)
-        before, started = timing.idle_bytes("VmRSS"), _clocks()  # includes mapped files, which vLLM may keep
+        before, seconds = timing.idle_bytes("VmRSS"), _stopwatch()  # VmRSS includes mapped files, which vLLM may keep
         for request in self.adapters:
             self.engine.add_lora(request)
-        seconds, after = _seconds_since(started), timing.idle_bytes("VmRSS")
+        spent, after = seconds(), timing.idle_bytes("VmRSS")
         names = ("lora_a_stacked", "lora_b_stacked", "slots")  # vLLM's slots and the tied ones; layers share tied A, B
         layers = self.manager.modules.values()
         stacks = (stack for layer in layers for name in names if (stack := getattr(layer, name, None)) is not None)
         held = {part.untyped_storage().data_ptr(): part for stack in stacks for part in stack}
         return {
-            **seconds,
+            **spent,
             "slot": timing.storage_bytes(held) // self.manager.lora_slots,
             "host": None if before is None or after is None else after - before,
             "disk": _folder_bytes(self.folder),
@@ -93,7 +93,7 @@ class MeasuredEngine:
         prompts = np.random.default_rng(0).integers(3, self.llm.model_config.get_vocab_size(), size).tolist()
         waiting, running, missed = list(range(len(adapters)))[::-1], 0, self.misses
         times, rows = ([list[Any]() for _ in prompts] for _ in range(2))
-        started = _clocks()
+        seconds = _stopwatch()
         while waiting or running:
             while waiting and running < self.settings.batch_size:
                 index = waiting.pop()
@@ -108,7 +108,7 @@ class MeasuredEngine:
                 rows[index] = list(output.outputs[0].token_ids)
                 running -= output.finished
         return {
-            **_seconds_since(started),
+            **seconds(),
             "first": percentiles([own[1] - own[0] for own in times]),
             "next": percentiles([after - before for own in times for before, after in itertools.pairwise(own[1:])]),
             "misses": self.misses - missed,
@@ -116,14 +116,10 @@ class MeasuredEngine:
         }
 
 
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def _seconds_since(started: tuple[float, float]) -> dict[str, float]:
-    """Return the seconds of the clock, and of all threads of this process."""
-    spent = (now - then for now, then in zip(_clocks(), started, strict=True))
-    return dict(zip(("seconds", "cpu_seconds"), spent, strict=True))
+def _stopwatch() -> Callable[[], dict[str, float]]:
+    """Return a function that returns the seconds since now: of the clock, and of all threads of this process."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    return lambda: {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
@@ -173,13 +169,9 @@ def engine_options(source: ModelSource, settings: BenchSettings) -> dict[str, di
     lora = {"enable_lora": True, "max_lora_rank": rank, "max_cpu_loras": settings.served}
     flag = {**lora, "lora_target_modules": target_modules(source.shape.block, settings.targets)}
     common = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "load_format": "auto" if source.folder else "dummy",
-        "skip_tokenizer_init": True,
-        "enforce_eager": timing.default_device().type == "cpu",
-        "enable_prefix_caching": False,
-        "max_model_len": tokens,
-        "max_num_seqs": settings.batch_size,
+        **{"dtype": str(dtype).removeprefix("torch."), "load_format": "auto" if source.folder else "dummy"},
+        **{"enforce_eager": timing.default_device().type == "cpu", "enable_prefix_caching": False},
+        **{"skip_tokenizer_init": True, "max_model_len": tokens, "max_num_seqs": settings.batch_size},
         "kv_cache_memory_bytes": (settings.batch_size + 2) * -(-tokens // _BLOCK) * block,
         "gpu_memory_utilization": 0.05,  # must be free; does not limit the size above
     }
@@ -239,8 +231,7 @@ def measure_serving(settings: BenchSettings) -> dict[str, Any]:
                 for side, number in slots.items():
                     own = {**options["every side"], **options[side], "model": str(source.folder or folder)}
                     own |= {"max_loras": number} if number else {}
-                    reduced = "--in_batch, --slots, --served or --num_layers"
-                    asks[side] = stack.enter_context(timing.own_process(side, smaller=reduced))
+                    asks[side] = stack.enter_context(timing.own_process(side, smaller=_SIZES))
                     asks[side](start_engine, side, own, folder / (NATIVE if side == NATIVE else EXPANDED), settings)
                 timers = {name: partial(asks[side], ask_engine, *call) for name, (side, *call) in calls.items()}
                 found = timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)

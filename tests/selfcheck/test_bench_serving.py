@@ -122,7 +122,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[StandIn]]:
     module("vllm.lora")
     module("vllm.lora.request", LoRARequest=request)
     monkeypatch.setattr(serving_bench.timing, "own_process", here)
-    for name in (*serving_bench._ENVIRONMENT, *serving_bench._QUIET):
+    for name in serving_bench._ENVIRONMENT:
         monkeypatch.setenv(name, "given")
     StandIn.made = []
     yield StandIn.made
@@ -267,7 +267,7 @@ def test_wrong_values_are_one_line(words: str, said: str, vllm: list[StandIn]) -
 def test_vllm_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^--what serving needs vLLM 0.26 or later, .* pip install vllm"):
-        call("bench", "--what=serving --model=tiny --in_batch=0 --served=1 --slots=1".split())
+        call("bench", ["--what=serving", "--model=tiny", "--in_batch=0", "--served=1", "--slots=1"])
 
 
 def test_the_command_measures_all_parts(
