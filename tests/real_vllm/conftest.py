@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.served_models import MODELS, ServedModel
-from support.vllm_engine import Engine, apply_environment
+from support.vllm_engine import Engine, apply_environment, forget_engines
 
 Start = Callable[..., Engine]
 
@@ -28,7 +28,11 @@ def started() -> Iterator[Start]:
         key = f"{model.name} {mode} {options}"
         if key not in running:
             close()
-            running[key] = Engine(model, mode, **options)
+            try:
+                running[key] = Engine(model, mode, **options)
+            except Exception:
+                forget_engines()
+                raise
         return running[key]
 
     def close() -> None:

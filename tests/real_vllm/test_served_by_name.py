@@ -22,7 +22,7 @@ from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FIL
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 MANY = 1000
 SAMPLED = 8  # of these, whose answers are those of a merged model
-ASKED = 0  # the prompt that all are asked
+ASKED = 1  # the prompt that all are asked
 WORKERS = 16  # requests at a time
 
 
@@ -129,7 +129,7 @@ def error_beside_others(by_name: ByName, name: str) -> Reply:
     model, server = by_name.model, by_name.server
     good = woven(questions_of(model.of_method("tl6", "all")), questions_of(model.base))
     with ThreadPoolExecutor(2) as pool:
-        wrong = [pool.submit(server.complete, name, 0) for _ in range(2)]
+        wrong = [pool.submit(server.complete, name, ASKED) for _ in range(2)]
         assert not wrong_answers(good, by_name.ask(good))
         first, second = (each.result() for each in wrong)
     assert first.status == second.status and first.error == second.error
@@ -247,7 +247,7 @@ def test_an_adapter_that_is_repaired(by_name: ByName) -> None:
     served = model.served(name, "tl6", rank=4, seed=79)
     content = (model.root / name / CONFIG_FILE).read_text()
     (model.root / name / CONFIG_FILE).write_text("{")
-    assert by_name.server.complete(name, 0).status == 400
+    assert by_name.server.complete(name, ASKED).status == 400
     (model.root / name / CONFIG_FILE).write_text(content)
     asked = questions_of(served)
     assert not wrong_answers(asked, by_name.ask(asked))

@@ -49,7 +49,7 @@ VERAS = {
 COUNT = 32  # tokens of an answer
 SMALLEST_GAP = 1e-3  # between the two largest logits; serving differs by some 1e-5
 LARGEST_ERROR = 1e-5  # of log-probabilities in fp32
-LENGTHS = (7, 19, 33, 12, 26, 5, 15, 9, 22, 17, 29, 11)  # of the prompts
+LENGTHS = (1, 7, 19, 33, 12, 26, 5, 15, 9, 22, 17, 29, 11)  # of the prompts
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from support.served_models import COUNT, FUSED, Answer, Served, ServedModel, pro
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",  # of its processes
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
@@ -62,12 +63,9 @@ class Engine:
 
     def close(self) -> None:
         """End its processes, and leave no state to the next engine of this process."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        forget_engines()
 
     def request(self, served: Served, **fields: Any) -> Any:
         """vLLM's name for an adapter; None for the base."""
@@ -154,7 +152,7 @@ def woven(*parts: Sequence[Question]) -> list[Question]:
 
 
 def expected_bytes(model: ServedModel, *, rank: int, width: int, ranks: int = 1) -> int:
-    """Bytes of a slot of all targets on one of `ranks` ranks, by the formula. `width` is that of a value but of u, which
+    """Bytes of a slot of all targets on one of `ranks` ranks, by the formula. `width` is a value's, but for u, which
     is in fp32 and exists for each module that vLLM fuses (phi3's are stored as one)."""
     slices = {"qkv": 3, "o_proj": 1, "gate_up": 2, "down_proj": 1}
     total, layers = 0, model.sizes.num_layers
@@ -185,6 +183,14 @@ def held_bytes(manager: Any) -> int:
             if name not in ("_parameters", "_modules", "_buffers"):  # the base's
                 visit(value)
     return sum(found.values())
+
+
+def forget_engines() -> None:
+    """Remove what an engine that was ended, or that did not start, leaves in this process."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
 
 
 def apply_environment() -> None:

@@ -65,9 +65,10 @@ class Server:
         """Wait until it answers."""
         end = time.monotonic() + START_SECONDS
         while not self.healthy():
-            if self.process.poll() is not None or time.monotonic() > end:
+            if (status := self.process.poll()) is not None or time.monotonic() > end:
                 self.close()
-                raise AssertionError(f"vllm serve did not start:\n{self.log.read_text(errors='replace')[-6000:]}")
+                said = "did not start in time" if status is None else f"ended with status {status}"
+                raise AssertionError(f"vllm serve {said}:\n{self.log.read_text(errors='replace')[-6000:]}")
             time.sleep(0.3)
         return self
 

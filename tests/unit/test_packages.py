@@ -30,13 +30,14 @@ BY_OTHERS = {
 }
 
 
+
 def declared(requirements: list[str]) -> set[str]:
     """The modules of requirements, without those that are extras of this package."""
     names = (re.split(r"[\[<>=!~; ]", line)[0] for line in requirements)
     return {MODULES.get(name, name.replace("-", "_")) for name in names if name != "megatron_tiedlora"}
 
 
-# The plugin runs in vLLM's environment, which has these.
+# Imported and not declared: vLLM loads the plugin in its own environment, and pins torch and transformers.
 OF_VLLM = {"vllm", "triton"}
 CORE = declared(PROJECT["dependencies"])
 OF_EXTRAS = {name: declared(lines) for name, lines in PROJECT["optional-dependencies"].items()}

@@ -42,12 +42,12 @@ def register() -> None:
         elif _FINDER not in sys.meta_path:
             sys.meta_path.insert(0, _FINDER)
         if os.environ.get("TIEDLORA_ADAPTERS") and _fits("resolver"):
-            from vllm.lora.resolver import LoRAResolverRegistry
+            from megatron_tiedlora.integrations.vllm.resolver import named_resolvers
 
-            from megatron_tiedlora.integrations.vllm.resolver import AdapterResolver
-
-            if _RESOLVER not in LoRAResolverRegistry.get_supported_resolvers():
-                LoRAResolverRegistry.register_resolver(_RESOLVER, AdapterResolver.from_environment(os.environ))
+            registry = import_module("vllm.lora.resolver").LoRAResolverRegistry
+            if _RESOLVER not in registry.get_supported_resolvers():
+                for name, resolver in named_resolvers(os.environ).items():
+                    registry.register_resolver(name, resolver)
     except Exception as error:
         _warn("resolver", f"{type(error).__name__}: {error}")
 

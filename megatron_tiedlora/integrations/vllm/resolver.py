@@ -26,7 +26,7 @@ from megatron_tiedlora.convert.export_peft import UNNAMED, base_location
 from megatron_tiedlora.convert.open_adapter import exported_base
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.integrations.vllm.factors import read_served
-from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, DIFFERS, HUB
+from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, DIFFERS, HUB, PLUGIN
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 _LONGEST_NAME, _LONGEST_PART = 1000, 200  # characters of a name, and bytes of a part of it
@@ -46,12 +46,6 @@ class AdapterResolver(LoRAResolver):
         self._lock = Lock()  # of the two caches
         self._bases: dict[str, tuple[ModelSource, BaseIdentity]] = {}
         self._rows: tuple[object, list[index.Entry]] = None, []
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> "AdapterResolver":
-        """Return the resolver that the variables of `tiedlora serve` describe."""
-        owners = [owner.strip() for owner in environment.get(HUB, "").split(",") if owner.strip()]
-        return cls(Path(environment[ADAPTERS]), owners, base_differs=environment.get(DIFFERS) == "1")
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the request for the adapter `lora_name`, or None if there is none. The server's loop goes on.
@@ -151,6 +145,33 @@ class AdapterResolver(LoRAResolver):
         same = last_name(name) == last_name(base_location(source))
         unknown = f"{said} names the base {name}; PEFT files do not record whether {source.name} is the same"
         return () if same else (unknown,)
+
+
+class FailedLoads(LoRAResolver):
+    """Raises the reason why the server could not load an adapter that `AdapterResolver` had found, such as its rank.
+
+    vLLM logs this reason, asks the next resolver, and would answer only that the adapter "could not be loaded"."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+        logging.getLogger("vllm.entrypoints.openai.models.serving").addFilter(self._keep)
+
+    def _keep(self, record: logging.LogRecord) -> bool:
+        if record.msg.startswith("Failed to load LoRA") and isinstance(record.args, tuple) and len(record.args) == 3:
+            self._reasons[str(record.args[0])] = str(record.args[2]).rpartition("method failed: ")[2]
+        return True
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> None:
+        """Raise UserError if `lora_name` was found and could not be loaded."""
+        if (reason := self._reasons.pop(lora_name, None)) is not None:
+            raise UserError(f"LoRA adapter {lora_name}: {reason}")
+
+
+def named_resolvers(environment: Mapping[str, str]) -> dict[str, LoRAResolver]:
+    """Return the resolvers that the variables of `tiedlora serve` describe, in the order in which vLLM asks them."""
+    owners = [owner.strip() for owner in environment.get(HUB, "").split(",") if owner.strip()]
+    found = AdapterResolver(Path(environment[ADAPTERS]), owners, base_differs=environment.get(DIFFERS) == "1")
+    return {PLUGIN: found, f"{PLUGIN}, failed loads": FailedLoads()}
 
 
 def _named(base: BaseIdentity) -> BaseIdentity:

@@ -298,11 +298,11 @@ def test_the_resolver_is_registered_once_where_there_is_a_folder(
         plugin.register()
         assert not registry.resolvers and not warnings(caplog)
     vllm.patch.setenv("TIEDLORA_ADAPTERS", str(tmp_path))
-    given = SimpleNamespace(from_environment=lambda environment: ("resolver", environment["TIEDLORA_ADAPTERS"]))
-    vllm.patch.setitem(sys.modules, f"{OURS}.resolver", SimpleNamespace(AdapterResolver=given))
+    given = SimpleNamespace(named_resolvers=lambda environment: {"tied_lora": environment["TIEDLORA_ADAPTERS"]})
+    vllm.patch.setitem(sys.modules, f"{OURS}.resolver", given)
     for _ in range(2):
         plugin.register()
-    assert registry.resolvers == {"tied_lora": ("resolver", str(tmp_path))} and not warnings(caplog)
+    assert registry.resolvers == {"tied_lora": str(tmp_path)} and not warnings(caplog)
 
 
 def test_a_resolver_that_fails_takes_nothing_else_with_it(

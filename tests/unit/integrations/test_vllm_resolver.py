@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import shutil
 import sys
 import threading
@@ -163,13 +164,12 @@ def test_another_base_is_an_error_of_this_request(
     """A ValueError, which vLLM answers with its line. Other requests go on, and so does this one if it is insisted."""
     resolver, base = module.AdapterResolver(root), bases / "mine"
     said = refusal(found, resolver, "foreign", base)
-    assert said.startswith(
-        "LoRA adapter foreign: trained on other, whose weights differ from mine's; give its own base"
-    )
-    assert "give its own base with --model, or give --base_differs" in said
+    assert said.startswith("LoRA adapter foreign: trained on other, whose weights differ from mine's; ")
+    assert "give its own base with --model, or give --base_differs" in said and said in caplog.text
     assert found(resolver, "plain", base) == root / "plain"
     environment = {"TIEDLORA_ADAPTERS": str(root), "TIEDLORA_HUB": "me, you", "TIEDLORA_BASE_DIFFERS": "1"}
-    insisting = module.AdapterResolver.from_environment(environment)
+    insisting, failed = module.named_resolvers(environment).values()
+    assert isinstance(failed, module.FailedLoads)
     assert found(insisting, "foreign", base) == root / "foreign" and insisting.owners == ["me", "you"]
     wide = write_tiny_model(root.parent / "wide", hidden_size=96)
     assert "with hidden_size" in refusal(found, insisting, "foreign", wide)
@@ -203,6 +203,22 @@ def test_damage_is_an_error_with_the_file(module: Any, root: Path, bases: Path) 
     assert found(resolver, "team/run/peft", base) == root / "team/run/peft", "others are unharmed"
     edit_json(root / "team/run/peft" / CONFIG, base_model_name_or_path="gone")
     assert "served: no such folder" in refusal(found, resolver, "foreign", root / "served")
+
+
+def test_what_the_server_cannot_load_is_answered_with_its_reason(module: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM logs it, and asks the next resolver. Each request is told once, by its own name."""
+    asked, logger = module.FailedLoads(), logging.getLogger("vllm.entrypoints.openai.models.serving")
+    for name, said in (
+        ("high", "Call to add_lora method failed: rank 16 is greater than 8"),
+        ("low", "no file\nat all"),
+    ):
+        words = "Failed to load LoRA '%s' resolved by %s: %s. Trying next resolver."
+        logger.warning(words, name, "AdapterResolver", ValueError(said))
+    logger.warning("Loaded %s with %s and %s", "fine", "a", "b")
+    assert refusal(asyncio.run, asked.resolve_lora("base", "low")) == "LoRA adapter low: no file\\nat all"
+    assert refusal(asyncio.run, asked.resolve_lora("base", "high")) == "LoRA adapter high: rank 16 is greater than 8"
+    assert [asyncio.run(asked.resolve_lora("base", name)) for name in ("high", "fine")] == [None, None]
+    assert "high' resolved by AdapterResolver: Call to" in caplog.text, "it is logged as ever"
 
 
 def test_requests_at_once_read_the_base_once(
