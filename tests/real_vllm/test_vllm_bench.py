@@ -18,7 +18,7 @@ pytestmark = pytest.mark.vllm
 
 LAYERS, WIDTH, QKV, RANK = 2, 64, (64, 32, 32), 4  # two heads of 32, the least of vLLM's attention on a CPU
 SERVED_RANK = 8  # vLLM's next one
-WORDS = ["--dtype=fp32", f"--rank={RANK}", "--served=5", "--in_batch=0,1,4", "--batch_size=4", "--slots=1", "--draws=8"]
+WORDS = ["--dtype=fp32", f"--rank={RANK}", "--served=5", "--in_batch=0,1,4", "--batch_size=4", "--slots=1"]
 
 
 def bench(folder: Path, model: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -44,15 +44,23 @@ def test_all_parts_are_measured(tmp_path: Path) -> None:
     ended = bench(tmp_path, str(tmp_path), "--random_weights", "--repeats=1", "--json=bench.json", *WORDS)
     assert ended.returncode == 0, ended.stderr[-3000:]
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert report["equal_tokens"] == 1.0 and report["versions"]["vllm"]
-    slots = {side: own["slot"] for side, own in report["memory"].items()}
+    assert report["versions"]["vllm"]
+    memory, batches, zipf = report["parts"]
+    slots = {side: turn["load of all"]["slot_bytes"] for side, (turn,) in memory.items()}
     tied, plain = (slot_bytes(out=sum(QKV), width=WIDTH, tied=tied) for tied in (True, False))
-    assert slots["native"] == [tied] and slots["expanded"] == [plain] and slots["expanded, no flag"] > [plain]
-    native, expanded, merged = report["zipf"].values()
-    assert (native["slots"], expanded["slots"], merged["slots"]) == (plain // tied, 1, None)
-    assert native["misses"] < expanded["misses"] and merged["misses"] == [0]
-    assert all(min(own["seconds"]) > 0 and own["next"][0][0] > 0 for own in report["batches"].values())
-    assert "8 requests by Zipf's law from 5 adapters" in ended.stdout
+    assert (slots["native"], slots["expanded"]) == (tied, plain) and slots["expanded, no flag"] > plain
+    assert all(turn["load of all"]["misses"] == 5 for (turn,) in memory.values())
+    drawn = {side: turn["by Zipf's law"] for side, (turn,) in zipf.items()}
+    assert {side: own["slots"] for side, own in drawn.items()} == {
+        **dict.fromkeys(slots, 1),
+        "native": plain // tied,
+        "merged": 0,
+    }
+    assert drawn["native"]["misses"] < drawn["expanded"]["misses"] <= 16 and drawn["merged"]["misses"] == 0
+    for (turn,) in batches.values():
+        assert list(turn) == [f"in a batch: {number}" for number in (0, 1, 4)]
+        assert all(own["tokens"] == 4 * 8 and own["next_p50_ms"] > 0 and own["misses"] == 0 for own in turn.values())
+    assert "5 adapters; requests: 4 at once, of 20 tokens with 8 new ones" in ended.stdout
 
 
 @pytest.mark.timeout(300)
