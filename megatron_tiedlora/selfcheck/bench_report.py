@@ -142,8 +142,7 @@ def _serving(report: Figures) -> list[str]:
     lines = _head(report, "load {:.1f} to {:.1f}".format(*report["load"]))
     for side, flags in report["engines"].items():
         lines.append(f"{side}: {', '.join(f'{name} {value}' for name, value in flags.items()) or 'nothing more'}")
-    sizes = f"{report['batch_size']} at once, of {report['length']} tokens with {report['new_tokens']} new ones"
-    lines.append(f"{count_text(report['served'], 'adapter')}; requests: {sizes}")
+    lines.append("{served:,} adapters; {batch_size} requests at once: {length} + {new_tokens} tokens".format(**report))
     for part in report["parts"]:
         for row in next(iter(part.values()))[0]:
             of_row = {side: [turn[row] for turn in turns] for side, turns in part.items()}

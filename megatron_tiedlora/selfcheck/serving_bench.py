@@ -35,6 +35,7 @@ LOAD = "load of all"
 # vLLM reads these when it is imported. The engine then runs in the side's process, on any core, without messages.
 _ENVIRONMENT = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
 _STD = 0.3  # of all factors; updates of x are then about as large as x, so that adapters change the tokens
+_SETTINGS = "model", "method", "rank", "targets", "batch_size", "length", "new_tokens", "served"
 _DRAWS = 4  # requests by Zipf's law, for each request at once
 
 
@@ -59,8 +60,7 @@ class MeasuredEngine:
 
     def count(self, adapter: int) -> bool:
         """Activate an adapter, and count it as a miss if it was copied into a slot."""
-        copied = bool(self.activate(adapter))
-        self.misses += copied
+        self.misses += (copied := bool(self.activate(adapter)))
         return copied
 
     def measure(self, adapters: Sequence[int] | None) -> dict[str, Any]:
@@ -152,8 +152,7 @@ def _write_adapters(source: ModelSource, config: AdapterConfig, folder: Path, se
 
 
 def measure_serving(settings: BenchSettings) -> dict[str, Any]:
-    """Measure the sides of --what serving, and return the report. Raise UserError if a value is not valid, vLLM fails,
-    or there is no room for the adapters."""
+    """Measure the sides of --what serving, and return the report. Raise UserError if a value is not valid."""
     plan = step_bench.plan_benchmark(settings)
     options, before = engine_options(plan.source, settings), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="tiedlora-bench-") as temporary:
@@ -173,16 +172,15 @@ def measure_serving(settings: BenchSettings) -> dict[str, Any]:
             return timing.take_turns(timers, repeats=settings.repeats, uncounted=0)
 
         memory = measured(dict.fromkeys(SIDES[:-1], 1), {LOAD: [[0], None]})
-        at_once, most = range(settings.batch_size), max((1, *settings.in_batch))
-        batch = {number: [index % number + 1 if number else 0 for index in at_once] for number in settings.in_batch}
-        rows = {f"in a batch: {number}": [own, own] for number, own in batch.items()}
-        batches = measured(dict.fromkeys(SIDES, most), rows)
+        at_once, rows = np.arange(settings.batch_size), {}
+        for number in settings.in_batch:
+            rows[f"adapters at once: {number}"] = 2 * [(at_once % number + 1 if number else 0 * at_once).tolist()]
+        batches = measured(dict.fromkeys(SIDES, max((1, *settings.in_batch))), rows)
         sizes = {side: turns[0][LOAD]["slot_bytes"] for side, turns in memory.items()}
-        space, served = settings.slots * sizes[EXPANDED], settings.served
+        space, served, draws = settings.slots * sizes[EXPANDED], settings.served, (2, _DRAWS * settings.batch_size)
         slots = {side: min(served, max(1, space // size)) for side, size in sizes.items()}
         chances = 1 / np.arange(1, served + 1)
-        drawn = np.random.default_rng(0).choice(served, (2, _DRAWS * len(at_once)), p=chances / chances.sum()) + 1
-        zipf = measured({**slots, MERGED: 1}, {"by Zipf's law": [None, *drawn.tolist()]})
-    names = "model", "method", "rank", "targets", "batch_size", "length", "new_tokens", "served"
-    about = timing.about(settings, None, timing.default_device(), *names)
+        drawn = np.random.default_rng(0).choice(served, draws, p=chances / chances.sum()) + 1
+        zipf = measured({**slots, MERGED: 1}, {"Zipf's law, equal bytes": [None, *drawn.tolist()]})
+    about = timing.about(settings, None, timing.default_device(), *_SETTINGS)
     return {**about, "load": [before, os.getloadavg()[0]], "engines": options, "parts": [memory, batches, zipf]}

@@ -50,7 +50,7 @@ def test_all_parts_are_measured(tmp_path: Path) -> None:
     tied, plain = (slot_bytes(out=sum(QKV), width=WIDTH, tied=tied) for tied in (True, False))
     assert (slots["native"], slots["expanded"]) == (tied, plain) and slots["expanded, no flag"] > plain
     assert all(turn["load of all"]["misses"] == 5 for (turn,) in memory.values())
-    drawn = {side: turn["by Zipf's law"] for side, (turn,) in zipf.items()}
+    drawn = {side: turn["Zipf's law, equal bytes"] for side, (turn,) in zipf.items()}
     assert {side: own["slots"] for side, own in drawn.items()} == {
         **dict.fromkeys(slots, 1),
         "native": plain // tied,
@@ -58,9 +58,9 @@ def test_all_parts_are_measured(tmp_path: Path) -> None:
     }
     assert drawn["native"]["misses"] < drawn["expanded"]["misses"] <= 16 and drawn["merged"]["misses"] == 0
     for (turn,) in batches.values():
-        assert list(turn) == [f"in a batch: {number}" for number in (0, 1, 4)]
+        assert list(turn) == [f"adapters at once: {number}" for number in (0, 1, 4)]
         assert all(own["tokens"] == 4 * 8 and own["next_p50_ms"] > 0 and own["misses"] == 0 for own in turn.values())
-    assert "5 adapters; requests: 4 at once, of 20 tokens with 8 new ones" in ended.stdout
+    assert "5 adapters; 4 requests at once: 20 + 8 tokens" in ended.stdout
 
 
 @pytest.mark.timeout(300)

@@ -299,14 +299,20 @@ def test_the_command_measures_all_parts(
     assert list(memory) == ["native", "expanded", "expanded, no flag"] and {*batches, *zipf} == {*memory, "merged"}
     assert [turn["load of all"]["slot_bytes"] for turn in memory["expanded, no flag"]] == [180, 180]
     for turn in (turn for turns in batches.values() for turn in turns):
-        assert list(turn) == [f"in a batch: {number}" for number in (0, 1, 4)]
+        assert list(turn) == [f"adapters at once: {number}" for number in (0, 1, 4)]
         assert all(own["tokens"] == 4 * 8 and own["misses"] == 0 for own in turn.values())
-    drawn = {side: [turn["by Zipf's law"] for turn in turns] for side, turns in zipf.items()}
+    drawn = {side: [turn["Zipf's law, equal bytes"] for turn in turns] for side, turns in zipf.items()}
     assert all(own["tokens"] == 4 * 4 * 8 for turns in drawn.values() for own in turns)
     native, expanded, no_flag = (drawn[side][0]["misses"] for side in memory)
     assert 0 < native < expanded <= no_flag and drawn["merged"][0]["misses"] == 0
     heads = [line.split("  ")[0] for line in printed.splitlines() if " least " in line]
-    assert heads == ["load of all", "in a batch: 0", "in a batch: 1", "in a batch: 4", "by Zipf's law"]
+    assert heads == [
+        "load of all",
+        "adapters at once: 0",
+        "adapters at once: 1",
+        "adapters at once: 4",
+        "Zipf's law, equal bytes",
+    ]
 
 
 def test_draws_follow_zipfs_law(vllm: list[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +355,7 @@ def test_rows_by_hand() -> None:
         "every side: dtype float32",
         "native: enable_lora True",
         "merged: nothing more",
-        "1,000 adapters; requests: 64 at once, of 20 tokens with 8 new ones",
+        "1,000 adapters; 64 requests at once: 20 + 8 tokens",
         "",
     ]
     words = [" ".join(line.split()) for line in lines[7:]]
