@@ -52,10 +52,12 @@ class MeasuredEngine:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
-        self.settings, self.misses, self.folder, self.llm = settings, 0, adapters / "0", LLM(**options)
+        self.settings, self.folder, self.llm = settings, adapters / "0", LLM(**options)
+        self.misses = self.draws = 0
         self.engine, names = self.llm.llm_engine, map(str, range(settings.served))
         self.adapters = [LoRARequest(name, index, str(adapters / name)) for index, name in enumerate(names, start=1)]
         self.sampling = SamplingParams(max_tokens=settings.new_tokens, ignore_eos=True, temperature=0, detokenize=False)
+        self.manager: Any = None
         if "enable_lora" in options:
             (self.manager,) = self.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)
             self.activate, self.manager.activate_adapter = self.manager.activate_adapter, self.count
@@ -85,6 +87,15 @@ class MeasuredEngine:
             "host": None if before is None or after is None else after - before,
             "disk": _folder_bytes(self.folder),
         }
+
+    def draw(self) -> dict[str, Any]:
+        """Serve --draws requests for adapters that are drawn by Zipf's law, other ones in each call. All adapters are
+        in host memory. Without LoRA, serve the base."""
+        if self.manager is not None and not self.draws:
+            self.load()
+        self.draws += 1
+        drawn = zipf_draw(self.settings.draws, self.settings.served, seed=self.draws)
+        return self.serve([None] * len(drawn) if self.manager is None else drawn)
 
     def serve(self, adapters: Sequence[int | None]) -> dict[str, Any]:
         """Serve made-up prompts with these adapters (None: the base), --batch_size at once. Return the figures, and the
@@ -147,7 +158,7 @@ def ask_engine(method: str, *given: Any) -> Any:
 # The measurement ------------------------------------------------------------------------------------------------------
 
 
-def zipf_draw(count: int, number: int, *, seed: int = 0) -> list[int]:
+def zipf_draw(count: int, number: int, *, seed: int) -> list[int]:
     """Return `count` indices below `number`. The probability of index i is in proportion to 1 / (i + 1)."""
     weights = 1.0 / np.arange(1, number + 1)
     drawn: list[int] = np.random.default_rng(seed).choice(number, count, p=weights / weights.sum()).tolist()
@@ -247,9 +258,7 @@ def measure_serving(settings: BenchSettings) -> dict[str, Any]:
         most = max(settings.in_batch)
         batches = measured({**dict.fromkeys(tied, most or 1), MERGED: 0}, calls)
         slots = equal_slots(settings.slots, {side: memory[side]["slot"][0] for side in tied}, most=settings.served)
-        drawn = zipf_draw(settings.draws, settings.served)
-        draws = {side: (side, "serve", [None] * len(drawn) if side == MERGED else drawn) for side in timed}
-        zipf = measured({**slots, MERGED: 0}, draws)
+        zipf = measured({**slots, MERGED: 0}, {side: (side, "draw") for side in timed})
     of_most = [batches[f"{most}, {side}"]["rows"][0] for side in tied]
     for own in (*batches.values(), *zipf.values()):
         own["tokens"] = sum(map(len, own.pop("rows")[0]))
