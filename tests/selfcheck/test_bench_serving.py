@@ -195,7 +195,12 @@ def test_all_adapters_are_loaded(vllm: list[StandIn], tmp_path: Path) -> None:
     engine, llm = engine_of(tmp_path, enable_lora=True, max_loras=2)
     held: list[Any] = []
     add = llm.add_lora
-    llm.add_lora = lambda request: (held.append(torch.ones(2_500_000)), add(request))  # type: ignore[method-assign]
+
+    def taken(request: Any) -> bool:
+        held.append(torch.ones(2_500_000))
+        return add(request)
+
+    llm.add_lora = taken  # type: ignore[method-assign]
     figures = engine.measure(None)
     assert [request.lora_path for request in llm.loaded] == [str(tmp_path / str(number)) for number in (5, 4, 3, 2, 1)]
     assert figures["seconds"] > 0 and figures["tokens"] == 0 and figures["misses"] == 5 and figures["slots"] == 2
