@@ -169,10 +169,8 @@ def bench(settings: BenchSettings) -> int:
     try:
         if what == "layout":
             found, planned = step_bench.measure_layout(settings, rank=rank, world_size=world_size)
-        elif what == "serving":
-            found = serving_bench.measure_serving(settings)
         else:
-            found = compare.measure_sides(settings)
+            found = (serving_bench.measure_serving if what == "serving" else compare.measure_sides)(settings)
     except RunStopped as stop:
         return exit_status(stop.signal_number)
 

@@ -180,8 +180,7 @@ Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samp
     deepspeed --num_gpus 8 --no_python tiedlora bench --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
     tiedlora bench --what scaling                                                    layers, length, rank and labels
     tiedlora bench --what decoding --model runs/NAME/merged                          beside transformers
-    tiedlora bench --what serving                                                    in vLLM, native and expanded
-    tiedlora bench --what serving --model llama2-7b --in_batch 0,1,8,64,256 --batch_size 256 --slots 64   on a GPU
+    tiedlora bench --what serving --model llama2-7b --in_batch 0,1,8,64,256 --batch_size 256    in vLLM, with adapters
 
 --what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. The
 compared sides take turns in this process. The memory of each side is measured in a separate process.
@@ -198,11 +197,10 @@ of one step by process group, compared with the prediction of --dry_run. Weights
 --what decoding generates the same number of tokens from the same prompts, greedily and with a key-value cache; neither
 side stops early. Times are for a full batch, including the prompts.
 
---what serving starts vLLM in a process for each side: `native`, with tied slots; `expanded`, with exports of the same
-random adapters in vLLM's own slots (`no flag`: without --lora-target-modules); `merged`, the base without adapters. The
-report has three parts: --batch_size requests that use several adapters; --draws requests, drawn by Zipf's law from
---served adapters, where native slots take the bytes of --slots expanded ones, and a miss copies an adapter into a slot;
-and the bytes of a slot, and the time and memory to load --served adapters. These are written to $TMPDIR.
+--what serving starts vLLM for `native`: tied slots; `expanded`: exports of the same random adapters in vLLM's slots;
+`no flag`: without --lora-target-modules; and `merged`: the base alone. It loads --served adapters, which are written to
+$TMPDIR; serves --batch_size requests with several adapters; and serves requests whose adapters are drawn by Zipf's law,
+while all slots take the bytes of --slots expanded ones. A miss copies an adapter into a slot.
 
 Seconds are medians over the repeats, after warm-up repeats. `of matmul` is the speed relative to a plain matmul in the
 same run, on all ranks at once. Saved bytes are the bytes that autograd saves in all micro-batches of a step, beside the
@@ -236,10 +234,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     method: str = _train("method", "method of our adapter", group="adapter")
     targets: fields.Targets = _train("targets", group="adapter")
     rank: int = _train("rank", "rank r of all sides", group="adapter")
-    length: int = setting_field(
-        "adapter", "tokens of a made-up row or prompt, at most of a packed row", 512, ge=2,
-    )
-
+    length: int = setting_field("adapter", "tokens of a made-up row or prompt, at most of a packed row", 512, ge=2)
     products: Literal["fp8"] | None = _train("products", group="step")
     keep_transposed: bool = _train("keep_transposed", group="step")
     adapter_in_matmul: bool = _train("adapter_in_matmul", group="step")
@@ -283,16 +278,14 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     new_tokens: int = setting_field("decoding", "tokens generated for each prompt", 64, ge=1)
 
     in_batch: tuple[int, ...] = setting_field("serving", "numbers of adapters in a batch; 0: the base", (0, 1, 8, 64))
-    served: int = setting_field("serving", "adapters that are loaded, and drawn", 1000, ge=1)
-    slots: int = setting_field("serving", "slots of the expanded side for --draws", 16, ge=1)
-    draws: int = setting_field("serving", "requests that are drawn by Zipf's law", 256, ge=1)
+    served: int = setting_field("serving", "adapters to load, and to draw by Zipf's law", 1000, ge=1)
+    slots: int = setting_field("serving", "slots of the expanded side for drawn adapters", 16, ge=1)
 
     @classmethod
     def default_text(cls, name: str) -> str:
         """Return the default of a field for the help, followed by its defaults for values of --what that differ."""
-        text = super().default_text(name)
-        others = [f"{what} {values[name]}" for what, values in OTHER_DEFAULTS.items() if name in values]
-        return "; ".join([text or "all", *others]) if others else text
+        others = [f"; {what} {values[name]}" for what, values in OTHER_DEFAULTS.items() if name in values]
+        return "".join([super().default_text(name) or ("all" if others else ""), *others])
 
     @model_validator(mode="before")
     @classmethod
@@ -332,17 +325,11 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
                 f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"
                 f" x --length {self.length}; give at least {self.adapter_tokens}"
             )
-        if self.what == "serving":
-            self._check_served()
-
-    def _check_served(self) -> None:
         most = min(self.batch_size, self.served)
-        if not self.in_batch or not all(0 <= number <= most for number in self.in_batch):
+        if self.what == "serving" and not all(0 <= number <= most for number in self.in_batch):
             given, least = fields.flag_value(self.in_batch), "the least of --batch_size and --served"
             raise ValueError(f"--in_batch {given}: give numbers from 0 to {most}, {least}")
-        if self.slots > self.served:
-            raise ValueError(f"--slots {self.slots} is more than the adapters, --served {self.served}; reduce it")
-        if self.base is not None:
+        if self.what == "serving" and self.base is not None:
             raise ValueError(f"--base {self.base} is not implemented with --what serving; remove it")
 
     @property
@@ -378,6 +365,5 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
 
     def one_step(self, **changes: Any) -> "BenchSettings":
         """Return the settings of one step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
-        groups = ("model", "adapter", "step")
-        names = (name for name, own in fields.declared(BenchSettings).items() if own.group in groups)
+        names = (name for name, own in fields.declared(BenchSettings).items() if own.group in GROUPS_OF["scaling"][1:4])
         return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

@@ -20,7 +20,7 @@ def report_lines(report: Figures, planned: Planned | None = None) -> list[str]:
     """
     if planned is not None:
         return _layout(report, planned)
-    lines_of = {"axes": _scaling, "zipf": _serving, "new_tokens": _decoding, "adapters": _adapters}
+    lines_of = {"axes": _scaling, "engines": _serving, "new_tokens": _decoding, "adapters": _adapters}
     return next((lines_of[key] for key in lines_of if key in report), _step)(report)
 
 
@@ -34,7 +34,7 @@ def _head(report: Figures, more: str) -> list[str]:
 
 def _setup(report: Figures) -> str:
     """Return a line with the threads, the allocator and the versions of torch and of DeepSpeed or the server."""
-    library = "vllm" if "zipf" in report else "deepspeed"
+    library = "vllm" if "engines" in report else "deepspeed"
     return (
         f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, {library}"
         f" {report['versions'].get(library, 'not installed')}"
@@ -59,9 +59,8 @@ def _cells(figures: Figures) -> dict[str, str]:
         "seconds": f"{middle:.3f}",
         "least": f"{min(figures['seconds']):.3f}",
         "most": f"{max(figures['seconds']):.3f}",
+        "tokens/s": f"{figures['tokens'] / middle:.1f}",
     }
-    if "tokens" in figures:
-        cells["tokens/s"] = f"{figures['tokens'] / middle:.1f}"
     if "positions" in figures:
         flops, rate = figures["model_flops"], figures["matmul_flops_per_second"]
         cells["padding"] = f"{1 - figures['tokens'] / figures['positions']:.1%}"
@@ -70,16 +69,10 @@ def _cells(figures: Figures) -> dict[str, str]:
         cells |= {"saved MB": _megabytes(figures["saved"]), "planned": _megabytes(figures.get("saved_formula"))}
     if "peak" in figures:
         cells["peak MB"] = _megabytes(figures["peak"])
-    if "cpu_seconds" in figures:
-        cells["CPU s"] = f"{median(figures['cpu_seconds']):.3f}"
-    for token in ("first", "next"):
-        for percent, of_turns in zip((50, 99), zip(*figures.get(token, ()), strict=True), strict=False):
-            cells[f"{token} p{percent}"] = f"{1000 * median(of_turns):.1f} ms"
-    if "slots" in figures:
-        cells |= {"slots": str(figures["slots"] or ""), "misses": f"{median(figures['misses']):.0f}"}
-    if "slot" in figures:
-        host, disk = (_megabytes(figures[name][0]) for name in ("host", "disk"))
-        cells |= {"slot": f"{figures['slot'][0]:,}", "host MB": host, "MB in files": disk}
+    turns = figures.get("turns", [{}])
+    for name in (name for name in turns[0] if name not in ("seconds", "tokens")):
+        values = [turn[name] for turn in turns]
+        cells[name.replace("_", " ")] = f"{median(values):,.{2 if isinstance(values[0], float) else 0}f}"
     return cells | ({"more, for 1 more": figures["more"]} if "value" in figures else {})
 
 
@@ -145,23 +138,17 @@ def _decoding(report: Figures) -> list[str]:
 
 
 def _serving(report: Figures) -> list[str]:
-    """Return the lines of a --what serving report: adapters in a batch, draws by Zipf's law, and memory."""
-    before, after = report["load"]
-    flags = {side: ", ".join(f"{name} {value}" for name, value in of.items()) for side, of in report["engines"].items()}
-    return [
-        *_head(report, f"load {before:.1f} to {after:.1f}"),
-        *(f"{side}: {text or 'nothing more'}" for side, text in flags.items()),
-        "",
-        f"{count_text(report['batch_size'], 'request')} of {report['length']} tokens at once, {report['new_tokens']}"
-        f" new tokens each ({report['equal_tokens']:.1%} of native and expanded ones are equal)",
-        *_sides("adapters", {}, report["batches"].items()),
-        "",
-        f"{report['draws']:,} requests by Zipf's law from {report['served']:,} adapters; slots of equal bytes",
-        *_sides("", {}, report["zipf"].items()),
-        "",
-        f"loading {report['served']:,} adapters; bytes of one slot, of all adapters in host memory, of one in files",
-        *_sides("", {}, report["memory"].items()),
-    ]
+    """Return the lines of a --what serving report: the flags of each side, and the medians of each row's figures."""
+    lines = _head(report, "load {:.1f} to {:.1f}".format(*report["load"]))
+    for side, flags in report["engines"].items():
+        lines.append(f"{side}: {', '.join(f'{name} {value}' for name, value in flags.items()) or 'nothing more'}")
+    lines.append("{served:,} adapters; {batch_size} requests at once: {length} + {new_tokens} tokens".format(**report))
+    for part in report["parts"]:
+        for row in next(iter(part.values()))[0]:
+            of_row = {side: [turn[row] for turn in turns] for side, turns in part.items()}
+            sides = {side: {"seconds": [turn["seconds"] for turn in own], "turns": own} for side, own in of_row.items()}
+            lines += ["", *_sides(row, {"tokens": of_row["native"][0]["tokens"]}, sides.items())]
+    return lines
 
 
 def _layout(report: Figures, planned: Planned) -> list[str]:

@@ -1,273 +1,186 @@
 """Measures vLLM with many adapters: in tied slots, as exports in vLLM's own slots, and the base without adapters.
 
-Each side has an engine in its own process, which runs the engine's steps itself. So the times are those of tokens, and
-the CPU seconds are those of one side. A miss copies an adapter into a slot.
+The sides take turns. In a turn, a side starts vLLM in a new process, which runs the engine's steps itself. So the times
+are those of tokens, the CPU seconds are those of one side, and only one side takes memory. 0 is the base, 1 an adapter.
 """
 
-import itertools
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, initial_values, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.files import write_json
 from megatron_tiedlora.base.messages import UserError, first_line
-from megatron_tiedlora.base.output_folder import require_room
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import identify_shape
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import export_peft, target_modules
 from megatron_tiedlora.convert.serving import VLLM_RANKS, allowed_rank
+from megatron_tiedlora.integrations.vllm.factors import ServedAdapter
 from megatron_tiedlora.parallel.shard_spec import draw_normal
-from megatron_tiedlora.selfcheck import compare, step_bench, timing
+from megatron_tiedlora.selfcheck import step_bench, timing
 
-NATIVE, EXPANDED, MERGED, NO_FLAG = "native", "expanded", "merged", "expanded, no flag"
-# vLLM reads these when it is imported. The engine then runs in the side's process, on any core.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-_BLOCK = 128  # tokens; vLLM's largest default block of keys and values
-_STD = 0.5  # of factors that start at zero
-_SETTINGS = ("model", "method", "rank", "targets", "batch_size", "length", "new_tokens", "served", "draws")
-
-
-# In the process of a side ---------------------------------------------------------------------------------------------
+NATIVE, EXPANDED, NO_FLAG, MERGED = SIDES = "native", "expanded", "expanded, no flag", "merged"
+LOAD = "load of all"
+# vLLM reads these when it is imported. The engine then runs in the side's process, on any core, without messages.
+_ENVIRONMENT = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
+_STD = 0.3  # of all factors; updates of x are then about as large as x, so that adapters change the tokens
+_SETTINGS = "model", "method", "rank", "targets", "batch_size", "length", "new_tokens", "served"
+_DRAWS = 4  # requests by Zipf's law, for each request at once
 
 
 class MeasuredEngine:
-    """vLLM's engine in this process. Its adapters are in the folders 0, 1, ... of the folder `adapters`."""
+    """vLLM's engine in this process. Its adapters are in the folders 1, 2, ... of `folder`."""
 
-    def __init__(self, options: Mapping[str, Any], adapters: Path, settings: BenchSettings) -> None:
-        os.environ.update({name: of for name, of in {**_ENVIRONMENT, **_QUIET}.items() if name not in os.environ})
+    def __init__(self, options: Mapping[str, Any], folder: Path, settings: BenchSettings) -> None:
+        os.environ.update(_ENVIRONMENT)
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
 
-        self.settings, self.misses, self.folder, self.llm = settings, 0, adapters / "0", LLM(**options)
-        self.engine, names = self.llm.llm_engine, map(str, range(settings.served))
-        self.adapters = [LoRARequest(name, index, str(adapters / name)) for index, name in enumerate(names, start=1)]
+        llm, size = LLM(**options), (_DRAWS * settings.batch_size, settings.length)
+        self.engine, self.batch_size, self.misses, self.slots = llm.llm_engine, settings.batch_size, 0, 0
+        self.prompts = np.random.default_rng(0).integers(3, llm.model_config.get_vocab_size(), size).tolist()
         self.sampling = SamplingParams(max_tokens=settings.new_tokens, ignore_eos=True, temperature=0, detokenize=False)
+        self.requests: dict[int, Any] = {}  # of the merged side, which serves only the base
         if "enable_lora" in options:
-            (self.manager,) = self.llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)
-            self.activate, self.manager.activate_adapter = self.manager.activate_adapter, self.count
-        self.serve([None])
+            self.requests = {n: LoRARequest(str(n), n, str(folder / str(n))) for n in range(1, settings.served + 1)}
+            (manager,) = llm.collective_rpc(lambda worker: worker.model_runner.lora_manager._adapter_manager)
+            self.slots, self.manager, self.activate = manager.lora_slots, manager, manager.activate_adapter
+            manager.activate_adapter = self.count
 
     def count(self, adapter: int) -> bool:
         """Activate an adapter, and count it as a miss if it was copied into a slot."""
-        copied = bool(self.activate(adapter))
-        self.misses += copied
+        self.misses += (copied := bool(self.activate(adapter)))
         return copied
 
-    def load(self) -> dict[str, Any]:
-        """Load all adapters. Return the seconds, and bytes: of a slot, in host memory, and of an adapter's files."""
-        for request in self.adapters:
-            self.engine.remove_lora(request.lora_int_id)
-        before, started = timing.idle_bytes("VmRSS"), _clocks()  # includes mapped files, which vLLM may keep
-        for request in self.adapters:
-            self.engine.add_lora(request)
-        seconds, after = _seconds_since(started), timing.idle_bytes("VmRSS")
-        names = ("lora_a_stacked", "lora_b_stacked", "slots")  # vLLM's slots and the tied ones; layers share tied A, B
-        layers = self.manager.modules.values()
+    def measure(self, adapters: Sequence[int] | None) -> dict[str, Any]:
+        """Serve a request with each of these adapters, or load all adapters for None, and return the figures. The host
+        memory of a load includes files that stay mapped. It is 0 if the system does not report it."""
+        resident, missed = timing.idle_bytes("VmRSS") or 0, self.misses
+        clock, cpu = time.perf_counter(), time.process_time()
+        times = self.serve(adapters or ())
+        for request in reversed(self.requests.values()) if adapters is None else ():
+            self.engine.add_lora(request)  # the most used ones by Zipf's law last, so that they stay in the slots
+        figures = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
+        gaps = [1000 * np.diff(own) for own in times]
+        figures |= {"tokens": sum(map(len, gaps)), "slots": self.slots, "misses": self.misses - missed}
+        tokens = {"first": [own[0] for own in gaps], "next": [gap for own in gaps for gap in own[1:]]}
+        for token, values in tokens.items():
+            figures |= {f"{token}_p{of}_ms": float(np.percentile(values, of)) for of in (50, 99) if values}
+        if adapters is None and self.slots:
+            host = (timing.idle_bytes("VmRSS") or 0) - resident
+            figures |= {"host_mb": host / 1e6, "slot_bytes": self.slot_bytes()}
+        return figures
+
+    def slot_bytes(self) -> int:
+        """Return the bytes of a slot: vLLM's stacks or the tied slots, whose A and B are the same in all layers."""
+        names, layers = ("lora_a_stacked", "lora_b_stacked", "slots"), self.manager.modules.values()
         stacks = (stack for layer in layers for name in names if (stack := getattr(layer, name, None)) is not None)
         held = {part.untyped_storage().data_ptr(): part for stack in stacks for part in stack}
-        return {
-            **seconds,
-            "slot": timing.storage_bytes(held) // self.manager.lora_slots,
-            "host": None if before is None or after is None else after - before,
-            "disk": _folder_bytes(self.folder),
-        }
+        return timing.storage_bytes(held) // self.slots
 
-    def serve(self, adapters: Sequence[int | None]) -> dict[str, Any]:
-        """Serve made-up prompts with these adapters (None: the base), --batch_size at once. Return the figures, and the
-        new tokens of each request as `rows`."""
-        size = len(adapters), self.settings.length
-        prompts = np.random.default_rng(0).integers(3, self.llm.model_config.get_vocab_size(), size).tolist()
-        waiting, running, missed = list(range(len(adapters)))[::-1], 0, self.misses
-        times, rows = ([list[Any]() for _ in prompts] for _ in range(2))
-        started = _clocks()
-        while waiting or running:
-            while waiting and running < self.settings.batch_size:
-                index = waiting.pop()
-                request = None if (adapter := adapters[index]) is None else self.adapters[adapter]
+    def serve(self, adapters: Sequence[int]) -> list[list[float]]:
+        """Serve a request with each adapter, --batch_size at once. Return the clock at its start and at its tokens."""
+        times: list[list[float]] = [[] for _ in adapters]
+        waiting, free, left = iter(enumerate(adapters)), self.batch_size, len(adapters)
+        while left:
+            for index, adapter in islice(waiting, free):
                 times[index].append(time.perf_counter())
-                prompt = {"prompt_token_ids": prompts[index]}
+                prompt, request = {"prompt_token_ids": self.prompts[index]}, self.requests.get(adapter)
                 self.engine.add_request(str(index), prompt, self.sampling, lora_request=request)
-                running += 1
-            for output in self.engine.step():
-                index = int(output.request_id)
-                times[index].append(time.perf_counter())
-                rows[index] = list(output.outputs[0].token_ids)
-                running -= output.finished
-        return {
-            **_seconds_since(started),
-            "first": percentiles([own[1] - own[0] for own in times]),
-            "next": percentiles([after - before for own in times for before, after in itertools.pairwise(own[1:])]),
-            "misses": self.misses - missed,
-            "rows": rows,
-        }
+            outputs = self.engine.step()
+            for output in outputs:
+                times[int(output.request_id)].append(time.perf_counter())
+            free = sum(output.finished for output in outputs)
+            left -= free
+        return times
 
 
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def _seconds_since(started: tuple[float, float]) -> dict[str, float]:
-    """Return the seconds of the clock, and of all threads of this process."""
-    spent = (now - then for now, then in zip(_clocks(), started, strict=True))
-    return dict(zip(("seconds", "cpu_seconds"), spent, strict=True))
-
-
-def percentiles(values: Sequence[float]) -> list[float]:
-    """Return the 50th and the 99th percentile, interpolated; [] for no values."""
-    return [float(value) for value in np.percentile(values, (50, 99))] if values else []
-
-
-_engine: list[MeasuredEngine] = []  # the one of this process
-
-
-def start_engine(side: str, *given: Any) -> None:
-    """Start this process's engine. Raise UserError with the name of the side if vLLM does not start or answer."""
+def measure_side(
+    side: str, options: Mapping[str, Any], folder: Path, settings: BenchSettings, rows: Mapping[str, Sequence[Any]]
+) -> dict[str, dict[str, Any]]:
+    """Start vLLM in this process, and return the figures of each row: those of the last of its steps (see
+    `MeasuredEngine.measure`). Other steps bring adapters into the slots. Raise UserError with `side` if vLLM fails."""
     try:
-        _engine.append(MeasuredEngine(*given))
+        engine = MeasuredEngine(options, folder, settings)
+        return {row: [engine.measure(adapters) for adapters in steps][-1] for row, steps in rows.items()}
     except Exception as error:  # of many types
         said = f"{side}: vLLM cannot serve this model ({type(error).__name__}: {first_line(error)})"
         raise UserError(f"{said}; give another --model, or lower --in_batch and --slots if memory ran out") from None
-
-
-def ask_engine(method: str, *given: Any) -> Any:
-    """Call a method of this process's engine."""
-    return getattr(_engine[0], method)(*given)
-
-
-# The measurement ------------------------------------------------------------------------------------------------------
-
-
-def zipf_draw(count: int, number: int, *, seed: int = 0) -> list[int]:
-    """Return `count` indices below `number`. The probability of index i is in proportion to 1 / (i + 1)."""
-    weights = 1.0 / np.arange(1, number + 1)
-    drawn: list[int] = np.random.default_rng(seed).choice(number, count, p=weights / weights.sum()).tolist()
-    return drawn
-
-
-def equal_slots(expanded: int, sizes: Mapping[str, int], *, most: int) -> dict[str, int]:
-    """Return how many slots each side has in the bytes of `expanded` slots of the expanded side: 1 to `most`. `sizes`
-    has the bytes of a slot of each side."""
-    return {side: max(1, min(most, expanded * sizes[EXPANDED] // size)) for side, size in sizes.items()}
 
 
 def engine_options(source: ModelSource, settings: BenchSettings) -> dict[str, dict[str, Any]]:
     """Return the arguments of vLLM's LLM for `every side`, without the model, and the other ones of each side."""
     if not (rank := allowed_rank(settings.rank)):
         raise UserError(f"--rank {settings.rank}: vLLM serves ranks up to {VLLM_RANKS[-1]}; give a lower rank")
-    dtype, tokens, heads = DTYPES[settings.dtype], settings.length + settings.new_tokens, source.shape.heads
-    block = _BLOCK * 2 * source.shape.num_layers * heads.num_kv * heads.dim * dtype.itemsize
+    tokens, heads = settings.length + settings.new_tokens, source.shape.heads
+    source.check_length("--length + --new_tokens", tokens)
+    dtype, numbers = DTYPES[settings.dtype], 2 * source.shape.num_layers * heads.num_kv * heads.dim
     lora = {"enable_lora": True, "max_lora_rank": rank, "max_cpu_loras": settings.served}
     flag = {**lora, "lora_target_modules": target_modules(source.shape.block, settings.targets)}
     common = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "load_format": "auto" if source.folder else "dummy",
-        "skip_tokenizer_init": True,
-        "enforce_eager": timing.default_device().type == "cpu",
-        "enable_prefix_caching": False,
-        "max_model_len": tokens,
-        "max_num_seqs": settings.batch_size,
-        "kv_cache_memory_bytes": (settings.batch_size + 2) * -(-tokens // _BLOCK) * block,
-        "gpu_memory_utilization": 0.05,  # must be free; does not limit the size above
+        **{"dtype": str(dtype).removeprefix("torch."), "load_format": "auto" if source.folder else "dummy"},
+        **{"enforce_eager": timing.default_device().type == "cpu", "enable_prefix_caching": False},
+        **{"skip_tokenizer_init": True, "max_model_len": tokens, "max_num_seqs": settings.batch_size},
+        # Enough for all requests at once, in vLLM's largest blocks of keys and values.
+        "kv_cache_memory_bytes": (settings.batch_size + 2) * (tokens + 128) * numbers * dtype.itemsize,
     }
     tied = {**flag, "additional_config": {"tied_lora": True}}
     return {"every side": common, NATIVE: tied, EXPANDED: flag, NO_FLAG: lora, MERGED: {}}
 
 
 def _write_adapters(source: ModelSource, config: AdapterConfig, folder: Path, settings: BenchSettings) -> None:
-    """Write --served adapters of random values into NATIVE in the folder, and their exports into EXPANDED."""
+    """Write --served random adapters into NATIVE in the folder, and their exports into EXPANDED."""
     identity = identify_shape(source, settings.dtype, weights_hash="random")
-    for number in progress_bar("write", "adapter", range(settings.served)):
-        native, export = (folder / side / str(number) for side in (NATIVE, EXPANDED))
-        native.mkdir(parents=True)
-        export.parent.mkdir(exist_ok=True)
-        own = replace(config, seed=number)
-        state = {
-            name: value if value.any() else draw_normal(value.shape, std=_STD, seed=number, name=name)
-            for name, value in initial_values(own).items()
-        }
-        write_adapter_files(native, own, identity, state)
-        adapter = NativeAdapter(own, identity, state)
-        export_peft(source, adapter, export, base_differs=True, identify=lambda *_: identity)
-        if number == 0:
-            require_room(folder, settings.served * sum(map(_folder_bytes, (native, export))), output=folder)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    for number in progress_bar("write", "adapter", range(1, settings.served + 1)):
+        state = {name: draw_normal(config.shape(name), std=_STD, seed=number, name=name) for name in config.tensors}
+        adapter = NativeAdapter(config, identity, state)
+        if reason := ServedAdapter(source, adapter).why_not_tied:
+            raise UserError(f"--{reason}, so it has no tied slots; give tl6")
+        save_adapter(folder / NATIVE / str(number), config, identity, state)
+        export_peft(source, adapter, folder / EXPANDED / str(number), base_differs=True, identify=lambda *_: identity)
 
 
 def measure_serving(settings: BenchSettings) -> dict[str, Any]:
-    """Measure the sides of --what serving, and return the report.
-
-    Raises:
-        UserError: a value is not valid, vLLM cannot serve the model, or there is no room for the adapters.
-    """
-    source = step_bench.benchmark_source(settings)
-    source.check_length("--length + --new_tokens", settings.length + settings.new_tokens)
-    layers, targets = tuple(range(1, source.shape.num_layers + 1)), targets_of(source.shape, settings.targets)
-    config = make_adapter_config(settings.method, rank=settings.rank, layers=layers, targets=targets, seed=0)
-    if any(config.num_slots(name) > 1 for name, (_, factor) in config.tensors.items() if factor in "AB"):
-        raise UserError(f"--method {settings.method}: layers do not share A and B, so it has no tied slots; give tl6")
-    options, before = engine_options(source, settings), os.getloadavg()[0]
-    tied, loaded, timed = (NATIVE, EXPANDED), (NATIVE, EXPANDED, NO_FLAG), (NATIVE, EXPANDED, MERGED)
+    """Measure the sides of --what serving, and return the report. Raise UserError if a value is not valid."""
+    plan = step_bench.plan_benchmark(settings)
+    options, before = engine_options(plan.source, settings), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="tiedlora-bench-") as temporary:
         folder = Path(temporary)
-        if source.folder is None:
+        options_of_all = {**options["every side"], "model": str(plan.source.folder or folder)}
+        if plan.source.folder is None:
             write_json(folder / "config.json", step_bench.random_config(settings) or {})
-        _write_adapters(source, config, folder, settings)
+        _write_adapters(plan.source, plan.adapter, folder, settings)
 
-        def measured(
-            slots: Mapping[str, int], calls: Mapping[str, tuple[Any, ...]], uncounted: int = 1
-        ) -> dict[str, dict[str, Any]]:
-            """Start sides with these slots, and return the lists of figures of calls: (side, method, arguments)."""
-            with ExitStack() as stack:
-                asks = {}
-                for side, number in slots.items():
-                    own = {**options["every side"], **options[side], "model": str(source.folder or folder)}
-                    own |= {"max_loras": number} if number else {}
-                    reduced = "--in_batch, --slots, --served or --num_layers"
-                    asks[side] = stack.enter_context(timing.own_process(side, smaller=reduced))
-                    asks[side](start_engine, side, own, folder / (NATIVE if side == NATIVE else EXPANDED), settings)
-                timers = {name: partial(asks[side], ask_engine, *call) for name, (side, *call) in calls.items()}
-                found = timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
-            return {name: {key: [turn[key] for turn in turns] for key in turns[0]} for name, turns in found.items()}
+        def measured(slots: Mapping[str, int], rows: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+            """Return the figures of the rows in each turn of a side. Each side has these slots."""
+            timers = {}
+            for side, number in slots.items():
+                given = {**options_of_all, **options[side], "max_loras": number}
+                adapters = folder / (NATIVE if side == NATIVE else EXPANDED)
+                timers[side] = partial(timing.in_own_process, side, measure_side, side, given, adapters, settings, rows)
+            return timing.take_turns(timers, repeats=settings.repeats, uncounted=0)
 
-        # All turns count, as only the first load takes new memory from the system.
-        memory = measured(dict.fromkeys(loaded, 1), {side: (side, "load") for side in loaded}, uncounted=0)
-        calls = {
-            f"{most}, {side}": (side, "serve", [index % most if most else None for index in range(settings.batch_size)])
-            for most in settings.in_batch
-            for side in (tied if most else timed)
-        }
-        most = max(settings.in_batch)
-        batches = measured({**dict.fromkeys(tied, most or 1), MERGED: 0}, calls)
-        slots = equal_slots(settings.slots, {side: memory[side]["slot"][0] for side in tied}, most=settings.served)
-        drawn = zipf_draw(settings.draws, settings.served)
-        draws = {side: (side, "serve", [None] * len(drawn) if side == MERGED else drawn) for side in timed}
-        zipf = measured({**slots, MERGED: 0}, draws)
-    of_most = [batches[f"{most}, {side}"]["rows"][0] for side in tied]
-    for own in (*batches.values(), *zipf.values()):
-        own["tokens"] = sum(map(len, own.pop("rows")[0]))
-    return {
-        **timing.about(settings, None, timing.default_device(), *_SETTINGS),
-        "load": [before, os.getloadavg()[0]],
-        "engines": options,
-        "equal_tokens": compare.share_of_equal_tokens(*of_most),
-        "batches": batches,
-        "zipf": {side: {"slots": slots.get(side), **own} for side, own in zipf.items()},
-        "memory": memory,
-    }
+        memory = measured(dict.fromkeys(SIDES[:-1], 1), {LOAD: [[0], None]})
+        at_once, rows = np.arange(settings.batch_size), {}
+        for number in settings.in_batch:
+            rows[f"adapters at once: {number}"] = 2 * [(at_once % number + 1 if number else 0 * at_once).tolist()]
+        batches = measured(dict.fromkeys(SIDES, max((1, *settings.in_batch))), rows)
+        sizes = {side: turns[0][LOAD]["slot_bytes"] for side, turns in memory.items()}
+        space, served, draws = settings.slots * sizes[EXPANDED], settings.served, (2, _DRAWS * settings.batch_size)
+        slots = {side: min(served, max(1, space // size)) for side, size in sizes.items()}
+        chances = 1 / np.arange(1, served + 1)
+        drawn = np.random.default_rng(0).choice(served, draws, p=chances / chances.sum()) + 1
+        zipf = measured({**slots, MERGED: 1}, {"Zipf's law, equal bytes": [None, *drawn.tolist()]})
+    about = timing.about(settings, None, timing.default_device(), *_SETTINGS)
+    return {**about, "load": [before, os.getloadavg()[0]], "engines": options, "parts": [memory, batches, zipf]}

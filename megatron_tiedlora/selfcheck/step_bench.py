@@ -70,7 +70,10 @@ def plan_benchmark(
             f"--samples {settings.samples} is not a multiple of --rows {settings.rows} x {grid.dp_size} data-parallel"
             f" ranks; give a multiple of {unit}"
         )
-    source = source or benchmark_source(settings)
+    if source is None:
+        config = random_config(settings)
+        shape = None if config is None else families.shape_from_hf(config, source=settings.model)
+        source = find_model(settings.model) if shape is None else ModelSource(settings.model, None, shape)
     source.check_length("--length", settings.length)
     if settings.length < LEAST_LENGTH and settings.measured_on(world_size) == "layout":
         raise UserError(f"--length {settings.length}: rows need at least {LEAST_LENGTH} tokens; give a larger value")
@@ -90,14 +93,6 @@ def plan_benchmark(
     }
     train = make_settings({**values, **changes})
     return plan_run(train, rank=rank, world_size=world_size, weights=False, source=source)
-
-
-def benchmark_source(settings: BenchSettings) -> ModelSource:
-    """Return the base model of a benchmark. Raise UserError as `random_config` and `find_model` do."""
-    config = random_config(settings)
-    if config is None:
-        return find_model(settings.model)
-    return ModelSource(settings.model, None, families.shape_from_hf(config, source=settings.model))
 
 
 def random_config(settings: BenchSettings) -> dict[str, Any] | None:

@@ -68,19 +68,12 @@ def about(
         **{name: getattr(settings, name) for name in names},
         "dtype": shapes.precision_in_words(settings.dtype, base_format, settings.products),
         **more,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU{_cpu_model()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "allocator": describe_allocator(os.environ),
         "torch": torch.__version__,
         "versions": installation.installed_versions("torch", "deepspeed", "transformers", "peft", "vllm"),
     }
-
-
-def _cpu_model() -> str:
-    """Return the CPU's name in parentheses, after a space; '' if Linux does not report it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((f" ({line.partition(': ')[2]})" for line in lines if line.startswith("model name")), "")
 
 
 def describe_allocator(environment: Mapping[str, str]) -> str:
@@ -146,31 +139,20 @@ def seconds_of_call(step: Callable[[], object], device: torch.device, *, calls: 
     return min(timed(lambda: [step() for _ in range(calls)], device) for _ in range(repeats)) / calls
 
 
-@contextmanager
-def own_process(name: str, *, smaller: str = "--rows, --length or --num_layers") -> Iterator[Callable[..., Any]]:
-    """Yield a function that calls its first argument with the other arguments in a new process, and returns the result.
-    All calls in the block use the same process. Error messages name the measurement `name`, and flags to reduce.
+def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
+    """Call `measure` in a new process, and return its result. Error messages name the measurement `name`.
 
     Raises:
         UserError: the process ended without a result, for example because the system ran out of memory and killed it.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
-
-        def call(measure: Callable[..., Any], *arguments: Any) -> Any:
-            try:
-                return processes.submit(measure, *arguments).result()
-            except BrokenProcessPool:
-                said = "the process that measures it was ended, probably because memory ran out"
-                raise UserError(f"{name}: {said}; reduce {smaller}") from None
-
-        yield call
-
-
-def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
-    """Call `measure` in a new process, and return its result. Raise UserError as `own_process` does."""
-    with own_process(name) as call:
-        result: Value = call(measure, *arguments)
-    return result
+        try:
+            return processes.submit(measure, *arguments).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{name}: the process that measures it was ended, probably because memory ran out; reduce --rows,"
+                " --length or --num_layers, or --slots and --in_batch with --what serving"
+            ) from None
 
 
 @contextmanager

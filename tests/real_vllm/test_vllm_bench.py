@@ -18,7 +18,7 @@ pytestmark = pytest.mark.vllm
 
 LAYERS, WIDTH, QKV, RANK = 2, 64, (64, 32, 32), 4  # two heads of 32, the least of vLLM's attention on a CPU
 SERVED_RANK = 8  # vLLM's next one
-WORDS = ["--dtype=fp32", f"--rank={RANK}", "--served=5", "--in_batch=0,1,4", "--batch_size=4", "--slots=1", "--draws=8"]
+WORDS = ["--dtype=fp32", f"--rank={RANK}", "--served=5", "--in_batch=0,1,4", "--batch_size=4", "--slots=2"]
 
 
 def bench(folder: Path, model: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -37,22 +37,25 @@ def slot_bytes(*, out: int, width: int, tied: bool) -> int:
 
 @pytest.mark.timeout(1000)
 def test_all_parts_are_measured(tmp_path: Path) -> None:
-    """Native and expanded adapters give the same tokens. With the bytes of one expanded slot, native ones have none
-    of the misses that a single slot has."""
+    """In the bytes of two expanded slots, all native adapters have one, so none misses."""
     config: dict[str, Any] = {**PRESETS["tiny"], "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 1}))
     ended = bench(tmp_path, str(tmp_path), "--random_weights", "--repeats=1", "--json=bench.json", *WORDS)
     assert ended.returncode == 0, ended.stderr[-3000:]
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert report["equal_tokens"] == 1.0 and report["versions"]["vllm"]
-    slots = {side: own["slot"] for side, own in report["memory"].items()}
+    assert report["versions"]["vllm"]
+    memory, batches, zipf = report["parts"]
+    slots = {side: turn["load of all"]["slot_bytes"] for side, (turn,) in memory.items()}
     tied, plain = (slot_bytes(out=sum(QKV), width=WIDTH, tied=tied) for tied in (True, False))
-    assert slots["native"] == [tied] and slots["expanded"] == [plain] and slots["expanded, no flag"] > [plain]
-    native, expanded, merged = report["zipf"].values()
-    assert (native["slots"], expanded["slots"], merged["slots"]) == (plain // tied, 1, None)
-    assert native["misses"] < expanded["misses"] and merged["misses"] == [0]
-    assert all(min(own["seconds"]) > 0 and own["next"][0][0] > 0 for own in report["batches"].values())
-    assert "8 requests by Zipf's law from 5 adapters" in ended.stdout
+    assert (slots["native"], slots["expanded"]) == (tied, plain) and slots["expanded, no flag"] > plain
+    assert all(turn["load of all"]["misses"] == 5 for (turn,) in memory.values())
+    drawn = {side: turn["Zipf's law, equal bytes"] for side, (turn,) in zipf.items()}
+    assert [own["slots"] for own in drawn.values()] == [5, 2, max(1, 2 * plain // slots["expanded, no flag"]), 0]
+    assert drawn["native"]["misses"] == 0 < drawn["expanded"]["misses"] <= 16 and drawn["merged"]["misses"] == 0
+    for (turn,) in batches.values():
+        assert list(turn) == [f"adapters at once: {number}" for number in (0, 1, 4)]
+        assert all(own["tokens"] == 4 * 8 and own["next_p50_ms"] > 0 and own["misses"] == 0 for own in turn.values())
+    assert "5 adapters; 4 requests at once: 20 + 8 tokens" in ended.stdout
 
 
 @pytest.mark.timeout(300)
