@@ -259,7 +259,7 @@ def test_wrong_values_are_one_line(words: str, said: str, vllm: list[StandIn]) -
 
 def test_vllm_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^--what serving needs vLLM 0.26 or later, .* pip install vllm"):
+    with pytest.raises(UserError, match=r"^--what serving needs vLLM 0.26 or later, .* pip install 'vllm"):
         call("bench", ["--what=serving", "--model=tiny", "--in_batch=0", "--served=1", "--slots=1"])
 
 
