@@ -150,9 +150,6 @@ class TensorParallel:
         return replace(self, sequence_parallel=False, overlap=False)
 
 
-UNSHARDED = TensorParallel()
-
-
 @dataclass(frozen=True)
 class ParallelGroups:
     """All process groups of this rank.

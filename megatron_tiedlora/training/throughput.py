@@ -42,7 +42,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
 from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, FrozenWeight, WeightMaker, padded
-from megatron_tiedlora.parallel.groups import UNSHARDED, TensorParallel
+from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, marking
 from megatron_tiedlora.parallel.quantise import slow_nf4
 from megatron_tiedlora.planning.counting import CountingGroup
@@ -55,6 +55,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 # Approximate seconds for measuring a peak, and the seconds that a matmul must take to be timed reliably.
 _MEASURING, _LONG_MATMUL = 0.25, 0.02
 _SMALLEST, _LARGEST = 256, 4096  # sizes of these square matmuls; three of the largest matrices take 100 MB in bf16
+_UNSHARDED = TensorParallel()
 
 # Sources of a peak, as shown to the user.
 DATA_SHEET, FASTEST_STEP = "data sheet", "the rate of the fastest step, which was faster than the measured matmuls"
@@ -316,7 +317,7 @@ def compiled_kernels(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    tensor_parallel: TensorParallel = UNSHARDED,
+    tensor_parallel: TensorParallel = _UNSHARDED,
     ranks: Collection[int] = (4,),
     weight_maker: Callable[[Kernels], WeightMaker] | None = None,
 ) -> Kernels:
@@ -400,7 +401,7 @@ def _call_all(
     device: torch.device,
     weight_maker: Callable[[Kernels], WeightMaker] | None = None,
     documents: Sequence[torch.Tensor | None] = (None,),
-    tensor_parallel: TensorParallel = UNSHARDED,
+    tensor_parallel: TensorParallel = _UNSHARDED,
     rank: int = 4,
 ) -> None:
     """Run models of `shape` with zero weights on `num_rows` x `length` tokens, once for each item of `documents`.
