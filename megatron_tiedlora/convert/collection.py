@@ -69,7 +69,7 @@ def find_folders(root: Path) -> Iterator[Path]:
             continue
         in_export = folder.name == inputs.NATIVE_FOLDER and (folder.parent / inputs.EXPORT_RECORD).is_file()
         run = RunFolder(folder.parent.parent)
-        if not (run.is_run and (in_export or folder.parent.name == run.checkpoints.name)):
+        if folder == root or not (run.is_run and (in_export or folder.parent.name == run.checkpoints.name)):
             yield folder
 
 

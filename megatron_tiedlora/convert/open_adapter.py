@@ -236,9 +236,10 @@ def _travelled(
     if not os.path.lexists(inside):
         is_export = (folder / inputs.EXPORT_RECORD).is_file()
         return None, (f"{because} {name}, the exported adapter, is missing",) if is_export else ()
+    stored = (folder / native_adapter.CONFIG_FILE).resolve().parent  # the hub's cache has links to files of one folder
     try:
         for path in (inside, inside / native_adapter.CONFIG_FILE, inside / native_adapter.WEIGHTS_FILE):
-            if path.is_symlink():
+            if path.is_symlink() and path.resolve().parent != stored:
                 raise UserError(f"{path} is a link")
         native = native_adapter.load_native_adapter(inside)
     except UserError as error:

@@ -40,23 +40,57 @@ def test_two_streams(models: dict[str, ServedModel], started: Any, monkeypatch: 
         started(models["llama"], "tied")
 
 
-def test_graphs_for_each_number_of_adapters(models: dict[str, ServedModel]) -> None:
-    """vLLM replays one that was recorded for one group of tokens, of an adapter, where the base's are another."""
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {  # what the error names; the device, and options of vLLM's LoRA
+    # vLLM replays a graph that was recorded for one group of tokens, of an adapter, where the base's are another.
+    "graphs": ("the CUDA graphs of --specialize-active-lora", {"device": "cuda", "specialize_active_lora": True}),
+    "streams": ("VLLM_LORA_ENABLE_DUAL_STREAM", {"device": "cuda", "dual": True}),
+    "float32": ("float32 on a GPU", {"device": "cuda", "lora_dtype": torch.float32}),
+    "device": ("a device of type xpu", {"device": "xpu"}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_are_refused(case: str, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig
+    from vllm import envs
     from vllm.config.lora import LoRAConfig
 
     from megatron_tiedlora.integrations.vllm.manager import TiedLoRAModelManager
 
+    said, options = REFUSED[case]
+    options = {"lora_dtype": torch.bfloat16, **options}
+    device = torch.device(options.pop("device"))
+    dual = options.pop("dual", False)
     folder = models["llama"].folder
     config = SimpleNamespace(hf_config=AutoConfig.from_pretrained(folder), model=str(folder))
     for value in (True, "both"):
         vllm_config = SimpleNamespace(additional_config={"tied_lora": value}, model_config=config)
-        with pytest.raises(ValueError, match=r"the CUDA graphs of --specialize-active-lora; start the server without"):
-            TiedLoRAModelManager(
-                vllm_config=vllm_config,
-                lora_config=LoRAConfig(specialize_active_lora=True),
-                device=torch.device("cuda"),
-            )
+        lora_config = LoRAConfig(**options)  # which refuses two streams itself, without a GPU
+        monkeypatch.setattr(envs, "VLLM_LORA_ENABLE_DUAL_STREAM", dual, raising=False)
+        with pytest.raises(ValueError, match=rf"tied_lora does not work with {re.escape(said)}.*; start the server"):
+            TiedLoRAModelManager(vllm_config=vllm_config, lora_config=lora_config, device=device)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("fault", ["base", "adapter"])
+def test_the_check_at_start(
+    fault: str, models: dict[str, ServedModel], started: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults of an update that changes the base's tokens, and of one that leaves a vector out."""
+    from megatron_tiedlora.integrations.vllm.cpu import CpuTokens
+
+    right = CpuTokens.add_update
+
+    def wrong(tokens: Any, y: Any, x: Any, factors: Any, slices: Any) -> None:
+        if fault == "adapter":
+            factors = factors._replace(v=torch.ones_like(factors.v))
+        right(tokens, y, x, factors, slices)
+        if fault == "base":
+            y += 1
+
+    monkeypatch.setattr(CpuTokens, "add_update", wrong)
+    with pytest.raises(Exception, match=r"the update of .* differs from PyTorch's"):
+        started(models["llama"], "tied")
 
 
 def test_the_server_ends_with_the_error(models: dict[str, ServedModel], tmp_path: Path) -> None:
@@ -87,7 +121,7 @@ def test_what_is_not_loaded(mode: str, models: dict[str, ServedModel], started: 
         llama.root / "nothing": ["nothing"],
     }
     if mode == "tied":
-        wrong |= {llama.exported("tl6", "qkv", native=False).folder: ["tl6-qkv-plain", "plain LoRA"]}
+        wrong |= {llama.exported("tl6", "qkv", native=False).folder: ["tl6-qkv-plain", "method lora"]}
         wrong |= {llama.of_method("lora", "qkv").folder: ["lora-qkv", "method lora"]}
     for folder, words in wrong.items():
         with pytest.raises(Exception) as raised:
