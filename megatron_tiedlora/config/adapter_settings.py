@@ -1,5 +1,4 @@
-"""Declares the settings of the commands that read adapters: evaluate, merge, export, import, verify, index, serve and
-push."""
+"""Declares the settings of commands that read adapters: evaluate, merge, export, import, verify, index, serve, push."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from megatron_tiedlora.base.messages import as_given
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, setting_field, shared_field
@@ -351,18 +349,15 @@ FILTERS = fields.marked(IndexSettings, group="find")
 class ServeSettings(CommandSettings, command="serve"):
     """The settings of one vLLM server of adapters, validated and frozen."""
 
-    about: ClassVar[str] = (
-        "Print and run the vLLM command that serves the adapters in a folder by name, without exports or restarts."
-    )
+    about: ClassVar[str] = "Print and run the vLLM command that serves the adapters in a folder by name, unexported."
     examples: ClassVar[str] = """\
 examples:
   tiedlora serve --model meta-llama/Llama-2-7b-hf --adapters runs
   tiedlora serve --model M --adapters runs --dry_run -- --port 8001 --tensor-parallel-size 2
 
 This needs vLLM 0.26 or later in the same environment. An adapter's name in requests is its path in DIR: `support` is
-DIR/support, DIR/support/adapter or DIR/support/native; with an index (tiedlora index DIR), it is also the name of its
-run. It is loaded by the first request for it, also if it was added after the start. Its base and its checksums are
-compared first, and a wrong or damaged adapter is an error of this request only.
+DIR/support, DIR/support/adapter or DIR/support/native; or, with an index (tiedlora index DIR), the name of its run. The
+first request loads it, also if it came after the start. If its base or its checksums differ, only this request fails.
 
 --slots tied keeps tied adapters and VeRA as they are stored, which needs 11 to 88 times less memory than expanded
 LoRAs. It cannot serve plain LoRAs. `both` has slots of both kinds. `expanded` has only vLLM's own slots.
@@ -370,19 +365,15 @@ LoRAs. It cannot serve plain LoRAs. `both` has slots of both kinds. `expanded` h
 
     model: str = _plain("model", "the base model: folder or hub id", default=..., metavar="M")
     adapters: fields.FilePath = _flag("folder with adapters, at any depth", metavar="DIR")
-    slots: Literal["tied", "both", "expanded"] | None = _flag(
-        "kind of the slots in GPU memory [tied if all adapters are tied; both if some are; expanded if none is]", None,
-    )
+    slots: Literal["tied", "both", "expanded"] | None = _flag("kind of slots [as the adapters in DIR need]", None)
     max_loras: int | None = _flag("slots: adapters in one batch [all, up to 64 tied ones or 8 others]", None, ge=1)
-    hub: tuple[str, ...] = _flag(
-        "owners whose hub repositories OWNER/NAME are also loaded by name", (), metavar="OWNER", words=True,
-    )
+    hub: tuple[str, ...] = _flag("owners whose hub repositories are loaded too", (), metavar="OWNER", words=True)
     dry_run: bool = _flag("print the command and start nothing", False)
     flags: tuple[str, ...] = _flag("flags of vLLM, after --", (), metavar="FLAG", positional=True, words=True)
 
     def _check_fit(self) -> None:
         if wrong := [owner for owner in self.hub if not owner or "/" in owner or "," in owner]:
-            raise ValueError(f"--hub {as_given(wrong[0])}: is not an owner; give the part of a hub id before the slash")
+            raise ValueError(f"--hub {wrong[0]}: is not an owner; give the part of a hub id before the slash")
 
 
 class PushSettings(CommandSettings, command="push"):

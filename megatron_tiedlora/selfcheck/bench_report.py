@@ -140,8 +140,7 @@ def _decoding(report: Figures) -> list[str]:
 def _serving(report: Figures) -> list[str]:
     """Return the lines of a --what serving report: the flags of each side, and the medians of each row's figures."""
     lines = _head(report, "load {:.1f} to {:.1f}".format(*report["load"]))
-    for side, flags in report["engines"].items():
-        lines.append(f"{side}: {', '.join(f'{name} {value}' for name, value in flags.items()) or 'nothing more'}")
+    lines += [f"{side}: {flags or 'nothing more'}" for side, flags in report["engines"].items()]
     lines.append("{served:,} adapters; {batch_size} requests at once: {length} + {new_tokens} tokens".format(**report))
     for part in report["parts"]:
         for row in next(iter(part.values()))[0]:

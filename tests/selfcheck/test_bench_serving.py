@@ -259,7 +259,7 @@ def test_wrong_values_are_one_line(words: str, said: str, vllm: list[StandIn]) -
 
 def test_vllm_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^--what serving needs vLLM 0.26 or later, .* pip install vllm"):
+    with pytest.raises(UserError, match=r"^--what serving needs vLLM 0.26 or later, .* pip install 'vllm"):
         call("bench", ["--what=serving", "--model=tiny", "--in_batch=0", "--served=1", "--slots=1"])
 
 
@@ -357,8 +357,8 @@ def test_rows_by_hand() -> None:
     assert lines[:7] == [
         "m, tl6 r 8 of qkv, fp32 on CPU; load 1.0 to 2.0",
         "threads a process: 2, default malloc, torch 2, vllm 0.32.0",
-        "every side: dtype float32",
-        "native: enable_lora True",
+        "every side: {'dtype': 'float32'}",
+        "native: {'enable_lora': True}",
         "merged: nothing more",
         "1,000 adapters; 64 requests at once: 20 + 8 tokens",
         "",
