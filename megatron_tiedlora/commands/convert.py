@@ -94,13 +94,9 @@ def export(settings: adapter_settings.ExportSettings) -> int:
 def import_adapter(settings: adapter_settings.ImportSettings) -> int:
     """Convert a PEFT adapter to a native adapter. Return the exit status."""
     output = settings.output
+    new = partial(new_output, take_over=settings.take_over)
     opened = import_peft(
-        settings.model,
-        settings.peft,
-        output,
-        base_differs=settings.base_differs,
-        say=_show_note,
-        new=partial(new_output, take_over=settings.take_over),
+        settings.model, settings.peft, output, base_differs=settings.base_differs, say=_show_note, new=new
     )
     config = opened.config
     targets = ", ".join(target.name for target in config.targets)
@@ -117,14 +113,9 @@ def verify(settings: adapter_settings.VerifySettings) -> int:
     for note in (*opened.notes, *notes):
         _show_note(note)
     found = verify_export(
-        opened.source,
-        opened.adapter,
-        merged=settings.merged,
-        peft=settings.peft,
-        dtype=DTYPES[settings.dtype],
-        inside=settings.inside,
-        progress=True,
-    )
+        opened.source, opened.adapter, merged=settings.merged, peft=settings.peft, dtype=DTYPES[settings.dtype],
+        inside=settings.inside, progress=True,
+    )  # fmt: skip
     print(found.report())
     return 0 if found.passed else 1
 
@@ -152,8 +143,7 @@ def convert(settings: ConvertNemoSettings) -> int:
         raise UserError(f"--nemo {settings.nemo}: no such file; give the path of a .nemo file")
     reject_existing(output, flag=f"--output {output}")
     try:
-        new = partial(new_output, take_over=settings.take_over)
-        config = convert_nemo(settings.nemo, output, new=new)
+        config = convert_nemo(settings.nemo, output, new=partial(new_output, take_over=settings.take_over))
     except UserError as error:
         show(f"error: {error}", file=sys.stderr)
         return 1

@@ -118,6 +118,5 @@ class AdapterResolver(LoRAResolver):
         if trained is None:
             logger.info("%s: PEFT files do not record whether their base is %s", folder, base_model)
         elif different := base_differences(replace(trained, tokenizer_hash=None), identity):
-            of, here = last_name(trained.base_model), last_name(base_model)
-            said = f"whose {' and '.join(different)} differ from {here}'s; ask a server of its own base"
-            raise UserError(f"trained on {of}, {said}")
+            of, here, what = last_name(trained.base_model), last_name(base_model), " and ".join(different)
+            raise UserError(f"trained on {of}, whose {what} differ from {here}'s; ask a server of its own base")

@@ -24,7 +24,6 @@ _TIED = {"tied": [True], "both": [True, False], "expanded": [False]}  # the slot
 _MOST_TIED = 64  # slots by default, if all are tied
 _CACHE_BYTES = 16e9  # host memory that --max-cpu-loras may use by default
 _MOST_PROBLEMS = 5  # that are told one by one
-_RANK_ON_HUB = 16  # if all adapters are on the hub, where their ranks are unknown
 
 
 def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[dict[str, NativeAdapter], list[str]]:
@@ -65,7 +64,7 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
     configs, linears = [adapter.config for adapter in found.values()], source.shape.block.adaptable
     adapted = {target.name for config in configs for target in config.targets} or linears
     targets = [name for name in linears if name in adapted]
-    rank = serving.allowed_rank(max((config.rank for config in configs), default=_RANK_ON_HUB))
+    rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
     of_slot = [linears[name] for name in targets], rank, source.shape.num_layers
     size = sum(serving.slot_bytes(*of_slot, tied=is_tied) for is_tied in _TIED[kind])
     slots = settings.max_loras or max(1, min(_MOST_TIED if kind == "tied" else serving.LARGEST_BATCH, len(found)))
