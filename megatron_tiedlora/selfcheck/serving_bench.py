@@ -22,12 +22,13 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import identify_shape
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import export_peft, target_modules
 from megatron_tiedlora.convert.serving import VLLM_RANKS, allowed_rank
 from megatron_tiedlora.integrations.vllm.factors import ServedAdapter
 from megatron_tiedlora.parallel.shard_spec import draw_normal
+from megatron_tiedlora.planning.memory import cache_bytes
+from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.selfcheck import step_bench, timing
 
 NATIVE, EXPANDED, NO_FLAG, MERGED = SIDES = "native", "expanded", "expanded, no flag", "merged"
@@ -68,26 +69,22 @@ class MeasuredEngine:
         memory of a load includes files that stay mapped. It is 0 if the system does not report it."""
         resident, missed = timing.idle_bytes("VmRSS") or 0, self.misses
         clock, cpu = time.perf_counter(), time.process_time()
-        times = self.serve(adapters or ())
+        gaps = [1000 * np.diff(own) for own in self.serve(adapters or ())]
         for request in reversed(self.requests.values()) if adapters is None else ():
             self.engine.add_lora(request)  # the most used ones by Zipf's law last, so that they stay in the slots
         figures = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
-        gaps = [1000 * np.diff(own) for own in times]
         figures |= {"tokens": sum(map(len, gaps)), "slots": self.slots, "misses": self.misses - missed}
-        tokens = {"first": [own[0] for own in gaps], "next": [gap for own in gaps for gap in own[1:]]}
-        for token, values in tokens.items():
-            figures |= {f"{token}_p{of}_ms": float(np.percentile(values, of)) for of in (50, 99) if values}
+        for token, part in {"first": slice(1), "next": slice(1, None)}.items():
+            if len(values := np.concatenate([[], *(own[part] for own in gaps)])):
+                figures |= {f"{token}_p{of}_ms": float(np.percentile(values, of)) for of in (50, 99)}
         if adapters is None and self.slots:
-            host = (timing.idle_bytes("VmRSS") or 0) - resident
-            figures |= {"host_mb": host / 1e6, "slot_bytes": self.slot_bytes()}
+            figures["host_mb"] = ((timing.idle_bytes("VmRSS") or 0) - resident) / 1e6
+            # Of vLLM's stacks or of the tied slots, whose A and B are the same in all layers.
+            names, layers = ("lora_a_stacked", "lora_b_stacked", "slots"), self.manager.modules.values()
+            stacks = (stack for layer in layers for name in names if (stack := getattr(layer, name, None)) is not None)
+            held = {part.untyped_storage().data_ptr(): part for stack in stacks for part in stack}
+            figures["slot_bytes"] = timing.storage_bytes(held) // self.slots
         return figures
-
-    def slot_bytes(self) -> int:
-        """Return the bytes of a slot: vLLM's stacks or the tied slots, whose A and B are the same in all layers."""
-        names, layers = ("lora_a_stacked", "lora_b_stacked", "slots"), self.manager.modules.values()
-        stacks = (stack for layer in layers for name in names if (stack := getattr(layer, name, None)) is not None)
-        held = {part.untyped_storage().data_ptr(): part for stack in stacks for part in stack}
-        return timing.storage_bytes(held) // self.slots
 
     def serve(self, adapters: Sequence[int]) -> list[list[float]]:
         """Serve a request with each adapter, --batch_size at once. Return the clock at its start and at its tokens."""
@@ -119,24 +116,23 @@ def measure_side(
         raise UserError(f"{said}; give another --model, or lower --in_batch and --slots if memory ran out") from None
 
 
-def engine_options(source: ModelSource, settings: BenchSettings) -> dict[str, dict[str, Any]]:
+def engine_options(plan: RunPlan, settings: BenchSettings) -> dict[str, dict[str, Any]]:
     """Return the arguments of vLLM's LLM for `every side`, without the model, and the other ones of each side."""
     if not (rank := allowed_rank(settings.rank)):
         raise UserError(f"--rank {settings.rank}: vLLM serves ranks up to {VLLM_RANKS[-1]}; give a lower rank")
-    tokens, heads = settings.length + settings.new_tokens, source.shape.heads
+    source, requests, tokens = plan.source, settings.batch_size, settings.length + settings.new_tokens
     source.check_length("--length + --new_tokens", tokens)
-    dtype, numbers = DTYPES[settings.dtype], 2 * source.shape.num_layers * heads.num_kv * heads.dim
-    lora = {"enable_lora": True, "max_lora_rank": rank, "max_cpu_loras": settings.served}
-    flag = {**lora, "lora_target_modules": target_modules(source.shape.block, settings.targets)}
-    common = {
-        **{"dtype": str(dtype).removeprefix("torch."), "load_format": "auto" if source.folder else "dummy"},
-        **{"enforce_eager": timing.default_device().type == "cpu", "enable_prefix_caching": False},
-        **{"skip_tokenizer_init": True, "max_model_len": tokens, "max_num_seqs": settings.batch_size},
+    common = dict(
+        dtype=str(plan.dtype).removeprefix("torch."), load_format="auto" if source.folder else "dummy",
+        enforce_eager=timing.default_device().type == "cpu", enable_prefix_caching=False, skip_tokenizer_init=True,
+        max_model_len=tokens, max_num_seqs=requests,
         # Enough for all requests at once, in vLLM's largest blocks of keys and values.
-        "kv_cache_memory_bytes": (settings.batch_size + 2) * (tokens + 128) * numbers * dtype.itemsize,
-    }
-    tied = {**flag, "additional_config": {"tied_lora": True}}
-    return {"every side": common, NATIVE: tied, EXPANDED: flag, NO_FLAG: lora, MERGED: {}}
+        kv_cache_memory_bytes=cache_bytes(plan.stages[0], sequences=requests + 2, tokens=tokens + 128),
+    )  # fmt: skip
+    no_flag = {"enable_lora": True, "max_lora_rank": rank, "max_cpu_loras": settings.served}
+    expanded = {**no_flag, "lora_target_modules": target_modules(source.shape.block, settings.targets)}
+    native = {**expanded, "additional_config": {"tied_lora": True}}
+    return {"every side": common, NATIVE: native, EXPANDED: expanded, NO_FLAG: no_flag, MERGED: {}}
 
 
 def _write_adapters(source: ModelSource, config: AdapterConfig, folder: Path, settings: BenchSettings) -> None:
@@ -154,10 +150,9 @@ def _write_adapters(source: ModelSource, config: AdapterConfig, folder: Path, se
 def measure_serving(settings: BenchSettings) -> dict[str, Any]:
     """Measure the sides of --what serving, and return the report. Raise UserError if a value is not valid."""
     plan = step_bench.plan_benchmark(settings)
-    options, before = engine_options(plan.source, settings), os.getloadavg()[0]
+    options, before = engine_options(plan, settings), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="tiedlora-bench-") as temporary:
-        folder = Path(temporary)
-        options_of_all = {**options["every side"], "model": str(plan.source.folder or folder)}
+        folder, served = Path(temporary), settings.served
         if plan.source.folder is None:
             write_json(folder / "config.json", step_bench.random_config(settings) or {})
         _write_adapters(plan.source, plan.adapter, folder, settings)
@@ -166,21 +161,20 @@ def measure_serving(settings: BenchSettings) -> dict[str, Any]:
             """Return the figures of the rows in each turn of a side. Each side has these slots."""
             timers = {}
             for side, number in slots.items():
-                given = {**options_of_all, **options[side], "max_loras": number}
+                given = {**options["every side"], **options[side], "max_loras": number}
+                given["model"] = str(plan.source.folder or folder)
                 adapters = folder / (NATIVE if side == NATIVE else EXPANDED)
                 timers[side] = partial(timing.in_own_process, side, measure_side, side, given, adapters, settings, rows)
             return timing.take_turns(timers, repeats=settings.repeats, uncounted=0)
 
         memory = measured(dict.fromkeys(SIDES[:-1], 1), {LOAD: [[0], None]})
-        at_once, rows = np.arange(settings.batch_size), {}
-        for number in settings.in_batch:
-            rows[f"adapters at once: {number}"] = 2 * [(at_once % number + 1 if number else 0 * at_once).tolist()]
-        batches = measured(dict.fromkeys(SIDES, max((1, *settings.in_batch))), rows)
+        turn, in_batch = np.arange(settings.batch_size), settings.in_batch
+        rows = {f"adapters at once: {n}": 2 * [(turn % n + 1 if n else 0 * turn).tolist()] for n in in_batch}
+        batches = measured(dict.fromkeys(SIDES, max((1, *in_batch))), rows)
         sizes = {side: turns[0][LOAD]["slot_bytes"] for side, turns in memory.items()}
-        space, served, draws = settings.slots * sizes[EXPANDED], settings.served, (2, _DRAWS * settings.batch_size)
+        space, chances = settings.slots * sizes[EXPANDED], 1 / np.arange(1, served + 1)
         slots = {side: min(served, max(1, space // size)) for side, size in sizes.items()}
-        chances = 1 / np.arange(1, served + 1)
-        drawn = np.random.default_rng(0).choice(served, draws, p=chances / chances.sum()) + 1
+        drawn = np.random.default_rng(0).choice(served, (2, _DRAWS * len(turn)), p=chances / chances.sum()) + 1
         zipf = measured({**slots, MERGED: 1}, {"Zipf's law, equal bytes": [None, *drawn.tolist()]})
     about = timing.about(settings, None, timing.default_device(), *_SETTINGS)
     return {**about, "load": [before, os.getloadavg()[0]], "engines": options, "parts": [memory, batches, zipf]}

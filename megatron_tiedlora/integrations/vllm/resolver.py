@@ -3,7 +3,6 @@
 Only vLLM's processes import this module. vLLM asks for a name until its adapter is loaded, and then never again."""
 
 import asyncio
-import glob
 import json
 import logging
 import os
@@ -19,14 +18,13 @@ from vllm.lora.resolver import LoRAResolver
 
 from megatron_tiedlora.base.messages import UserError, first_line, naming
 from megatron_tiedlora.base.output_folder import last_name
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, base_differences, identify_model
+from megatron_tiedlora.checkpoint.base_identity import base_differences, identify_model
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter
-from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import read_header
 from megatron_tiedlora.convert import index, inputs
 from megatron_tiedlora.convert.export_peft import UNNAMED
 from megatron_tiedlora.convert.open_adapter import exported_base
-from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.integrations.vllm.factors import check_served, read_served
 from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, HUB, PLUGIN
 
@@ -38,10 +36,9 @@ _ALL_FILES = [*_FILES, inputs.EXPORT_RECORD, *(f"{inputs.NATIVE_FOLDER}/{name}" 
 class AdapterResolver(LoRAResolver):
     """Finds adapters by path in a folder, in the index of this folder, and in hub repositories of allowed owners.
 
-    Nothing outside of the folder is read, even if a link leads there. An adapter that has a different base, is damaged
-    or does not fit the server raises UserError. This is a ValueError, so vLLM answers the request with the error's line
-    and status 400. For a name without an adapter, vLLM answers with 404. The server's `environment` has the folder and
-    the owners, as `tiedlora serve` sets them. Its `command` line limits the rank and the kind of adapters."""
+    Nothing outside of the folder is read, even if a link leads there. vLLM answers a request with 404 if there is no
+    adapter, and with 400 and the line of a UserError (a ValueError) if the adapter is wrong. The server's `environment`
+    has folder and owners, as `tiedlora serve` sets them. Its `command` line limits the rank and kind of adapters."""
 
     def __init__(self, environment: Mapping[str, str], command: Sequence[str]) -> None:
         self.folder = Path(environment[ADAPTERS]).absolute()
@@ -51,7 +48,7 @@ class AdapterResolver(LoRAResolver):
         flags.add_argument("--additional-config", "--additional_config", type=json.loads, default={})
         given, _ = flags.parse_known_args(command)
         self._limits = {"max_rank": given.max_lora_rank, "only_tied": given.additional_config.get(PLUGIN) is True}
-        self._base, self._lock = cache(_identified), Lock()
+        self._find_model, self._identify, self._lock = cache(find_model), cache(identify_model), Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the request for the adapter `lora_name`, or None if there is none. Raise UserError if the name is
@@ -65,8 +62,7 @@ class AdapterResolver(LoRAResolver):
             return None  # hidden folders are still being written
         try:
             with naming(f"LoRA adapter {name}"):
-                folder = self._in_folder(name) or self._in_index(name) or self._on_hub(name)
-                if folder is not None:
+                if folder := self._in_folder(name) or self._in_index(name) or self._on_hub(name):
                     self._check(folder, base_model)
                 return folder
         except UserError as error:
@@ -89,17 +85,15 @@ class AdapterResolver(LoRAResolver):
 
     def _in_index(self, name: str) -> Path | None:
         """Return the folder of the adapter whose run has this name. Raise UserError if several have it."""
-        if not (file := self.folder / index.INDEX_FILE).is_file():
+        is_indexed = (self.folder / index.INDEX_FILE).is_file()
+        if not is_indexed or name not in {entry.name for entry in index.find_entries(self.folder, {})}:
             return None
-        found = index.find_entries(self.folder, {"name": glob.escape(name)})
-        if len(found) > 1:
-            raise UserError(f"{file}: {name} names {len(found)} adapters; give the path of one")
-        return self._real(self.folder / found[0].path) if found else None
+        return self._real(self.folder / index.find_entry(self.folder, name).path)
 
     def _on_hub(self, name: str) -> Path | None:
         """Download the adapter of the hub repository `name` if its owner is allowed."""
-        owner, slash, _ = name.partition("/")
-        if not slash or owner not in self.owners or not may_be_hub_id(name):
+        owner, _, repository = name.partition("/")
+        if not repository or owner not in self.owners:
             return None
         from huggingface_hub import snapshot_download
 
@@ -113,7 +107,8 @@ class AdapterResolver(LoRAResolver):
     def _check(self, folder: Path, base_model: str) -> None:
         """Raise UserError if the adapter has a different base, cannot be read, or does not fit the server."""
         with self._lock:  # concurrent requests read the base once
-            source, identity = self._base(base_model)
+            source = self._find_model(base_model)
+            identity = self._identify(source, "fp32")
         served, trained = read_served(folder, source), exported_base(folder, identity)
         if served is None:
             read_header(folder / WEIGHTS_FILE)  # of a LoRA, whose tensors vLLM reads itself
@@ -123,11 +118,5 @@ class AdapterResolver(LoRAResolver):
         if trained is None:
             logger.info("%s: PEFT files do not record whether their base is %s", folder, base_model)
         elif different := base_differences(replace(trained, tokenizer_hash=None), identity):
-            of, here = last_name(trained.base_model), last_name(base_model)
-            said = f"trained on {of}, whose {' and '.join(different)} differ from {here}'s"
-            raise UserError(f"{said}; ask a server of its own base")
-
-
-def _identified(model: str) -> tuple[ModelSource, BaseIdentity]:
-    source = find_model(model)
-    return source, identify_model(source, "fp32")
+            of, here, what = last_name(trained.base_model), last_name(base_model), " and ".join(different)
+            raise UserError(f"trained on {of}, whose {what} differ from {here}'s; ask a server of its own base")

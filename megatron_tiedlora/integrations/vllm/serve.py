@@ -6,10 +6,9 @@ import json
 import os
 from pathlib import Path
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text, enumerate_names
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapter_settings import ServeSettings
 from megatron_tiedlora.convert import serving
@@ -21,39 +20,35 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 PLUGIN = "tied_lora"  # the name of the plugin, and its key in vLLM's --additional-config
 ADAPTERS, HUB = "TIEDLORA_ADAPTERS", "TIEDLORA_HUB"  # variables for `resolver`
-Servable = tuple[AdapterConfig, bool]  # of an adapter: its config, and whether it fits a tied slot
-Server = tuple[list[str], dict[str, str], list[str]]  # the words, variables, and notes for the user
 _TIED = {"tied": [True], "both": [True, False], "expanded": [False]}  # the slots of each kind
 _MOST_TIED = 64  # slots by default, if all are tied
 _CACHE_BYTES = 16e9  # host memory that --max-cpu-loras may use by default
 _MOST_PROBLEMS = 5  # that are told one by one
-_RANK_ON_HUB = 16  # if all adapters are on the hub, where their ranks are unknown
 
 
-def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[dict[str, Servable], list[str]]:
-    """Return the adapters in `root` that a server of `source` can serve, by their names in requests, and a sentence for
-    each of the others. Raise UserError if `root` is not a folder."""
-    found, problems = dict[str, Servable](), list[str]()
+def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[dict[str, NativeAdapter], list[str]]:
+    """Return the adapters in `root` that a server of `source` can serve, without tensors, by their names in requests,
+    and a sentence for each of the others. Raise UserError if `root` is not a folder."""
+    found, problems = dict[str, NativeAdapter](), list[str]()
     for folder in progress_bar("adapters", "adapter", find_folders(root)):
         if folder != root and folder.name != "adapter" and RunFolder(folder.parent).is_run:
             continue  # an export of this run
-        path, native = folder.relative_to(root.parent), folder / NATIVE_FOLDER
+        named, native = folder.parent if folder.name in UNNAMED and folder != root else folder, folder / NATIVE_FOLDER
         try:
             adapter = read_unloaded(native if (native / CONFIG_FILE).is_file() else folder, source)
-            served = ServedAdapter(source, adapter)
             if adapter.base_identity.base_hash != source.base_hash:
                 raise UserError(f"{folder}: its base is not {source.name}")
+            served = ServedAdapter(source, adapter)
             check_served(folder, served, source, max_rank=serving.VLLM_RANKS[-1], only_tied=only_tied)
-            path = path.parent if path.name in UNNAMED and folder != root else path
-            found["/".join(path.parts[1:] or path.parts)] = adapter.config, not served.why_not_tied
+            found[root.name if named == root else str(named.relative_to(root))] = adapter
         except UserError as error:
             problems.append(f"not served: {error}")
     return found, problems
 
 
-def plan_server(settings: ServeSettings, source: ModelSource, plugins: str | None) -> Server:
-    """Return the server of the adapters in --adapters whose base is `source`. A value of VLLM_PLUGINS, `plugins`, is
-    extended. Raise UserError if vLLM has no LoRA for this model, or if no adapter can be served."""
+def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return the words of the command that serves the adapters in --adapters whose base is `source`, the variables of
+    its environment, and notes. Raise UserError if none can be served, or if vLLM has no LoRA for the model."""
     if why := serving.why_no_lora(source.shape):
         raise UserError(f"--model {settings.model}: {why}")
     root = Path(os.path.abspath(settings.adapters))
@@ -64,17 +59,18 @@ def plan_server(settings: ServeSettings, source: ModelSource, plugins: str | Non
     if more := len(notes[_MOST_PROBLEMS:]):
         notes[_MOST_PROBLEMS:] = [f"not served: {more} more"]
 
-    configs, tied = [config for config, _ in found.values()], [is_tied for _, is_tied in found.values()]
+    tied = [not ServedAdapter(source, adapter).why_not_tied for adapter in found.values()]
     kind = settings.slots or ("tied" if all(tied) else "both" if any(tied) else "expanded")
-    linears, adapted = source.shape.block.adaptable, {target.name for config in configs for target in config.targets}
-    targets = [name for name in linears if name in adapted or not adapted]
-    rank = serving.allowed_rank(max((config.rank for config in configs), default=_RANK_ON_HUB))
+    configs, linears = [adapter.config for adapter in found.values()], source.shape.block.adaptable
+    adapted = {target.name for config in configs for target in config.targets} or linears
+    targets = [name for name in linears if name in adapted]
+    rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
     of_slot = [linears[name] for name in targets], rank, source.shape.num_layers
     size = sum(serving.slot_bytes(*of_slot, tied=is_tied) for is_tied in _TIED[kind])
     slots = settings.max_loras or max(1, min(_MOST_TIED if kind == "tied" else serving.LARGEST_BATCH, len(found)))
     cached = max(slots, min(len(found), int(_CACHE_BYTES // size)))
-    names = f": {enumerate_names([*found])}" if found else ""
-    notes.append(f"{count_text(len(found), 'adapter')} up to rank {rank} on {', '.join(targets)}{names}")
+    names = enumerate_names([*found]) or "only from the hub"
+    notes.append(f"{count_text(len(found), 'adapter')} up to rank {rank} on {', '.join(targets)}: {names}")
     in_memory = f"{count_text(cached, 'adapter')} in host memory"
     notes.append(f"{count_text(slots, 'slot')} ({kind}) of {bytes_in_words(size)}; {in_memory}")
 
@@ -83,6 +79,7 @@ def plan_server(settings: ServeSettings, source: ModelSource, plugins: str | Non
         words += ["--additional-config", json.dumps({PLUGIN: kind == "tied" or kind})]
     added = {ADAPTERS: str(root), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     added |= {HUB: ",".join(settings.hub)} if settings.hub else {}
-    if plugins is not None and PLUGIN not in plugins.split(","):
+    plugins = os.environ.get("VLLM_PLUGINS", PLUGIN)
+    if PLUGIN not in plugins.split(","):
         added["VLLM_PLUGINS"] = ",".join(filter(None, (plugins, PLUGIN)))
     return [*words, *settings.flags], added, notes
