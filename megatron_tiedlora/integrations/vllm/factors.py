@@ -7,7 +7,7 @@ equals a plain LoRA.
 import logging
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
 from megatron_tiedlora.base.files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.checkpoint.base_identity import check_same_base, identify_shape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter, read_config
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -31,59 +32,55 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own l
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter folder as it is served with the model `source`.
+    """An adapter as it is served with the model `source`.
 
     Attributes:
-        stored: what the folder contains.
+        adapter: the native adapter. That of a PEFT VeRA has no tensors (see `read_unloaded`), which are in `vera`.
     """
 
     source: ModelSource
-    stored: NativeAdapter | Vera
+    adapter: NativeAdapter
+    vera: Vera | None = None
 
     @property
     def rank(self) -> int:
         """Return the rank of A and B, which is also the rank of the equal plain LoRA."""
-        return self.stored.rank if isinstance(self.stored, Vera) else self.stored.config.rank
-
-    @cached_property
-    def tied(self) -> Mapping[str, TargetFactors] | None:
-        """Return the factors of each adapted linear by target name, or None if the layers do not share A and B."""
-        if isinstance(self.stored, Vera):
-            return vera_factors(self.stored, self.source)
-        return None if self.why_not_tied else _tied_factors(self.stored, self.source.shape.num_layers)
+        return self.adapter.config.rank
 
     @property
     def why_not_tied(self) -> str:
         """Return the reason why the layers do not share A and B, or "" if they do."""
-        if isinstance(self.stored, Vera):
-            return ""
-        config = self.stored.config
+        config = self.adapter.config
         shared = all(config.num_slots(name) == 1 for name, (_, factor) in config.tensors.items() if factor in "AB")
         return "" if shared else f"method {config.method}: its layers do not share A and B"
 
-    def lora_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    @cached_property
+    def tied(self) -> Mapping[str, TargetFactors] | None:
+        """Return the factors of each adapted linear by target name, or None if the layers do not share A and B."""
+        if self.vera is not None:
+            return vera_factors(self.vera, self.source)
+        return None if self.why_not_tied else _tied_factors(self.adapter, self.source.shape.num_layers)
+
+    def lora_tensors(self) -> dict[str, Tensor]:
         """Return the equal plain LoRA of rank `rank` and scale 1 by the names of a PEFT file (see `peft_tensors`)."""
-        adapter = self.stored
-        if isinstance(adapter, Vera):
-            equal = native_vera(adapter, self.source)
-            adapter = NativeAdapter(equal.config, identify_shape(self.source, "fp32", weights_hash=""), equal.state)
-        return peft_tensors(self.source, adapter, rank=self.rank, dtype=dtype)
+        adapter = self.adapter
+        if self.vera is not None:
+            config, state, _ = native_vera(self.vera, self.source)
+            adapter = replace(adapter, config=config, state=state)
+        return peft_tensors(self.source, adapter, rank=self.rank)
 
 
 def _tied_factors(adapter: NativeAdapter, num_layers: int) -> dict[str, TargetFactors]:
     """Return the factors of each target of a native adapter whose layers share A and B, by target name."""
     config, found = adapter.config, {}
-
-    def of_layers(name: str, layers: tuple[int, ...] = config.layers) -> Tensor:
-        values = adapter.state[name] if config.is_stacked(name) else adapter.state[name][None]
-        return values[[config.slot(name, layer) for layer in layers]]
-
-    index = [layer - 1 for layer in config.layers]
     for target in config.targets:
-        a, b = (of_layers(target.prefix + factor, config.layers[:1])[0] for factor in "AB")
         u, v = torch.zeros(num_layers, 1, config.rank), torch.zeros(num_layers, target.out_size)
-        u[index, 0], v[index] = of_layers(f"{target.prefix}u") * config.scale, of_layers(f"{target.prefix}v")
-        found[target.name] = TargetFactors(a, b, u, v)
+        for layer in config.layers:
+            tensors = ((name, adapter.state[name]) for name in (target.prefix + factor for factor in FACTORS))
+            a, b, u[layer - 1, 0], v[layer - 1] = (
+                tensor[config.slot(name, layer)] if config.is_stacked(name) else tensor for name, tensor in tensors
+            )
+        found[target.name] = TargetFactors(a, b, u * config.scale, v)
     return found
 
 
@@ -105,23 +102,23 @@ def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
     """
     if is_plain_lora(folder):
         return None
-    content = read_json_or_none(folder / CONFIG_FILE) or {}
-    notes: tuple[str, ...] = ()
-    stored: NativeAdapter | Vera | None
+    adapter: NativeAdapter | None
+    content, notes, vera = read_json_or_none(folder / CONFIG_FILE) or {}, tuple[str, ...](), None
     if adapter_kind(folder, flag=str(folder)) == "native":
-        stored = load_native_adapter(folder)
+        adapter = load_native_adapter(folder)
     elif content.get("peft_type") == "VERA":
-        stored = read_vera(folder, content, source)
-        notes = stored.notes
+        vera = read_vera(folder, content, source)
+        adapter, notes = read_unloaded(folder, source), vera.notes
     else:
         opened = read_peft(folder, source)
-        stored, notes = opened.native, opened.notes
+        adapter, notes = opened.native, opened.notes
     for note in notes:
         logger.warning(note)
-    if isinstance(stored, NativeAdapter):
-        here = identify_shape(source, "fp32", weights_hash="")
-        check_same_base(stored.base_identity, here, source=str(folder), differs=True)  # compares only the shapes
-    return None if stored is None else ServedAdapter(source, stored)
+    if adapter is None:
+        return None
+    here = identify_shape(source, "fp32", weights_hash="")
+    check_same_base(adapter.base_identity, here, source=str(folder), differs=True)  # compares only the shapes
+    return ServedAdapter(source, adapter, vera)
 
 
 def read_unloaded(folder: Path, source: ModelSource) -> NativeAdapter:

@@ -20,7 +20,7 @@ from vllm.lora.resolver import LoRAResolver
 from megatron_tiedlora.base.messages import UserError, first_line, naming
 from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, base_differences, identify_model
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import read_header
 from megatron_tiedlora.convert import index, inputs
@@ -117,8 +117,8 @@ class AdapterResolver(LoRAResolver):
         served, trained = read_served(folder, source), exported_base(folder, identity)
         if served is None:
             read_header(folder / WEIGHTS_FILE)  # of a LoRA, whose tensors vLLM reads itself
-        elif isinstance(served.stored, NativeAdapter):
-            trained = served.stored.base_identity
+        elif served.vera is None:
+            trained = served.adapter.base_identity
         check_served(folder, served, source, **self._limits)
         if trained is None:
             logger.info("%s: PEFT files do not record whether their base is %s", folder, base_model)
