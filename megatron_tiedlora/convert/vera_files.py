@@ -117,8 +117,7 @@ def vera_factors(vera: Vera, source: ModelSource) -> dict[str, TargetFactors]:
 def native_vera(vera: Vera, source: ModelSource) -> Native:
     """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`."""
     factors, layers = vera_factors(vera, source), tuple(sorted({layer for layer, _ in vera.vectors}))
-    modules = {stored.module for name in factors for stored in source.shape.block.adaptable[name].sources}
-    if len(modules) == len(factors) and len(vera.vectors) == len(layers) * len(modules):
+    if all(u.shape[1] == 1 for _, _, u, _ in factors.values()) and len(vera.vectors) == len(layers) * len(factors):
         targets, index = targets_of(source.shape, tuple(factors)), [layer - 1 for layer in layers]
         config = make_adapter_config("vera", rank=vera.rank, alpha=vera.rank, layers=layers, targets=targets, seed=0)
         state: dict[str, Tensor] = {}

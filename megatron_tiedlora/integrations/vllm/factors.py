@@ -63,11 +63,10 @@ class ServedAdapter:
 
     def lora_tensors(self) -> dict[str, Tensor]:
         """Return the equal plain LoRA of rank `rank` and scale 1 by the names of a PEFT file (see `peft_tensors`)."""
-        adapter = self.adapter
-        if self.vera is not None:
-            config, state, _ = native_vera(self.vera, self.source)
-            adapter = replace(adapter, config=config, state=state)
-        return peft_tensors(self.source, adapter, rank=self.rank)
+        if self.vera is None:
+            return peft_tensors(self.source, self.adapter, rank=self.rank)
+        config, state, _ = native_vera(self.vera, self.source)
+        return peft_tensors(self.source, replace(self.adapter, config=config, state=state), rank=self.rank)
 
 
 def _tied_factors(adapter: NativeAdapter, num_layers: int) -> dict[str, TargetFactors]:
@@ -94,12 +93,8 @@ def is_plain_lora(folder: Path) -> bool:
 def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
     """Return the native adapter or PEFT VeRA in `folder`, or None for a PEFT LoRA, which vLLM reads itself.
 
-    An export also contains its native adapter, which is returned if the PEFT files are equal to it.
-
-    Raises:
-        UserError: the folder contains no adapter, another kind of adapter, or damaged files, or its shapes do not fit
-            `source`.
-    """
+    An export also contains its native adapter, which is returned if the PEFT files are equal to it. Raise UserError if
+    the folder contains no adapter, another kind of adapter, or damaged files, or if its shapes do not fit `source`."""
     if is_plain_lora(folder):
         return None
     adapter: NativeAdapter | None
