@@ -21,7 +21,7 @@ from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, check_bound
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert import peft_files
-from megatron_tiedlora.convert.peft_files import Module, Native, Pair
+from megatron_tiedlora.convert.peft_files import Module, Native, Pair, Shapes, read_factors
 
 # These fields set initial values, which the file's tensors replace, or are read below, or are used only in training.
 _HARMLESS = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
@@ -55,14 +55,10 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     chosen = peft_files.chosen_modules(file, content, source)
     sizes = peft_files.modules_of(source.shape.block)
     in_size, out_size = (max(of) for of in zip(*(sizes[module.name] for module in chosen.values()), strict=True))
-    stored: peft_files.Shapes = {
-        "vera_lambda_b": lambda module: (sizes[module.name][1],),
-        "vera_lambda_d": lambda _: (rank,),
-    }
+    stored: Shapes = {"vera_lambda_b": lambda module: (sizes[module.name][1],), "vera_lambda_d": lambda _: (rank,)}
     shared = {"base_model.vera_A": (rank, in_size), "base_model.vera_B": (out_size, rank)}
     saved, notes = content.get("save_projection", True), tuple[str, ...]()
-    of_file = shared if saved else {}
-    vectors, projections = peft_files.read_factors(folder, chosen, stored, source, kind="VeRA", shared=of_file)
+    vectors, projections = read_factors(folder, chosen, stored, source, kind="VeRA", shared=shared if saved else {})
     if not saved:
         key = content.get("projection_prng_key", 0)
         if type(key) is not int or not -(2**63) <= key < 2**64:

@@ -35,7 +35,8 @@ class ServedAdapter:
     """An adapter as it is served with the model `source`.
 
     Attributes:
-        adapter: the native adapter. That of a PEFT VeRA has no tensors (see `read_unloaded`), which are in `vera`.
+        adapter: the native adapter, or the config of a PEFT adapter (see `read_unloaded`).
+        vera: the PEFT VeRA, if it is one.
     """
 
     source: ModelSource
@@ -103,7 +104,7 @@ def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
         adapter = load_native_adapter(folder)
     elif content.get("peft_type") == "VERA":
         vera = read_vera(folder, content, source)
-        adapter, notes = read_unloaded(folder, source), vera.notes
+        adapter, notes = read_unloaded(folder, source).adapter, vera.notes
     else:
         opened = read_peft(folder, source)
         adapter, notes = opened.native, opened.notes
@@ -116,13 +117,13 @@ def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
     return ServedAdapter(source, adapter, vera)
 
 
-def read_unloaded(folder: Path, source: ModelSource) -> NativeAdapter:
+def read_unloaded(folder: Path, source: ModelSource) -> ServedAdapter:
     """Return the native or PEFT adapter in `folder` as its config describes it, without tensors. A PEFT adapter has the
     method lora or vera, and `source` as its base. Raise UserError if the config cannot be read."""
     content, shape = read_json_object(folder / CONFIG_FILE, kind="an adapter folder"), source.shape
     if "format_version" in content:
         config, base, _ = read_config(folder)
-        return NativeAdapter(config, base, {})
+        return ServedAdapter(source, NativeAdapter(config, base, {}))
     names: Collection[str] = shape.block.adaptable
     if isinstance(given := content.get("target_modules"), list):  # not a pattern
         modules = {str(name).rpartition(".")[2] for name in given}
@@ -130,7 +131,7 @@ def read_unloaded(folder: Path, source: ModelSource) -> NativeAdapter:
     method, rank = "vera" if content.get("peft_type") == "VERA" else "lora", read_rank(content.get("r"), f"{folder}: r")
     targets, layers = targets_of(shape, tuple(names)), tuple(range(1, shape.num_layers + 1))
     config = AdapterConfig(method, rank, rank, layers, targets, seed=0, init_std_a=0, init_std_b=0)
-    return NativeAdapter(config, identify_shape(source, "fp32", weights_hash=""), {})
+    return ServedAdapter(source, NativeAdapter(config, identify_shape(source, "fp32", weights_hash=""), {}))
 
 
 def check_served(
@@ -138,7 +139,7 @@ def check_served(
 ) -> None:
     """Raise UserError if a server with this --max-lora-rank, or with only tied slots, cannot serve an adapter, which
     `read_served` returned."""
-    served = served or ServedAdapter(source, read_unloaded(folder, source))
+    served = served or read_unloaded(folder, source)
     if max_rank is not None and served.rank > max_rank:
         said = f"{folder}: rank {served.rank} is greater than --max-lora-rank {max_rank}"
         raise UserError(f"{said}; increase it, or serve the merged model")

@@ -104,6 +104,9 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
     kind of adapter has its own mapping of tokens to slots, in which the other kind's tokens use the base.
     """
 
+    linears: dict[str, LinearSlots]
+    supported_lora_modules: list[str]
+
     def __init__(self, *, vllm_config: Any, **options: Any) -> None:
         self._keeps_plain, self._source = serving_mode(vllm_config) == "both", _source_of(vllm_config)
         device, config = options["device"].type, options["lora_config"]
@@ -176,7 +179,7 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         """Return an adapter with its factors on this rank. Raise UserError if its sizes are not the served model's."""
         model, pins = TiedLoRAModel(lora_id, rank, {}), PIN_MEMORY and self.device.type != "cpu"
         adapted = {name: linear for name, linear in self.linears.items() if linear.target in tied}
-        model.shards = {name: linear.cut(tied[linear.target], pins=pins) for name, linear in adapted.items()}
+        model.shards = {name: linear.cut(tied[linear.target], pins) for name, linear in adapted.items()}
         return model
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:

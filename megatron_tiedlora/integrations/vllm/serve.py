@@ -16,7 +16,7 @@ from megatron_tiedlora.convert import serving
 from megatron_tiedlora.convert.collection import find_folders
 from megatron_tiedlora.convert.export_peft import UNNAMED, base_location
 from megatron_tiedlora.convert.inputs import NATIVE_FOLDER
-from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, check_served, read_unloaded
+from megatron_tiedlora.integrations.vllm.factors import check_served, read_unloaded
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 PLUGIN = "tied_lora"  # the name of the plugin, and its key in vLLM's --additional-config
@@ -39,13 +39,12 @@ def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[
             continue  # an export of this run
         path, native = folder.relative_to(root.parent), folder / NATIVE_FOLDER
         try:
-            adapter = read_unloaded(native if (native / CONFIG_FILE).is_file() else folder, source)
-            served = ServedAdapter(source, adapter)
-            if adapter.base_identity.base_hash != source.base_hash:
+            served = read_unloaded(native if (native / CONFIG_FILE).is_file() else folder, source)
+            if served.adapter.base_identity.base_hash != source.base_hash:
                 raise UserError(f"{folder}: its base is not {source.name}")
             check_served(folder, served, source, max_rank=serving.VLLM_RANKS[-1], only_tied=only_tied)
             path = path.parent if path.name in UNNAMED and folder != root else path
-            found["/".join(path.parts[1:] or path.parts)] = adapter.config, not served.why_not_tied
+            found["/".join(path.parts[1:] or path.parts)] = served.adapter.config, not served.why_not_tied
         except UserError as error:
             problems.append(f"not served: {error}")
     return found, problems

@@ -53,7 +53,7 @@ class LinearSlots:
         """Return the bytes that one slot takes on this rank."""
         return sum(tensor.nbytes for tensor in self.slots) // len(self.slots.a)
 
-    def cut(self, factors: TargetFactors, *, pins: bool = False) -> TargetFactors:
+    def cut(self, factors: TargetFactors, pins: bool = False) -> TargetFactors:
         """Return one adapter's factors on this rank, in the slots' dtypes and without the dimension of slots, in pinned
         host memory if `pins` is true.
 
