@@ -22,8 +22,8 @@ class LinearSlots:
         target: the name of the adapted linear.
         blocks: the sizes of the linear's fused blocks.
         covered: the indices of the blocks that vLLM's layer computes.
-        slots: A (slots, 1, r, local in), B (slots, 1, local out, r), u (layers, slots, slices, r) and v (layers, slots,
-            local out). vLLM's layer has u and v of its own layer.
+        slots: A (slots, 1, r, local in), B (slots, 1, local out, r), u in fp32 with alpha / r, (layers, slots, slices,
+            r), and v (layers, slots, local out). Each of vLLM's layers has views of A, B and its own u and v.
     """
 
     def __init__(
