@@ -87,7 +87,7 @@ def test_what_is_not_loaded(mode: str, models: dict[str, ServedModel], started: 
         llama.root / "nothing": ["nothing"],
     }
     if mode == "tied":
-        wrong |= {llama.exported("tl6", "qkv", native=False).folder: ["tl6-qkv-plain", "plain LoRA"]}
+        wrong |= {llama.exported("tl6", "qkv", native=False).folder: ["tl6-qkv-plain", "method lora"]}
         wrong |= {llama.of_method("lora", "qkv").folder: ["lora-qkv", "method lora"]}
     for folder, words in wrong.items():
         with pytest.raises(Exception) as raised:
