@@ -25,12 +25,12 @@ def allowed_rank(rank: int) -> int:
 
 def slot_bytes(linears: Collection[LinearShape], rank: int, num_layers: int, *, tied: bool) -> int:
     """Return the bytes that a slot of vLLM for these linears takes without tensor parallelism: A, B and v in 16 bits
-    and u in fp32. A tied slot has A and B once, and u for each fused block and v in every layer. vLLM's own slot has A
-    for each fused block and B in every layer."""
+    and u in fp32. A tied slot has A and B once, and u for each fused module and v in every layer. vLLM's own slot has A
+    for each fused module and B in every layer."""
     total = 0
     for linear in linears:
-        a, b, u = rank * linear.in_size, rank * linear.out_size, rank * len(linear.blocks)
-        in_layer = 2 * linear.out_size + 4 * u if tied else 2 * (a * len(linear.blocks) + b)
+        a, b, fused = rank * linear.in_size, rank * linear.out_size, len({rows.module for rows in linear.sources})
+        in_layer = 2 * linear.out_size + 4 * rank * fused if tied else 2 * (a * fused + b)
         total += num_layers * in_layer + (2 * (a + b) if tied else 0)
     return total
 

@@ -21,7 +21,7 @@ from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, check_bound
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert import peft_files
-from megatron_tiedlora.convert.peft_files import Module, Native, Pair
+from megatron_tiedlora.convert.peft_files import Module, Native, Pair, Shapes, read_factors
 
 # These fields set initial values, which the file's tensors replace, or are read below, or are used only in training.
 _HARMLESS = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
@@ -54,36 +54,28 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     rank = peft_files.read_rank(content.get("r"), f"{file}: r")
     chosen = peft_files.chosen_modules(file, content, source)
     sizes = peft_files.modules_of(source.shape.block)
-    used = [sizes[module.name] for module in chosen.values()]
-    stored: peft_files.Shapes = {
-        "vera_lambda_b": lambda module: (sizes[module.name][1],),
-        "vera_lambda_d": lambda _: (rank,),
-    }
-    shared = {
-        "base_model.vera_A": (rank, max(in_size for in_size, _ in used)),
-        "base_model.vera_B": (max(out_size for _, out_size in used), rank),
-    }
+    in_size, out_size = (max(of) for of in zip(*(sizes[module.name] for module in chosen.values()), strict=True))
+    stored: Shapes = {"vera_lambda_b": lambda module: (sizes[module.name][1],), "vera_lambda_d": lambda _: (rank,)}
+    shared = {"base_model.vera_A": (rank, in_size), "base_model.vera_B": (out_size, rank)}
     saved, notes = content.get("save_projection", True), tuple[str, ...]()
-    of_file = shared if saved else {}
-    vectors, projections = peft_files.read_factors(folder, chosen, stored, source, kind="VeRA", shared=of_file)
+    vectors, projections = read_factors(folder, chosen, stored, source, kind="VeRA", shared=shared if saved else {})
     if not saved:
+        if rank > max(in_size, out_size):  # no use, and the file may be small
+            raise UserError(f"{file}: r = {rank} is larger than the modules, {out_size} x {in_size}; correct it")
         key = content.get("projection_prng_key", 0)
         if type(key) is not int or not -(2**63) <= key < 2**64:
             raise UserError(f"{file}: projection_prng_key = {shown(key)} is not an integer of 64 bits; correct it")
         draw = torch.Generator().manual_seed(key)
-        projections = [_drawn(*shape, draw) for shape in shared.values()]
+        projections = [torch.empty(shape, dtype=torch.float32) for shape in shared.values()]
+        for each in projections:  # as in PEFT, to the bit
+            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(each.shape[1]))
+            each.uniform_(-bound, bound, generator=draw)
         notes = (f"{folder}: vera_A and vera_B are drawn from projection_prng_key = {key}, as PEFT draws them",)
     a, b = projections
     tensors = {"vera_A": [a], "vera_B": [b], **dict(zip(stored, zip(*vectors.values(), strict=True), strict=True))}
     largest = {name: max(float(each.abs().max()) for each in of) for name, of in tensors.items()}
     check_bound(rank, largest, source=folder / WEIGHTS_FILE)
     return Vera(rank, a, b, vectors, notes)
-
-
-def _drawn(rows: int, columns: int, draw: torch.Generator) -> Tensor:
-    """Return PEFT's initial A or B, to the bit: uniform, with the bound of Kaiming's initialisation."""
-    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(columns))
-    return torch.empty(rows, columns, dtype=torch.float32).uniform_(-bound, bound, generator=draw)
 
 
 class TargetFactors(NamedTuple):
@@ -112,8 +104,7 @@ def vera_factors(vera: Vera, source: ModelSource) -> dict[str, TargetFactors]:
         blocks = zip(linear.sources, b.split(linear.blocks), v.split(linear.blocks, dim=1), strict=True)
         for index, (stored, b_block, v_block) in enumerate(blocks):
             rows = slice(stored.start, stored.start + len(b_block))
-            here = vera.b[rows]  # B may have fewer rows than a module that is not adapted, whose v is zero
-            b_block[: len(here)] = here
+            b_block[: len(vera.b[rows])] = vera.b[rows]  # which are all rows, unless the module is not adapted
             for layer in range(num_layers):
                 if vectors := vera.vectors.get(Module(layer + 1, stored.module)):
                     v_block[layer], u[layer, index if fused else 0] = vectors[0][rows], vectors[1]
@@ -124,18 +115,17 @@ def vera_factors(vera: Vera, source: ModelSource) -> dict[str, TargetFactors]:
 def native_vera(vera: Vera, source: ModelSource) -> Native:
     """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`."""
     factors, layers = vera_factors(vera, source), tuple(sorted({layer for layer, _ in vera.vectors}))
-    modules = {stored.module for name in factors for stored in source.shape.block.adaptable[name].sources}
-    if len(modules) == len(factors) and len(vera.vectors) == len(layers) * len(modules):
+    if all(u.shape[1] == 1 for _, _, u, _ in factors.values()) and len(vera.vectors) == len(layers) * len(factors):
         targets, index = targets_of(source.shape, tuple(factors)), [layer - 1 for layer in layers]
         config = make_adapter_config("vera", rank=vera.rank, alpha=vera.rank, layers=layers, targets=targets, seed=0)
         state: dict[str, Tensor] = {}
         for target in targets:
             a, b, u, v = factors[target.name]
-            values = a, b, u[index, 0], v[index]
-            state |= {target.prefix + name: value for name, value in zip(FACTORS, values, strict=True)}
+            state |= zip((target.prefix + name for name in FACTORS), (a, b, u[index, 0], v[index]), strict=True)
         return Native(config, state)
-    pairs, sizes = {}, peft_files.modules_of(source.shape.block)
-    for module, (v, u) in vera.vectors.items():
-        in_size, out_size = sizes[module.name]
-        pairs[module] = Pair(vera.a[:, :in_size], (v.double()[:, None] * vera.b[:out_size] * u.double()).float())
+    sizes = peft_files.modules_of(source.shape.block)
+    pairs = {
+        module: Pair(vera.a[:, : sizes[module.name][0]], (v.double()[:, None] * vera.b[: len(v)] * u.double()).float())
+        for module, (v, u) in vera.vectors.items()
+    }
     return peft_files.native_lora(pairs, source)._replace(apart="its vectors are multiplied into the B of a lora here")

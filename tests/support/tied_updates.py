@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tiedlora.integrations.vllm.slots import FactorSlots
+from megatron_tiedlora.convert.vera_files import TargetFactors
 
 SLOTS = 4
 # The slot of each token, -1 for the base. The runs of a slot are ragged, apart, and longer than a tile; slot 2 is not
@@ -90,7 +90,7 @@ def make_update(
 def add_tied_update(kernels: Any, wrapper: Any, y: Tensor, x: Tensor, *factors_and_slices: Any) -> None:
     """What a layer calls."""
     *factors, slices = factors_and_slices
-    kernels.GpuTokens(wrapper).add_update(y, x, FactorSlots(*factors), slices)
+    kernels.GpuTokens(wrapper).add_update(y, x, TargetFactors(*factors), slices)
 
 
 def check_update(add: Callable[..., None], wrapper: Any, update: Update) -> None:

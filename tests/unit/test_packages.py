@@ -38,7 +38,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 # Imported and not declared: vLLM loads the plugin in its own environment, and pins torch and transformers.
-OF_VLLM = {"vllm", "triton"}
+OF_VLLM = {"vllm", "triton", "starlette"}
 CORE = declared(PROJECT["dependencies"])
 OF_EXTRAS = {name: declared(lines) for name, lines in PROJECT["optional-dependencies"].items()}
 USERS = ("train", "eval", "check", "peft", "quantised", "mpi", "gpu")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tiedlora.integrations.vllm.slots import FactorSlots
+from megatron_tiedlora.convert.vera_files import TargetFactors
 
 _SHORT = 4  # tokens; runs that are shorter on average are computed together, from copies of each token's factors
 
@@ -29,7 +29,7 @@ class CpuTokens:
         self.order[: len(order)] = order
         self.counts.copy_(torch.bincount(slots + 1, minlength=len(self.counts)))
 
-    def add_update(self, y: Tensor, x: Tensor, slots: FactorSlots, slices: tuple[int, ...]) -> None:
+    def add_update(self, y: Tensor, x: Tensor, slots: TargetFactors, slices: tuple[int, ...]) -> None:
         """Add v B u A x to y (tokens, out) in place, with the factors of each token's slot and x (tokens, in)."""
         torch.ops.tied_lora.add_update_cpu(y, x, *slots, self.order, self.counts, list(slices))
 

@@ -7,7 +7,7 @@ equals a plain LoRA.
 import logging
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
 from megatron_tiedlora.base.files import read_json_object, read_json_or_none
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.checkpoint.base_identity import check_same_base, identify_shape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter, load_native_adapter, read_config
 from megatron_tiedlora.checkpoint.sources import ModelSource
@@ -31,59 +32,55 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own l
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter folder as it is served with the model `source`.
+    """An adapter as it is served with the model `source`.
 
     Attributes:
-        stored: what the folder contains.
+        adapter: the native adapter, or the config of a PEFT adapter (see `read_unloaded`).
+        vera: the PEFT VeRA, if it is one.
     """
 
     source: ModelSource
-    stored: NativeAdapter | Vera
+    adapter: NativeAdapter
+    vera: Vera | None = None
 
     @property
     def rank(self) -> int:
         """Return the rank of A and B, which is also the rank of the equal plain LoRA."""
-        return self.stored.rank if isinstance(self.stored, Vera) else self.stored.config.rank
-
-    @cached_property
-    def tied(self) -> Mapping[str, TargetFactors] | None:
-        """Return the factors of each adapted linear by target name, or None if the layers do not share A and B."""
-        if isinstance(self.stored, Vera):
-            return vera_factors(self.stored, self.source)
-        return None if self.why_not_tied else _tied_factors(self.stored, self.source.shape.num_layers)
+        return self.adapter.config.rank
 
     @property
     def why_not_tied(self) -> str:
         """Return the reason why the layers do not share A and B, or "" if they do."""
-        if isinstance(self.stored, Vera):
-            return ""
-        config = self.stored.config
+        config = self.adapter.config
         shared = all(config.num_slots(name) == 1 for name, (_, factor) in config.tensors.items() if factor in "AB")
         return "" if shared else f"method {config.method}: its layers do not share A and B"
 
-    def lora_tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    @cached_property
+    def tied(self) -> Mapping[str, TargetFactors] | None:
+        """Return the factors of each adapted linear by target name, or None if the layers do not share A and B."""
+        if self.vera is not None:
+            return vera_factors(self.vera, self.source)
+        return None if self.why_not_tied else _tied_factors(self.adapter, self.source.shape.num_layers)
+
+    def lora_tensors(self) -> dict[str, Tensor]:
         """Return the equal plain LoRA of rank `rank` and scale 1 by the names of a PEFT file (see `peft_tensors`)."""
-        adapter = self.stored
-        if isinstance(adapter, Vera):
-            equal = native_vera(adapter, self.source)
-            adapter = NativeAdapter(equal.config, identify_shape(self.source, "fp32", weights_hash=""), equal.state)
-        return peft_tensors(self.source, adapter, rank=self.rank, dtype=dtype)
+        if self.vera is None:
+            return peft_tensors(self.source, self.adapter, rank=self.rank)
+        config, state, _ = native_vera(self.vera, self.source)
+        return peft_tensors(self.source, replace(self.adapter, config=config, state=state), rank=self.rank)
 
 
 def _tied_factors(adapter: NativeAdapter, num_layers: int) -> dict[str, TargetFactors]:
     """Return the factors of each target of a native adapter whose layers share A and B, by target name."""
     config, found = adapter.config, {}
-
-    def of_layers(name: str, layers: tuple[int, ...] = config.layers) -> Tensor:
-        values = adapter.state[name] if config.is_stacked(name) else adapter.state[name][None]
-        return values[[config.slot(name, layer) for layer in layers]]
-
-    index = [layer - 1 for layer in config.layers]
     for target in config.targets:
-        a, b = (of_layers(target.prefix + factor, config.layers[:1])[0] for factor in "AB")
         u, v = torch.zeros(num_layers, 1, config.rank), torch.zeros(num_layers, target.out_size)
-        u[index, 0], v[index] = of_layers(f"{target.prefix}u") * config.scale, of_layers(f"{target.prefix}v")
-        found[target.name] = TargetFactors(a, b, u, v)
+        for layer in config.layers:
+            tensors = ((name, adapter.state[name]) for name in (target.prefix + factor for factor in FACTORS))
+            a, b, u[layer - 1, 0], v[layer - 1] = (
+                tensor[config.slot(name, layer)] if config.is_stacked(name) else tensor for name, tensor in tensors
+            )
+        found[target.name] = TargetFactors(a, b, u * config.scale, v)
     return found
 
 
@@ -97,40 +94,36 @@ def is_plain_lora(folder: Path) -> bool:
 def read_served(folder: Path, source: ModelSource) -> ServedAdapter | None:
     """Return the native adapter or PEFT VeRA in `folder`, or None for a PEFT LoRA, which vLLM reads itself.
 
-    An export also contains its native adapter, which is returned if the PEFT files are equal to it.
-
-    Raises:
-        UserError: the folder contains no adapter, another kind of adapter, or damaged files, or its shapes do not fit
-            `source`.
-    """
+    An export also contains its native adapter, which is returned if the PEFT files are equal to it. Raise UserError if
+    the folder contains no adapter, another kind of adapter, or damaged files, or if its shapes do not fit `source`."""
     if is_plain_lora(folder):
         return None
-    content = read_json_or_none(folder / CONFIG_FILE) or {}
-    notes: tuple[str, ...] = ()
-    stored: NativeAdapter | Vera | None
+    adapter: NativeAdapter | None
+    content, notes, vera = read_json_or_none(folder / CONFIG_FILE) or {}, tuple[str, ...](), None
     if adapter_kind(folder, flag=str(folder)) == "native":
-        stored = load_native_adapter(folder)
+        adapter = load_native_adapter(folder)
     elif content.get("peft_type") == "VERA":
-        stored = read_vera(folder, content, source)
-        notes = stored.notes
+        vera = read_vera(folder, content, source)
+        adapter, notes = read_unloaded(folder, source).adapter, vera.notes
     else:
         opened = read_peft(folder, source)
-        stored, notes = opened.native, opened.notes
+        adapter, notes = opened.native, opened.notes
     for note in notes:
         logger.warning(note)
-    if isinstance(stored, NativeAdapter):
-        here = identify_shape(source, "fp32", weights_hash="")
-        check_same_base(stored.base_identity, here, source=str(folder), differs=True)  # compares only the shapes
-    return None if stored is None else ServedAdapter(source, stored)
+    if adapter is None:
+        return None
+    here = identify_shape(source, "fp32", weights_hash="")
+    check_same_base(adapter.base_identity, here, source=str(folder), differs=True)  # compares only the shapes
+    return ServedAdapter(source, adapter, vera)
 
 
-def read_unloaded(folder: Path, source: ModelSource) -> NativeAdapter:
+def read_unloaded(folder: Path, source: ModelSource) -> ServedAdapter:
     """Return the native or PEFT adapter in `folder` as its config describes it, without tensors. A PEFT adapter has the
     method lora or vera, and `source` as its base. Raise UserError if the config cannot be read."""
     content, shape = read_json_object(folder / CONFIG_FILE, kind="an adapter folder"), source.shape
     if "format_version" in content:
         config, base, _ = read_config(folder)
-        return NativeAdapter(config, base, {})
+        return ServedAdapter(source, NativeAdapter(config, base, {}))
     names: Collection[str] = shape.block.adaptable
     if isinstance(given := content.get("target_modules"), list):  # not a pattern
         modules = {str(name).rpartition(".")[2] for name in given}
@@ -138,7 +131,7 @@ def read_unloaded(folder: Path, source: ModelSource) -> NativeAdapter:
     method, rank = "vera" if content.get("peft_type") == "VERA" else "lora", read_rank(content.get("r"), f"{folder}: r")
     targets, layers = targets_of(shape, tuple(names)), tuple(range(1, shape.num_layers + 1))
     config = AdapterConfig(method, rank, rank, layers, targets, seed=0, init_std_a=0, init_std_b=0)
-    return NativeAdapter(config, identify_shape(source, "fp32", weights_hash=""), {})
+    return ServedAdapter(source, NativeAdapter(config, identify_shape(source, "fp32", weights_hash=""), {}))
 
 
 def check_served(
@@ -146,7 +139,7 @@ def check_served(
 ) -> None:
     """Raise UserError if a server with this --max-lora-rank, or with only tied slots, cannot serve an adapter, which
     `read_served` returned."""
-    served = served or ServedAdapter(source, read_unloaded(folder, source))
+    served = served or read_unloaded(folder, source)
     if max_rank is not None and served.rank > max_rank:
         said = f"{folder}: rank {served.rank} is greater than --max-lora-rank {max_rank}"
         raise UserError(f"{said}; increase it, or serve the merged model")

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tiedlora.integrations.vllm.slots import FactorSlots
+from megatron_tiedlora.convert.vera_files import TargetFactors
 
 _FEW, _MANY = 16, 64  # tokens of a tile; 16 are the fewest rows, and ranks, of a matmul on tensor cores
 _COLUMNS = 128  # of a tile
@@ -25,23 +25,10 @@ _COLUMNS = 128  # of a tile
 
 @triton.jit
 def _expand_tile(  # type: ignore[no-untyped-def]  # Triton reads annotations in its own way
-    y_ptr,
-    low_ptr,
-    b_ptr,
-    u_ptr,
-    v_ptr,
-    tokens_ptr,
-    counts_ptr,
-    starts_ptr,
-    slots_ptr,
-    ENDS: tl.constexpr,
-    FIRST_TILES: tl.constexpr,
-    NUM_SLICES: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    y_ptr, low_ptr, b_ptr, u_ptr, v_ptr, tokens_ptr, counts_ptr, starts_ptr, slots_ptr,
+    ENDS: tl.constexpr, FIRST_TILES: tl.constexpr, NUM_SLICES: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     # The tokens of group g are tokens[starts[g] : starts[g] + counts[g]], and their slot is slots[g]. It is -1 for
     # tokens without an adapter, and for groups that this batch does not have.
     group = tl.program_id(2)
@@ -72,11 +59,8 @@ def _expand_tile(  # type: ignore[no-untyped-def]  # Triton reads annotations in
     for rank in range(0, RANK, BLOCK_K):
         ranks = rank + tl.arange(0, BLOCK_K)
         used = ranks < RANK
-        b = tl.load(
-            b_ptr + slot * (OUT * RANK) + columns[None, :] * RANK + ranks[:, None],
-            mask=inside[None, :] & used[:, None],
-            other=0,
-        )
+        b_at = b_ptr + slot * (OUT * RANK) + columns[None, :] * RANK + ranks[:, None]
+        b = tl.load(b_at, mask=inside[None, :] & used[:, None], other=0)
         low = tl.load(low_ptr + token[:, None] * RANK + ranks[None, :], mask=present[:, None] & used[None, :], other=0)
         u = tl.load(u_ptr + (slot * NUM_SLICES + own) * RANK + ranks, mask=used, other=0)
         total = tl.dot((low * u[None, :]).to(b.dtype), b, total, input_precision="ieee")
@@ -126,7 +110,7 @@ class GpuTokens:
     def prepare(self) -> None:
         """Do nothing. The wrapper has sorted the tokens by slot."""
 
-    def add_update(self, y: Tensor, x: Tensor, factors: FactorSlots, slices: tuple[int, ...]) -> None:
+    def add_update(self, y: Tensor, x: Tensor, factors: TargetFactors, slices: tuple[int, ...]) -> None:
         """Add v * (B (u * (A x))) to the tokens of every slot, in place. Rows of tokens without an adapter do not
         change.
 

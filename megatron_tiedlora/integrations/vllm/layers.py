@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-from megatron_tiedlora.integrations.vllm.slots import FactorSlots
+from megatron_tiedlora.convert.vera_files import TargetFactors
 
 
 class TiedLayer:
@@ -19,7 +19,7 @@ class TiedLayer:
     """
 
     keeps_plain = False
-    slots: FactorSlots | None = None
+    slots: TargetFactors | None = None
     tokens: Any = None
     output_slices: tuple[int, ...]
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from vllm import envs
@@ -14,7 +13,6 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.peft_helper import PEFTHelper
-from vllm.lora.punica_wrapper import get_punica_wrapper
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.torch_utils import PIN_MEMORY
@@ -22,25 +20,24 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text
 from megatron_tiedlora.checkpoint.base_identity import model_source
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.integrations.vllm import factors
 from megatron_tiedlora.integrations.vllm.cpu import CpuTokens
 from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, TargetFactors
 from megatron_tiedlora.integrations.vllm.layers import TiedLayer, tied_class
-from megatron_tiedlora.integrations.vllm.slots import FactorSlots, LinearSlots
-
-Mode = Literal["expanded", "tied", "both"]
-_MODES: Mapping[Any, Mode] = {False: "expanded", True: "tied", "both": "both"}
+from megatron_tiedlora.integrations.vllm.slots import LinearSlots
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 
 
-def serving_mode(vllm_config: Any) -> Mode:
-    """Return how the server holds tied adapters, from --additional-config. Raise ValueError if it is unknown."""
+def serving_mode(vllm_config: Any) -> bool | str:
+    """Return whether the server has tied slots, or "both" if it also has vLLM's own, from --additional-config. Raise
+    ValueError for another value."""
     given = vllm_config.additional_config
     value = given.get("tied_lora", False) if isinstance(given, dict) else False
-    if not isinstance(value, bool | str) or value not in _MODES:
+    if not isinstance(value, bool) and value != "both":
         raise ValueError(f'--additional-config: tied_lora = {value!r} is unknown; give true, false or "both"')
-    return _MODES[value]
+    return value
 
 
 def _source_of(vllm_config: Any) -> ModelSource:
@@ -55,7 +52,7 @@ class TiedLoRAModel(LoRAModel):
         shards: the factors on this rank, by the names of `LinearSlots`.
     """
 
-    shards: Mapping[str, FactorSlots] = {}
+    shards: Mapping[str, TargetFactors] = {}
 
 
 class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
@@ -64,33 +61,23 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def __init__(self, vllm_config: Any, *args: Any, **options: Any) -> None:
         super().__init__(vllm_config, *args, **options)
         self._vllm_config, self._mode = vllm_config, serving_mode(vllm_config)
-        if self._mode != "expanded":
+        if self._mode:
             self._manager_cls = TiedLoRAModelManager
 
-    @cached_property
-    def _source(self) -> ModelSource:
-        return _source_of(self._vllm_config)
-
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
-        folder = Path(get_adapter_absolute_path(lora_request.lora_path))
-        try:
-            only_tied, limit = self._mode == "tied", self.lora_config.max_lora_rank
-            if not folder.is_dir() or (factors.is_plain_lora(folder) and not only_tied):
-                return super()._load_adapter(lora_request)
-            served = factors.read_served(folder, self._source)
-            factors.check_served(folder, served, self._source, max_rank=limit, only_tied=only_tied)
-            if served is None:
-                return super()._load_adapter(lora_request)
-            return self._loaded(served, folder, lora_request.lora_int_id)
-        except UserError as error:
-            raise ValueError(str(error)) from None
+        folder, only_tied = Path(get_adapter_absolute_path(lora_request.lora_path)), self._mode is True
+        if folder.is_dir() and (only_tied or not factors.is_plain_lora(folder)):
+            source, limit = _source_of(self._vllm_config), self.lora_config.max_lora_rank
+            served = factors.read_served(folder, source)
+            factors.check_served(folder, served, source, max_rank=limit, only_tied=only_tied)
+            if served is not None:
+                return self._loaded(served, folder, lora_request.lora_int_id)
+        return super()._load_adapter(lora_request)
 
     def _loaded(self, served: ServedAdapter, folder: Path, adapter_id: int) -> LoRAModel:
-        tied = None if self._mode == "expanded" else served.tied
-        manager, adaptable = self._adapter_manager, self._source.shape.block.adaptable
+        manager, tied = self._adapter_manager, served.tied if self._mode else None
         tensors = served.lora_tensors() if tied is None else {}
-        changed = {rows.module for target in tied or () for rows in adaptable[target].sources}
-        names = {name.rpartition(".")[2] for name in (*changed, *(name.rpartition(".lora_")[0] for name in tensors))}
+        names = {*target_modules(served.source.shape.block, tied or ()), *(name.split(".")[-3] for name in tensors)}
         parts = (part for fused in manager.packed_modules.values() for part in fused)
         here = {name.rpartition(".")[2] for name in (*manager.modules, *parts)}
         if missing := sorted(names - here):
@@ -98,7 +85,11 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             raise UserError(f"{said}; start it with --lora-target-modules {' '.join(sorted(names | here))}")
         if tied is not None:
             return manager.tied_model(adapter_id, served.rank, tied)
+        if manager.supports_mm:
+            raise UserError(f"{folder}: multimodal models have only plain LoRAs; serve an export of this adapter")
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+        # Until vLLM 0.28 the method has the second name.
+        renames = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
         return LoRAModel.from_lora_tensors(
             adapter_id,
             tensors,
@@ -106,7 +97,7 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             device="cpu",
             dtype=self.lora_config.lora_dtype,
             model_vocab_size=self.vocab_size,
-            weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+            weights_mapper=renames and renames(),
         )
 
 
@@ -142,10 +133,9 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         self._wrapper = self.punica_wrapper_mapping.get(DEFAULT_LANGUAGE_WRAPPER_KEY)
         if self._wrapper is None:
-            raise ValueError("tied_lora: multimodal models are not supported; start the server without it")
-        if self._keeps_plain:
-            sizes = {"max_batches": self.max_num_seqs, "device": self.device, "lora_config": self.lora_config}
-            self._wrapper = get_punica_wrapper(max_num_batched_tokens, **sizes)
+            raise ValueError("tied_lora: multimodal models have only plain LoRAs; start the server without it")
+        if self._keeps_plain:  # vLLM's own slots have a wrapper of their own
+            super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         if self.device.type == "cpu":
             self.tokens: Any = CpuTokens(self._wrapper, max_num_batched_tokens, self.lora_slots)
         else:
@@ -191,12 +181,9 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def tied_model(self, lora_id: int, rank: int, tied: Mapping[str, TargetFactors]) -> TiedLoRAModel:
         """Return an adapter with its factors on this rank. Raise UserError if its sizes are not the served model's."""
-        pins, model = PIN_MEMORY and self.device.type != "cpu", TiedLoRAModel(lora_id, rank, {})
-        linears = ((name, linear) for name, linear in self.linears.items() if linear.target in tied)
-        shards = {name: linear.cut(tied[linear.target]) for name, linear in linears}
-        if pins:
-            shards = {name: FactorSlots(*(each.pin_memory() for each in shard)) for name, shard in shards.items()}
-        model.shards = shards
+        model, pins = TiedLoRAModel(lora_id, rank, {}), PIN_MEMORY and self.device.type != "cpu"
+        adapted = {name: linear for name, linear in self.linears.items() if linear.target in tied}
+        model.shards = {name: linear.cut(tied[linear.target], pins) for name, linear in adapted.items()}
         return model
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
@@ -223,11 +210,7 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         self.tokens.prepare()
 
     def _check_linears(self) -> None:
-        """Compare one layer of each linear with plain PyTorch, for one random adapter and the base.
-
-        Raises:
-            RuntimeError: the outputs differ.
-        """
+        """Raise RuntimeError if one layer of a linear differs from plain PyTorch, for a random adapter or the base."""
         draw = torch.Generator().manual_seed(0)
         self.add_adapter(TiedLoRAModel(1, self.lora_config.max_lora_rank, {}))
         self.activate_adapter(1)  # in slot 0
@@ -235,14 +218,16 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         adapted = torch.tensor(ids) > 0
         self._set_adapter_mapping(LoRAMapping(ids, ids[: self.max_num_seqs]))
         for name, linear in self.linears.items():
-            shard = FactorSlots(*(torch.randn(part.shape, generator=draw).to(part.dtype) for part in linear.part(0)))
-            linear.set(0, shard)
+            shard = TargetFactors(*(torch.randn(part.shape, generator=draw).to(part.dtype) for part in linear.part(0)))
+            for slot in (0, self.lora_slots - 1):  # a wrong index of the base's tokens means the last one
+                linear.set(slot, shard)
             a, b, u, v = (part.float() for part in shard)
             x, y = (torch.randn(len(ids), size, generator=draw).to(shard.b.dtype) for size in (len(a.T), len(b)))
-            u_of_rows = u[0].repeat_interleave(torch.tensor(linear.slices), dim=0)
-            expected = y.float() + x.float() @ a.T @ (b * u_of_rows).T * v[0]
+            of_rows = b * u[0].repeat_interleave(torch.tensor(linear.slices), dim=0)
+            expected = y.float() + x.float() @ a.T @ of_rows.T * v[0]
             found = linear.first._apply_lora_to_output(x.to(self.device), y.to(self.device)).cpu()
-            linear.set(0, None)
+            for slot in (0, self.lora_slots - 1):
+                linear.set(slot, None)
             error = (found.float() - expected)[adapted].abs().max() / expected[adapted].abs().max()
             # GPUs multiply fp32 in tf32.
             limit = max(4 * torch.finfo(x.dtype).eps, 1e-5 if self.device.type == "cpu" else 2e-3)
@@ -254,6 +239,5 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
 
 def _only(mapping: LoRAMapping, ids: set[int]) -> LoRAMapping:
     """Return a mapping in which the tokens of all other adapters use the base."""
-    both = mapping.index_mapping, mapping.prompt_mapping
-    index, prompt = (tuple(one if one in ids else 0 for one in each) for each in both)
-    return replace(mapping, index_mapping=index, prompt_mapping=prompt)
+    both = {"index_mapping": mapping.index_mapping, "prompt_mapping": mapping.prompt_mapping}
+    return replace(mapping, **{name: tuple(one if one in ids else 0 for one in each) for name, each in both.items()})

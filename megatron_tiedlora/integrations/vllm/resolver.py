@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
@@ -19,7 +20,7 @@ from vllm.lora.resolver import LoRAResolver
 from megatron_tiedlora.base.messages import UserError, first_line, naming
 from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.checkpoint.base_identity import base_differences, identify_model
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE, NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import read_header
 from megatron_tiedlora.convert import index, inputs
@@ -31,6 +32,18 @@ from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, HUB, PLUGIN
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 _FILES = [CONFIG_FILE, WEIGHTS_FILE]
 _ALL_FILES = [*_FILES, inputs.EXPORT_RECORD, *(f"{inputs.NATIVE_FOLDER}/{name}" for name in _FILES)]
+
+
+_BY_PATH = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")  # vLLM's routes that take any path or name
+
+
+async def only_by_name(request: Any, call_next: Any) -> Any:
+    """Answer 404 to requests that would load an adapter from any path, or remove one. It is a middleware of vLLM."""
+    if request.scope["path"].startswith(_BY_PATH):
+        from starlette.responses import JSONResponse
+
+        return JSONResponse({"error": {"message": "adapters are loaded by their names", "code": 404}}, status_code=404)
+    return await call_next(request)
 
 
 class AdapterResolver(LoRAResolver):
@@ -112,8 +125,8 @@ class AdapterResolver(LoRAResolver):
         served, trained = read_served(folder, source), exported_base(folder, identity)
         if served is None:
             read_header(folder / WEIGHTS_FILE)  # of a LoRA, whose tensors vLLM reads itself
-        elif isinstance(served.stored, NativeAdapter):
-            trained = served.stored.base_identity
+        elif served.vera is None:
+            trained = served.adapter.base_identity
         check_served(folder, served, source, **self._limits)
         if trained is None:
             logger.info("%s: PEFT files do not record whether their base is %s", folder, base_model)

@@ -21,7 +21,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 PLUGIN = "tied_lora"  # the name of the plugin, and its key in vLLM's --additional-config
 ADAPTERS, HUB = "TIEDLORA_ADAPTERS", "TIEDLORA_HUB"  # variables for `resolver`
 _TIED = {"tied": [True], "both": [True, False], "expanded": [False]}  # the slots of each kind
-_MOST_TIED = 64  # slots by default, if all are tied
+_TIED_SLOTS = 64  # by default, if all are tied
 _CACHE_BYTES = 16e9  # host memory that --max-cpu-loras may use by default
 _MOST_PROBLEMS = 5  # that are told one by one
 
@@ -35,12 +35,11 @@ def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[
             continue  # an export of this run
         named, native = folder.parent if folder.name in UNNAMED and folder != root else folder, folder / NATIVE_FOLDER
         try:
-            adapter = read_unloaded(native if (native / CONFIG_FILE).is_file() else folder, source)
-            if adapter.base_identity.base_hash != source.base_hash:
+            served = read_unloaded(native if (native / CONFIG_FILE).is_file() else folder, source)
+            if served.adapter.base_identity.base_hash != source.base_hash:
                 raise UserError(f"{folder}: its base is not {source.name}")
-            served = ServedAdapter(source, adapter)
             check_served(folder, served, source, max_rank=serving.VLLM_RANKS[-1], only_tied=only_tied)
-            found[root.name if named == root else str(named.relative_to(root))] = adapter
+            found[root.name if named == root else str(named.relative_to(root))] = served.adapter
         except UserError as error:
             problems.append(f"not served: {error}")
     return found, problems
@@ -51,6 +50,8 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
     its environment, and notes. Raise UserError if none can be served, or if vLLM has no LoRA for the model."""
     if why := serving.why_no_lora(source.shape):
         raise UserError(f"--model {settings.model}: {why}")
+    if any(flag.replace("_", "-").startswith("--additional-config") for flag in settings.flags):
+        raise UserError("--additional-config has the kind of slots; take the command of --dry_run, and add to it")
     root = Path(os.path.abspath(settings.adapters))
     found, notes = find_servable(root, source, only_tied=settings.slots == "tied")
     if not found and not settings.hub:
@@ -60,14 +61,14 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
         notes[_MOST_PROBLEMS:] = [f"not served: {more} more"]
 
     tied = [not ServedAdapter(source, adapter).why_not_tied for adapter in found.values()]
-    kind = settings.slots or ("tied" if all(tied) else "both" if any(tied) else "expanded")
+    kind = settings.slots or ("both" if len({*tied}) != 1 else "tied" if all(tied) else "expanded")
     configs, linears = [adapter.config for adapter in found.values()], source.shape.block.adaptable
     adapted = {target.name for config in configs for target in config.targets} or linears
     targets = [name for name in linears if name in adapted]
     rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
     of_slot = [linears[name] for name in targets], rank, source.shape.num_layers
     size = sum(serving.slot_bytes(*of_slot, tied=is_tied) for is_tied in _TIED[kind])
-    slots = settings.max_loras or max(1, min(_MOST_TIED if kind == "tied" else serving.LARGEST_BATCH, len(found)))
+    slots = settings.max_loras or (_TIED_SLOTS if kind == "tied" else serving.LARGEST_BATCH)
     cached = max(slots, min(len(found), int(_CACHE_BYTES // size)))
     names = enumerate_names([*found]) or "only from the hub"
     notes.append(f"{count_text(len(found), 'adapter')} up to rank {rank} on {', '.join(targets)}: {names}")
@@ -75,6 +76,7 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
     notes.append(f"{count_text(slots, 'slot')} ({kind}) of {bytes_in_words(size)}; {in_memory}")
 
     words = serving.vllm_words(base_location(source), targets, rank=rank, slots=slots, cached=cached)
+    words += ["--middleware", f"{__package__}.resolver.only_by_name"]
     if kind != "expanded":
         words += ["--additional-config", json.dumps({PLUGIN: kind == "tied" or kind})]
     added = {ADAPTERS: str(root), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}

@@ -2,29 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.integrations.vllm.factors import TargetFactors
+from megatron_tiedlora.convert.vera_files import TargetFactors
 
-
-class FactorSlots(NamedTuple):
-    """The factors of one linear. `set` and a layer's operations use the same layout.
-
-    Attributes:
-        a: A, (slots, 1, r, local in).
-        b: B, (slots, 1, local out, r).
-        u: u in fp32, with alpha / r multiplied in: (layers, slots, slices, r), or (slots, slices, r) of one layer.
-        v: v, (layers, slots, local out), or (slots, local out) of one layer.
-    """
-
-    a: Tensor
-    b: Tensor
-    u: Tensor
-    v: Tensor
+Ints = Sequence[int]
 
 
 class LinearSlots:
@@ -36,17 +22,12 @@ class LinearSlots:
         target: the name of the adapted linear.
         blocks: the sizes of the linear's fused blocks.
         covered: the indices of the blocks that vLLM's layer computes.
+        slots: A (slots, 1, r, local in), B (slots, 1, local out, r), u in fp32 with alpha / r, (layers, slots, slices,
+            r), and v (layers, slots, local out). Each of vLLM's layers has views of A, B and its own u and v.
     """
 
     def __init__(
-        self,
-        name: str,
-        layers: Mapping[int, Any],
-        tokens: Any,
-        target: str,
-        blocks: Sequence[int],
-        covered: Sequence[int],
-        lora_config: Any,
+        self, name: str, layers: Mapping[int, Any], tokens: Any, target: str, blocks: Ints, covered: Ints, config: Any
     ) -> None:
         self.name, self.target, self.blocks, self.covered = name, target, tuple(blocks), tuple(covered)
         self.layers = dict(sorted(layers.items()))
@@ -55,9 +36,9 @@ class LinearSlots:
         if len(sizes) > 1:
             raise UserError(f"{name} has different sizes in different layers, {sorted(sizes)}; serve without tied_lora")
         ((in_size, self.slices),) = sizes
-        out_size, num_slots, rank = sum(self.slices), lora_config.max_loras, lora_config.max_lora_rank
-        new = partial(torch.zeros, dtype=lora_config.lora_dtype, device=self.first.device)
-        self.slots = FactorSlots(
+        out_size, num_slots, rank = sum(self.slices), config.max_loras, config.max_lora_rank
+        new = partial(torch.zeros, dtype=config.lora_dtype, device=self.first.device)
+        self.slots = TargetFactors(
             new(num_slots, 1, rank, in_size),
             new(num_slots, 1, out_size, rank),
             new(len(layers), num_slots, len(self.slices), rank, dtype=torch.float32),
@@ -72,14 +53,12 @@ class LinearSlots:
         """Return the bytes that one slot takes on this rank."""
         return sum(tensor.nbytes for tensor in self.slots) // len(self.slots.a)
 
-    def cut(self, factors: TargetFactors) -> FactorSlots:
-        """Return one adapter's factors on this rank, in the slots' dtypes and without the dimension of slots.
+    def cut(self, factors: TargetFactors, pins: bool = False) -> TargetFactors:
+        """Return one adapter's factors on this rank, in the slots' dtypes and without the dimension of slots, in pinned
+        host memory if `pins` is true.
 
-        vLLM's layer cuts A and B itself. v is cut like the rows of B, and u is not cut.
-
-        Raises:
-            UserError: the sizes are not those of the served model.
-        """
+        vLLM's layer cuts A and B itself. v is cut like the rows of B, and u is not cut. Raise UserError if the sizes
+        are not those of the served model."""
         out_size, in_size, index = sum(self.blocks), self.slots.a.shape[-1], list(self.layers)
         if len(factors.b) != out_size or index[-1] >= len(factors.u):
             raise UserError(f"{self.target}: B has {len(factors.b)} rows, but the served model has {out_size}")
@@ -89,23 +68,21 @@ class LinearSlots:
         u = factors.u[index] if factors.u.shape[1] == 1 else factors.u[index][:, list(self.covered)]
         u, v = u.expand(-1, len(self.slices), -1), self._local_rows(factors.v[index].T).T
         tensors = a, self._local_rows(factors.b), u, v
-        dtypes = (slot.dtype for slot in self.slots)
-        return FactorSlots(*(value.to(dtype).contiguous() for value, dtype in zip(tensors, dtypes, strict=True)))
+        cast = (value.to(slot.dtype).contiguous() for value, slot in zip(tensors, self.slots, strict=True))
+        return TargetFactors(*(value.pin_memory() if pins else value for value in cast))
 
     def _local_rows(self, rows: Tensor) -> Tensor:
         """Return this rank's rows of (out, n)."""
-        parts = [rows.split(self.blocks)[block] for block in self.covered]
-        if len(self.slices) > 1:
-            return torch.cat(self.first.slice_lora_b(parts))
-        local: Tensor = self.first.slice_lora_b(torch.cat(parts))
-        return local
+        parts, is_fused = [rows.split(self.blocks)[block] for block in self.covered], len(self.slices) > 1
+        local = self.first.slice_lora_b(parts if is_fused else torch.cat(parts))
+        return torch.cat(local if is_fused else [local])
 
-    def part(self, slot: int, rank: int | None = None) -> FactorSlots:
+    def part(self, slot: int, rank: int | None = None) -> TargetFactors:
         """Return the part of a slot that an adapter uses, by default one of the highest rank (see `cut`)."""
         a, b, u, v = self.slots
-        return FactorSlots(a[slot, 0, :rank], b[slot, 0, :, :rank], u[:, slot, :, :rank], v[:, slot])
+        return TargetFactors(a[slot, 0, :rank], b[slot, 0, :, :rank], u[:, slot, :, :rank], v[:, slot])
 
-    def set(self, slot: int, shard: FactorSlots | None) -> None:
+    def set(self, slot: int, shard: TargetFactors | None) -> None:
         """Copy one adapter's factors (see `cut`) into a slot. None sets the slot to zero."""
         for whole in self.part(slot):  # the slot may hold an adapter of a higher rank
             whole.zero_()

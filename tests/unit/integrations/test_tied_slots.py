@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.integrations.vllm.cpu import CpuTokens, add_update_cpu
 from megatron_tiedlora.integrations.vllm.factors import TargetFactors
-from megatron_tiedlora.integrations.vllm.slots import FactorSlots, LinearSlots
+from megatron_tiedlora.integrations.vllm.slots import LinearSlots
 
 HEADS, KV_HEADS, DIM, HIDDEN, LAYERS = 8, 2, 4, 24, 3
 QKV = (HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM)
@@ -31,7 +31,7 @@ class Layer:
     columns: slice = field(default_factory=lambda: slice(None))
     fused: tuple[int, ...] = ()  # the sizes of the blocks that one slice contains
     device = torch.device("cpu")
-    slots: FactorSlots | None = None
+    slots: TargetFactors | None = None
 
     def slice_lora_a(self, a: Tensor) -> Tensor:
         return a[:, self.columns]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,9 +132,7 @@ def test_links_stay_in_the_folder(module: Any, root: Path, bases: Path) -> None:
     names = ("outside", "file", "circle", "team", "native")
     assert [found(resolver, name, base) for name in names] == [None] * len(names)
     (root / "all").symlink_to(team)
-    assert found(resolver_of(module, root / "all"), "run", base) == team / "run/adapter", (
-        "the folder itself is a link"
-    )
+    assert found(resolver_of(module, root / "all"), "run", base) == team / "run/adapter", "the folder itself is a link"
 
 
 def test_names_in_the_index(module: Any, root: Path, bases: Path) -> None:
@@ -212,7 +210,7 @@ def test_damage_is_an_error_with_the_file(module: Any, root: Path, bases: Path) 
 
 def test_what_does_not_fit_the_server_is_an_error(module: Any, root: Path, bases: Path) -> None:
     """As the server's own command says. A worker that knows more refuses it too."""
-    both, base = "serve M --enable-lora --additional-config '{\"tied_lora\": \"both\"}'", bases / "mine"
+    both, base = 'serve M --enable-lora --additional-config \'{"tied_lora": "both"}\'', bases / "mine"
     tied = both.replace('"both"', "true")
     for command, names in {
         f"{tied} --max-lora-rank 8": {"plain": "method lora", "lora": "method lora", "team/run": ""},
@@ -228,7 +226,7 @@ def test_what_does_not_fit_the_server_is_an_error(module: Any, root: Path, bases
                 continue
             said = refusal(found, resolver, name, base)
             assert said.startswith(f"LoRA adapter {name}: {root}/{name}") and why in said, (command, said)
-            assert "rank" in why or "start the server with --additional-config '{\"tied_lora\": \"both\"}'" in said
+            assert "rank" in why or 'start the server with --additional-config \'{"tied_lora": "both"}\'' in said
 
 
 def test_requests_at_once_read_the_base_once(
@@ -288,7 +286,8 @@ def test_names_on_the_hub(
         "me/foreign": files_below(root / "foreign"), "you/tied": files_below(root / "plain"),
         "me/none": {"README.md": b"text"},
     }  # fmt: skip
-    base, resolver = bases / "mine", resolver_of(module, root, "me, they")
+    tied_slots = """--additional-config '{"tied_lora": true}'"""  # files of the hub's cache are links
+    base, resolver = bases / "mine", resolver_of(module, root, "me, they", tied_slots)
     snapshot = found(resolver, "me/tied", base)
     assert snapshot is not None and snapshot.is_relative_to(tmp_path / "cache")
     assert files_below(snapshot).keys() == {CONFIG, WEIGHTS, RECORD, f"native/{CONFIG}", f"native/{WEIGHTS}"}
@@ -302,4 +301,16 @@ def test_names_on_the_hub(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert found(resolver, "me/tied", base) == snapshot and found(resolver, "me/unknown", base) is None
     shutil.copytree(root / "plain", root / "me/tied")
-    assert found(resolver, "me/tied", base) == root / "me/tied"
+    assert found(resolver_of(module, root, "me, they"), "me/tied", base) == root / "me/tied"
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters/x", "/v1/completions"])
+def test_adapters_are_not_loaded_from_any_path(module: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = SimpleNamespace(JSONResponse=lambda content, status_code: status_code)
+    monkeypatch.setitem(sys.modules, "starlette.responses", answers)
+
+    async def next_one(request: Any) -> int:
+        return 200
+
+    status = asyncio.run(module.only_by_name(SimpleNamespace(scope={"path": path}), next_one))
+    assert status == (200 if path == "/v1/completions" else 404)

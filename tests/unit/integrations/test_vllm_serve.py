@@ -18,7 +18,7 @@ from support.peft_folders import changed
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.messages import bytes_in_words
+from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.commands.front import call, main
 from megatron_tiedlora.convert.collection import build_index
@@ -64,8 +64,9 @@ def test_the_command_of_tied_adapters(base: Path, root: Path, capsys: pytest.Cap
     words, notes = planned(capsys, base, root)
     assert words == [
         f"TIEDLORA_ADAPTERS={root}", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "vllm", "serve", str(base), "--enable-lora",
-        "--max-lora-rank", "8", "--lora-target-modules", "qkv_proj", "o_proj", "--max-loras", "2",
-        "--max-cpu-loras", "2", "--additional-config", '{"tied_lora": true}',
+        "--max-lora-rank", "8", "--lora-target-modules", "qkv_proj", "o_proj", "--max-loras", "64",
+        "--max-cpu-loras", "64", "--middleware", "megatron_tiedlora.integrations.vllm.resolver.only_by_name",
+        "--additional-config", '{"tied_lora": true}',
     ]  # fmt: skip
     assert "# 2 adapters up to rank 8 on qkv, o_proj: out and team/run" in notes
     words, _ = planned(capsys, base, root, *["--hub", "me", "you", "--max_loras", "5", "--", "--port", "1", "-x"])
@@ -83,6 +84,22 @@ def test_names_are_those_that_the_server_finds(base: Path, root: Path, capsys: p
     build_index(root)
     shutil.copytree(root / "out", root / "new")
     assert ": new, out, peft and team/run\n" in planned(capsys, base, root)[1], "an index may be older"
+
+
+def test_a_folder_without_adapters_yet(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adapters of the hub may be of both kinds, and come later."""
+    (tmp_path / "empty").mkdir()
+    words, notes = planned(capsys, base, tmp_path / "empty", "--hub", "me")
+    assert words[-2:] == ["--additional-config", '{"tied_lora": "both"}'] and "only from the hub" in notes
+    assert words[words.index("--max-loras") + 1] == "8"
+
+
+@pytest.mark.parametrize("flag", ["--additional-config", "--additional_config.other"])
+def test_the_kind_of_slots_is_not_overwritten(
+    flag: str, base: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="--additional-config has the kind of slots; take the command of --dry_run"):
+        planned(capsys, base, root, "--", flag, "1")
 
 
 def test_kinds_of_slots(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,12 +230,15 @@ SIZES = [
     ("llama2-70b", ("qkv",), 8, 1_940_992, 44_564_480),
     ("llama2-70b", None, 8, 15_648_256, 207_093_760),
     ("llama2-70b", ("qkv",), 64, 4_059_136, 356_515_840),
+    ("phi3", ("qkv",), 8, 7_776, 18_432),  # q, k and v are one module
 ]
+PHI3 = {**SMALL, "model_type": "phi3", "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "pad_token_id": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "targets", "rank", "tied", "expanded"), SIZES)
 def test_bytes_of_a_slot(name: str, targets: tuple[str, ...] | None, rank: int, tied: int, expanded: int) -> None:
-    shape = shape_from_hf({"135M": SMALL, **PRESETS}[name])
+    shape = shape_from_hf({"135M": SMALL, "phi3": PHI3, **PRESETS}[name])
     linears = [linear for target, linear in shape.block.adaptable.items() if targets is None or target in targets]
     assert slot_bytes(linears, rank, shape.num_layers, tied=True) == tied
     assert slot_bytes(linears, rank, shape.num_layers, tied=False) == expanded
@@ -231,13 +251,13 @@ def test_the_table_of_the_docs() -> None:
     expected = [
         (name.removeprefix("llama2-").upper(), "qkv" if targets else "all", str(rank), f"{tied:,}", f"{expanded:,}",
          f"{expanded / tied:.0f}", f"{10**10 // tied:,}", f"{10**10 // expanded:,}")
-        for name, targets, rank, tied, expanded in SIZES[2:]
+        for name, targets, rank, tied, expanded in SIZES[2:-1]
     ]  # fmt: skip
     assert rows == expected
 
 
 def test_numbers_of_slots(base: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As many as there are adapters, at most 64 tied ones or 8 others. What one takes is said."""
+    """64 tied ones or 8 others. What one takes is said."""
     for number in range(70):
         shutil.copytree(root / "out", root / f"many/{number:02}")
     shape = shape_from_hf(json.loads((base / "config.json").read_text()))
