@@ -44,11 +44,6 @@ class ServedAdapter:
     vera: Vera | None = None
 
     @property
-    def rank(self) -> int:
-        """Return the rank of A and B, which is also the rank of the equal plain LoRA."""
-        return self.adapter.config.rank
-
-    @property
     def why_not_tied(self) -> str:
         """Return the reason why the layers do not share A and B, or "" if they do."""
         config = self.adapter.config
@@ -63,11 +58,12 @@ class ServedAdapter:
         return None if self.why_not_tied else _tied_factors(self.adapter, self.source.shape.num_layers)
 
     def lora_tensors(self) -> dict[str, Tensor]:
-        """Return the equal plain LoRA of rank `rank` and scale 1 by the names of a PEFT file (see `peft_tensors`)."""
-        if self.vera is None:
-            return peft_tensors(self.source, self.adapter, rank=self.rank)
-        config, state, _ = native_vera(self.vera, self.source)
-        return peft_tensors(self.source, replace(self.adapter, config=config, state=state), rank=self.rank)
+        """Return the equal plain LoRA of the same rank and scale 1 by the names of a PEFT file (see `peft_tensors`)."""
+        adapter = self.adapter
+        if self.vera is not None:
+            config, state, _ = native_vera(self.vera, self.source)
+            adapter = replace(adapter, config=config, state=state)
+        return peft_tensors(self.source, adapter, rank=self.adapter.config.rank)
 
 
 def _tied_factors(adapter: NativeAdapter, num_layers: int) -> dict[str, TargetFactors]:
@@ -140,8 +136,8 @@ def check_served(
     """Raise UserError if a server with this --max-lora-rank, or with only tied slots, cannot serve an adapter, which
     `read_served` returned."""
     served = served or read_unloaded(folder, source)
-    if max_rank is not None and served.rank > max_rank:
-        said = f"{folder}: rank {served.rank} is greater than --max-lora-rank {max_rank}"
+    if max_rank is not None and (rank := served.adapter.config.rank) > max_rank:
+        said = f"{folder}: rank {rank} is greater than --max-lora-rank {max_rank}"
         raise UserError(f"{said}; increase it, or serve the merged model")
     if only_tied and served.why_not_tied:
         fix = 'start the server with --additional-config \'{"tied_lora": "both"}\''

@@ -82,15 +82,10 @@ def _add_expanded(
     block = _FEW if num_tokens <= _FEW else _MANY
     _expand_tile[triton.cdiv(num_tokens, block), sum(tiles), len(groups[-1])](
         *(y, low, b, u, v, *groups),
-        ENDS=tuple(accumulate(sizes)),
-        FIRST_TILES=(0, *accumulate(tiles[:-1])),
-        NUM_SLICES=len(sizes),
-        RANK=rank,
-        BLOCK_M=block,
-        BLOCK_N=_COLUMNS,
-        BLOCK_K=min(max(triton.next_power_of_2(rank), 16), 64),
+        ENDS=tuple(accumulate(sizes)), FIRST_TILES=(0, *accumulate(tiles[:-1])), NUM_SLICES=len(sizes), RANK=rank,
+        BLOCK_M=block, BLOCK_N=_COLUMNS, BLOCK_K=min(max(triton.next_power_of_2(rank), 16), 64),
         num_warps=4 if block == _FEW else 8,  # with 4, a large tile takes up to 246 registers of 255
-    )
+    )  # fmt: skip
 
 
 # An operator, which torch.compile calls and does not look into. It is registered when the module is imported, and not

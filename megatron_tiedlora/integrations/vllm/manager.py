@@ -75,7 +75,7 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return super()._load_adapter(lora_request)
 
     def _loaded(self, served: ServedAdapter, folder: Path, adapter_id: int) -> LoRAModel:
-        manager, tied = self._adapter_manager, served.tied if self._mode else None
+        manager, tied, rank = self._adapter_manager, served.tied if self._mode else None, served.adapter.config.rank
         tensors = served.lora_tensors() if tied is None else {}
         names = {*target_modules(served.source.shape.block, tied or ()), *(name.split(".")[-3] for name in tensors)}
         parts = (part for fused in manager.packed_modules.values() for part in fused)
@@ -84,21 +84,15 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             said = f"{folder}: adapts {', '.join(missing)}, for which the server has no slots"
             raise UserError(f"{said}; start it with --lora-target-modules {' '.join(sorted(names | here))}")
         if tied is not None:
-            return manager.tied_model(adapter_id, served.rank, tied)
+            return manager.tied_model(adapter_id, rank, tied)
         if manager.supports_mm:
             raise UserError(f"{folder}: multimodal models have only plain LoRAs; serve an export of this adapter")
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         # Until vLLM 0.28 the method has the second name.
         renames = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
-        return LoRAModel.from_lora_tensors(
-            adapter_id,
-            tensors,
-            PEFTHelper(r=served.rank, lora_alpha=served.rank, target_modules=sorted(names)),
-            device="cpu",
-            dtype=self.lora_config.lora_dtype,
-            model_vocab_size=self.vocab_size,
-            weights_mapper=renames and renames(),
-        )
+        helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=sorted(names))
+        options = {"device": "cpu", "dtype": self.lora_config.lora_dtype, "model_vocab_size": self.vocab_size}
+        return LoRAModel.from_lora_tensors(adapter_id, tensors, helper, weights_mapper=renames and renames(), **options)
 
 
 class TiedLoRAModelManager(LRUCacheLoRAModelManager):

@@ -32,8 +32,6 @@ from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, HUB, PLUGIN
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM shows only what its own loggers write
 _FILES = [CONFIG_FILE, WEIGHTS_FILE]
 _ALL_FILES = [*_FILES, inputs.EXPORT_RECORD, *(f"{inputs.NATIVE_FOLDER}/{name}" for name in _FILES)]
-
-
 _BY_PATH = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/adapters")  # vLLM's routes that take any path or name
 
 
@@ -65,9 +63,8 @@ class AdapterResolver(LoRAResolver):
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the request for the adapter `lora_name`, or None if there is none. Raise UserError if the name is
-        ambiguous, or if the adapter has a different base, is damaged or does not fit. The server's loop goes on."""
+        ambiguous, or if the adapter has a different base, is damaged or does not fit. vLLM replaces the number 1."""
         folder = await asyncio.to_thread(self._find, base_model_name, lora_name)
-        # vLLM replaces the number by one of its own.
         return None if folder is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
 
     def _find(self, base_model: str, name: str) -> Path | None:

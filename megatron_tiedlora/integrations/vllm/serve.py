@@ -21,7 +21,6 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 PLUGIN = "tied_lora"  # the name of the plugin, and its key in vLLM's --additional-config
 ADAPTERS, HUB = "TIEDLORA_ADAPTERS", "TIEDLORA_HUB"  # variables for `resolver`
 _TIED = {"tied": [True], "both": [True, False], "expanded": [False]}  # the slots of each kind
-_TIED_SLOTS = 64  # by default, if all are tied
 _CACHE_BYTES = 16e9  # host memory that --max-cpu-loras may use by default
 _MOST_PROBLEMS = 5  # that are told one by one
 
@@ -68,12 +67,11 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
     rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
     of_slot = [linears[name] for name in targets], rank, source.shape.num_layers
     size = sum(serving.slot_bytes(*of_slot, tied=is_tied) for is_tied in _TIED[kind])
-    slots = settings.max_loras or (_TIED_SLOTS if kind == "tied" else serving.LARGEST_BATCH)
+    slots = settings.max_loras or (64 if kind == "tied" else serving.LARGEST_BATCH)
     cached = max(slots, min(len(found), int(_CACHE_BYTES // size)))
-    names = enumerate_names([*found]) or "only from the hub"
-    notes.append(f"{count_text(len(found), 'adapter')} up to rank {rank} on {', '.join(targets)}: {names}")
-    in_memory = f"{count_text(cached, 'adapter')} in host memory"
-    notes.append(f"{count_text(slots, 'slot')} ({kind}) of {bytes_in_words(size)}; {in_memory}")
+    names, adapters, cache = enumerate_names([*found]), count_text(len(found), "adapter"), count_text(cached, "adapter")
+    notes.append(f"{adapters} up to rank {rank} on {', '.join(targets)}: {names or 'only from the hub'}")
+    notes.append(f"{count_text(slots, 'slot')} ({kind}) of {bytes_in_words(size)}; {cache} in host memory")
 
     words = serving.vllm_words(base_location(source), targets, rank=rank, slots=slots, cached=cached)
     words += ["--middleware", f"{__package__}.resolver.only_by_name"]

@@ -73,7 +73,7 @@ def dense(served: ServedAdapter) -> dict[tuple[int, str], Tensor]:
     found = {}
     for target, (a, b, u, v) in served.tied.items():
         blocks = served.source.shape.block.adaptable[target].blocks
-        assert u.shape == (LAYERS, u.shape[1], served.rank) and v.shape == (LAYERS, sum(blocks))
+        assert u.shape == (LAYERS, u.shape[1], served.adapter.config.rank) and v.shape == (LAYERS, sum(blocks))
         assert u.shape[1] in (1, len(blocks)) and {each.dtype for each in (a, b, u, v)} == {torch.float32}
         for layer in range(LAYERS):
             rows = torch.cat([u[layer, index % u.shape[1]].expand(size, -1) for index, size in enumerate(blocks)])
@@ -110,7 +110,7 @@ def from_lora(served: ServedAdapter, family: str) -> dict[tuple[int, str], Tenso
                 names = [f"base_model.model.model.layers.{layer}.{module}.lora_{one}.weight" for one in "AB"]
                 if names[0] in tensors:
                     a, b = (tensors[name].double() for name in names)
-                    assert len(a) == b.shape[1] == served.rank
+                    assert len(a) == b.shape[1] == served.adapter.config.rank
                     parts.append(b @ a)
                     used |= {*names}
                 else:
@@ -136,7 +136,7 @@ def test_a_native_adapter(bases: dict[str, Path], tmp_path: Path, family: str, p
     oracle = with_adapter(bases[family], method, layers, targets=targets)[2]
     adapter = write_native(tmp_path / "adapter", bases[family], oracle)
     served = read_served(tmp_path / "adapter", config_source(bases[family]))
-    assert served is not None and served.rank == 4
+    assert served is not None and served.adapter.config.rank == 4
     expected, source = expected_native(oracle), find_model(str(bases[family]))
     check_close(from_lora(served, family), expected, 3e-7)
     if method == "lora":
@@ -217,7 +217,7 @@ def test_a_vera_of_peft(bases: dict[str, Path], tmp_path: Path, name: str, saved
     peft.save_pretrained(tmp_path / "vera")
     assert ("base_model.vera_A" in load_file(tmp_path / "vera" / WEIGHTS)) == saved
     served = read_served(tmp_path / "vera", config_source(bases[family]))
-    assert served is not None and served.rank == 6 and served.why_not_tied == ""
+    assert served is not None and served.adapter.config.rank == 6 and served.why_not_tied == ""
     assert served.tied is not None and {key: one.u.shape[1] for key, one in served.tied.items()} == slices
     expected = merged_delta(peft, family)
     check_close(dense(served), expected, 1e-13)  # all products are taken in fp64
@@ -258,7 +258,7 @@ def test_an_export_contains_its_native_adapter(
             pad_rank_to=8,
         )
         served = read_served(folder, config_source(base))
-        assert served is not None and served.rank == 4 and not is_plain_lora(folder)
+        assert served is not None and served.adapter.config.rank == 4 and not is_plain_lora(folder)
         check_close(dense(served), expected_native(oracle), 3e-7)
     (folder / "native" / WEIGHTS).write_bytes(b"")
     assert not caplog.records
