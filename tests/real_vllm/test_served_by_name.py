@@ -241,7 +241,7 @@ def test_a_path_to_a_damaged_adapter(by_name: ByName) -> None:
     if by_name.server.mode == "both":  # `tiedlora serve` loads by name only
         assert reply.status == 404 and "loaded by their names" in reply.error
         return
-    assert reply.status == 400 and "checksum" in reply.error and "\n" not in reply.error.strip()
+    assert reply.status >= 400 and "checksum" in reply.error and "\n" not in reply.error.strip()
     asked = questions_of(by_name.model.of_method("tl6", "all"))
     assert not wrong_answers(asked, by_name.ask(asked))
 

@@ -100,10 +100,11 @@ def test_scores_and_the_summary(finished: tuple[Path, Ended]) -> None:
     (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("validation loss")]
     assert f"{before:.4f}" in line and f"{after:.4f}" in line
     commands = [line for line in ended.outputs[0].splitlines() if line.startswith("  tiedlora ")]
-    merge, verify = (shlex.split(command) for command in commands)  # as a shell reads them
+    merge, verify, serve = (shlex.split(command) for command in commands)  # as a shell reads them
     adapter = ["--adapter", str(folder / "adapter")]
     assert merge[1:] == ["merge", *adapter, "--output", str(folder / "merged")]
     assert verify[1:] == ["verify", *adapter, "--peft", str(folder / "peft")]
+    assert serve[1:] == ["serve", "--model", serve[3], "--adapters", str(folder)]
     assert "step/s" in ended.errors[0] and "tokens/s" in ended.errors[0]
 
 
