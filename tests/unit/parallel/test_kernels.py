@@ -26,7 +26,7 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
 from megatron_tiedlora.parallel.frozen_weight import wide_matmul
-from megatron_tiedlora.parallel.groups import UNSHARDED, RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_wide_rows, run_in_parts
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import compiled_kernels
@@ -45,7 +45,7 @@ def static() -> Kernels:
     plain = Kernels()
     kernels = plain.compiled(static_widths=True)
     kernels = replace(kernels, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
-    throughput.warm_up_widths(kernels, model_config(), UNSHARDED, dtype=torch.float32, device=HOST)
+    throughput.warm_up_widths(kernels, model_config(), TensorParallel(), dtype=torch.float32, device=HOST)
     return kernels
 
 
