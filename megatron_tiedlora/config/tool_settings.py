@@ -360,5 +360,5 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
 
     def one_step(self, **changes: Any) -> "BenchSettings":
         """Return the settings of one step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
-        names = (name for name, own in fields.declared(BenchSettings).items() if own.group in GROUPS_OF["scaling"][1:4])
+        names = (name for name, of in fields.declared(type(self)).items() if of.group in ("model", "adapter", "step"))
         return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text, enumerate_names
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, NativeAdapter
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapter_settings import ServeSettings
 from megatron_tiedlora.convert import serving
@@ -25,10 +25,10 @@ _CACHE_BYTES = 16e9  # host memory that --max-cpu-loras may use by default
 _MOST_PROBLEMS = 5  # that are told one by one
 
 
-def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[dict[str, NativeAdapter], list[str]]:
+def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[dict[str, ServedAdapter], list[str]]:
     """Return the adapters in `root` that a server of `source` can serve, without tensors, by their names in requests,
     and a sentence for each of the others. Raise UserError if `root` is not a folder."""
-    found, problems = dict[str, NativeAdapter](), list[str]()
+    found, problems = dict[str, ServedAdapter](), list[str]()
     for folder in progress_bar("adapters", "adapter", find_folders(root)):
         if folder != root and folder.name != "adapter" and RunFolder(folder.parent).is_run:
             continue  # an export of this run
@@ -38,7 +38,7 @@ def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[
             if served.adapter.base_identity.base_hash != source.base_hash:
                 raise UserError(f"{folder}: its base is not {source.name}")
             check_served(folder, served, source, max_rank=serving.VLLM_RANKS[-1], only_tied=only_tied)
-            found[root.name if named == root else str(named.relative_to(root))] = served.adapter
+            found[root.name if named == root else str(named.relative_to(root))] = served
         except UserError as error:
             problems.append(f"not served: {error}")
     return found, problems
@@ -59,9 +59,9 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
     if more := len(notes[_MOST_PROBLEMS:]):
         notes[_MOST_PROBLEMS:] = [f"not served: {more} more"]
 
-    tied = [not ServedAdapter(source, adapter).why_not_tied for adapter in found.values()]
+    tied = [not served.why_not_tied for served in found.values()]
     kind = settings.slots or ("both" if len({*tied}) != 1 else "tied" if all(tied) else "expanded")
-    configs, linears = [adapter.config for adapter in found.values()], source.shape.block.adaptable
+    configs, linears = [served.adapter.config for served in found.values()], source.shape.block.adaptable
     adapted = {target.name for config in configs for target in config.targets} or linears
     targets = [name for name in linears if name in adapted]
     rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
