@@ -100,7 +100,7 @@ MORE = {
     "evaluate": ["--test_file=gsm8k.jsonl", "--max_new_tokens=3"],
     "serve": ["--dry_run"],
     "push": ["--dry_run", "--output=published"],
-    "sweep": ["--dry_run", *(f"--{name}_file=squad.jsonl" for name in ("train", "validation", "test"))],
+    "sweep": ["--dry_run", "--ranks=2,8", *(f"--{name}_file=squad.jsonl" for name in ("train", "validation", "test"))],
 }
 OF_A_RUN = ("--max_steps=2", "--max_length=64", "--global_batch_size=8")
 # What starts ranks that this test starts itself, and the start of the command that each of them is.
