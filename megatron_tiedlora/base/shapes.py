@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 from megatron_tiedlora.base.messages import UserError, user_path
 
 ShardedDim = Literal["column", "row", "vocabulary"]
+# The activation of a gate. "gelu" is the approximation by tanh, 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+Activation = Literal["silu", "gelu"]
 # The names of a block's linears in adapters, in the order of computation. In files, the tensors of QKV have no prefix:
 # A, B, u and v.
 TARGET_NAMES = QKV, OUTPUT, GATE_UP, DOWN = "qkv", "o_proj", "gate_up", "down_proj"
@@ -91,16 +93,33 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 @dataclass(frozen=True)
 class RopeShape:
-    """The base `theta`, the rotated fraction `share` of a head, and the scaling of a rotary position embedding."""
+    """The base `theta`, the rotated fraction `share` of a head, and the scaling of a rotary position embedding.
+
+    Attributes:
+        interleaved: whether neighbouring elements of a head are rotated together, and not the elements of its halves.
+    """
 
     theta: float = 10000.0
     share: float = 1.0
     scaling: RopeScaling | None = None
+    interleaved: bool = False
+
+
+class AttentionKind(NamedTuple):
+    """The properties of attention in which the blocks of a model can differ.
+
+    Attributes:
+        rope: the rotary embedding; None if queries and keys are not rotated.
+        window: the number of tokens that a token attends to: itself and the tokens before it. None: all of them.
+    """
+
+    rope: RopeShape | None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
 class NormShape:
-    """A norm over `size` elements. RMS norm computes y = w x / sqrt(mean(x^2) + eps).
+    """A norm over `size` elements. RMS norm computes y = (offset + w) x / sqrt(mean(x^2) + eps).
 
     Attributes:
         name: name of the norm's weight within the layer.
@@ -110,6 +129,7 @@ class NormShape:
             RMS norm.
         sharded: whether the norm applies to the sharded output of a column-parallel linear. Its weight is then sharded
             in the same way.
+        offset: a number that is added to the weight w. The sum is computed and used in at least fp32.
     """
 
     name: str
@@ -118,6 +138,7 @@ class NormShape:
     source: str
     bias_name: str | None = None
     sharded: bool = False
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,8 @@ class HeadShape:
         dim: number of elements per head.
         query_norm, key_norm: norms of queries and keys before the rotation. A norm is computed over each head, or over
             all heads together if it is sharded.
+        multiplier: the factor of the scores; None for 1 / sqrt(dim).
+        cap: scores s are replaced by cap tanh(s / cap) before the softmax; None if they are not.
     """
 
     num: int
@@ -137,6 +160,13 @@ class HeadShape:
     rope: RopeShape
     query_norm: NormShape | None = None
     key_norm: NormShape | None = None
+    multiplier: float | None = None
+    cap: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the scores."""
+        return self.dim**-0.5 if self.multiplier is None else self.multiplier
 
     @property
     def rows(self) -> tuple[int, int, int]:
@@ -166,7 +196,7 @@ class HeadShape:
     def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> "HeadShape":
         counts = ((self.query_norm, num), (self.key_norm, num_kv))
         norms = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
-        return HeadShape(num, num_kv, dim, rope, *norms)
+        return HeadShape(num, num_kv, dim, rope, *norms, self.multiplier, self.cap)
 
     @property
     def norms(self) -> tuple[NormShape, ...]:
@@ -222,13 +252,16 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A block: x = x + norm output(attention(rotated qkv(norm x))), then x = x + norm down(silu(gate) * up), with gate
-    and up = gate_up(norm x). Each of the four norms may be None.
+    """A block: x = x + m norm output(attention(rotated qkv(norm x))), then x = x + m norm down(act(gate) * up), with
+    gate and up = gate_up(norm x). Each of the four norms may be None.
 
     Attributes:
         source: name of the Hugging Face module of a block, with {index} for the block's 0-based index.
         attention_norm, mlp_norm: norms of the inputs of attention and MLP.
         output_norm, down_norm: norms of the outputs of attention and MLP, before the residual addition.
+        activation: the function `act` of the gate.
+        multiplier: the factor `m` of the outputs of attention and MLP.
+        module: name of the block's module in transformers' model, if it differs from `source` (see `module_name`).
     """
 
     source: str
@@ -241,6 +274,16 @@ class BlockShape:
     gate_up: LinearShape
     down: LinearShape
     down_norm: NormShape | None
+    activation: Activation = "silu"
+    multiplier: float = 1.0
+    module: str = ""
+
+    def module_name(self, layer: int) -> str:
+        """Return the name that a block (1-based) has in transformers' model, where PEFT finds its linears.
+
+        Tensors of text models inside multimodal models can have a different prefix in files than in the model.
+        """
+        return (self.module or self.source).format(index=layer - 1)
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
         """Return a copy of this block with different heads and a different MLP width."""
@@ -293,8 +336,11 @@ class ModelShape:
     Attributes:
         limit: the maximum sequence length, at most `max_positions`.
         head: the head's linear. With tied embeddings, it is the embedding's weight under the head's name.
-        ropes: the rotary embedding of each block, or None for a block that has none. It is empty if all blocks use
-            `heads.rope`.
+        kinds: the kind of attention of each block. It is empty if all blocks use `heads.rope` and no window.
+        embedding_multiplier: the factor of the embeddings. `rounds_embedding`: whether the factor is rounded to the
+            dtype of the weights first.
+        logit_divisor: the number by which logits are divided.
+        logit_cap: logits z are replaced by cap tanh(z / cap); None if they are not.
     """
 
     num_layers: int
@@ -305,11 +351,15 @@ class ModelShape:
     final_norm: NormShape
     head: LinearShape
     tied_embeddings: bool
-    ropes: tuple[RopeShape | None, ...] = ()
+    kinds: tuple[AttentionKind, ...] = ()
+    embedding_multiplier: float = 1.0
+    rounds_embedding: bool = False
+    logit_divisor: float = 1.0
+    logit_cap: float | None = None
 
-    def rope_of(self, block: int) -> RopeShape | None:
-        """Return the rotary embedding of a block (1-based), or None if the block has none."""
-        return self.ropes[block - 1] if self.ropes else self.heads.rope
+    def kind_of(self, block: int) -> AttentionKind:
+        """Return the kind of attention of a block (1-based)."""
+        return self.kinds[block - 1] if self.kinds else AttentionKind(self.heads.rope)
 
     @property
     def vocab_size(self) -> int:
@@ -334,7 +384,7 @@ class ModelShape:
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> "ModelShape":
         """Return the same kind of model with different sizes, for code that does not use real weights.
 
-        The result has tied embeddings, and each block uses the rotary embedding of `heads`.
+        The result has tied embeddings, and each block uses the rotary embedding of `heads` without a window.
         """
         return replace(
             self,
@@ -343,7 +393,7 @@ class ModelShape:
             block=self.block.resized(heads, intermediate_size),
             head=replace(self.head, blocks=(vocab_size,)),
             tied_embeddings=True,
-            ropes=(),
+            kinds=(),
         )
 
 

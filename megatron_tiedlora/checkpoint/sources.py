@@ -41,7 +41,8 @@ class ModelSource:
         """Return a hash of the config's fields that determine the computation.
 
         The hash is stored with every adapter and checkpoint, so it must never change. Fields keep their first names. A
-        field that was added later is hashed only if its value differs from the value that all earlier models have.
+        field that was added later is hashed only if its value differs from the value that all earlier models have. So
+        windows are not hashed: they were not when rows longer than a window were rejected.
         """
         shape, block = self.shape, self.shape.block
         same_names = "vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_positions", "tied_embeddings"
@@ -63,12 +64,23 @@ class ModelSource:
         names = [part.name for part in block.parts if isinstance(part, shapes.NormShape) and part not in norms]
         if names != ["attention.qkv.norm", "mlp.gate_up.norm"]:
             fields["norms"] = names
-        by_block = dict(enumerate(shape.ropes, start=1))
+        by_block = {block: kind.rope for block, kind in enumerate(shape.kinds, start=1)}
         if unrotated := [block for block, rope in by_block.items() if rope is None]:
             fields["unrotated"] = unrotated
         usual = None, shape.heads.rope
+        later: dict[str, tuple[Any, Any]] = {
+            "norm_offset": (shape.final_norm.offset, 0.0),
+            "score_multiplier": (shape.heads.multiplier, None),
+            "score_cap": (shape.heads.cap, None),
+            "activation": (block.activation, "silu"),
+            "residual_multiplier": (block.multiplier, 1.0),
+            "embedding_multiplier": (shape.embedding_multiplier, 1.0),
+            "logit_divisor": (shape.logit_divisor, 1.0),
+            "logit_cap": (shape.logit_cap, None),
+        }
         if others := {block: _hashed_rope(rope) for block, rope in by_block.items() if rope and rope not in usual}:
             fields["other_ropes"] = others
+        fields |= {name: value for name, (value, usual) in later.items() if value != usual}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -111,6 +123,8 @@ def _hashed_rope(rope: shapes.RopeShape) -> dict[str, Any]:
         fields["scaling"] = {"kind": _SCALINGS[type(rope.scaling)], **asdict(rope.scaling)}
     if rope.share != 1:
         fields["share"] = rope.share
+    if rope.interleaved:
+        fields["interleaved"] = True
     return fields
 
 

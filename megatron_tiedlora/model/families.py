@@ -107,7 +107,7 @@ def gated_decoder(
     head_norms: Literal["each", "together"] | None = None,
     norms: Norms = BEFORE,
     fused: bool = False,
-    ropes: Sequence[shapes.RopeShape | None] = (),
+    kinds: Sequence[shapes.AttentionKind] = (),
 ) -> shapes.ModelShape:
     """Return the `ModelShape` of the shared decoder, with the given features of a family.
 
@@ -118,7 +118,7 @@ def gated_decoder(
         head_norms: "each": each head of queries and keys has an RMS norm before the rotation. "together": all heads of
             queries share one norm, and all heads of keys share one.
         norms: the norms over the hidden size.
-        ropes: the rotation of each block, if blocks differ; see `ModelShape`.
+        kinds: the kind of attention of each block, if blocks differ; see `ModelShape`.
         fused: whether q, k and v are stored as one tensor, and gate and up as one tensor.
 
     Raises:
@@ -145,7 +145,7 @@ def gated_decoder(
         return shapes.NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=head_norms == "together")
 
     heads = shapes.HeadShape(num, num_kv, dim, rope[0], head_norm("query", num), head_norm("key", num_kv))
-    for own in filter(None, (heads.rope, *ropes)):
+    for own in filter(None, (heads.rope, *(kind.rope for kind in kinds))):
         _check_rotation(config, replace(heads, rope=own))
     qkv = tuple(shapes.StoredRows(f"self_attn.{part}_proj") for part in "qkv")
     gate_up = tuple(shapes.StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
@@ -179,7 +179,7 @@ def gated_decoder(
         final_norm=final_norm,
         head=shapes.LinearShape("", d, (vocab,), "vocabulary", (shapes.StoredRows("lm_head"),)),
         tied_embeddings=config.flag("tie_word_embeddings"),
-        ropes=tuple(ropes),
+        kinds=tuple(kinds),
     )
 
 
@@ -262,7 +262,7 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     return gated_decoder(
         config,
         rope=(ropes[FULL][0], min(limits, key=lambda limit: limit.tokens, default=None)),
-        ropes=[ropes[kind][0] for kind in kinds],
+        kinds=[shapes.AttentionKind(ropes[kind][0]) for kind in kinds],
         window=config.window(used=SLIDING in kinds),
         qkv_bias=bias,
         output_bias=bias,
@@ -322,8 +322,8 @@ def smollm3(config: HfConfig) -> shapes.ModelShape:
         raise config.error(f"no_rope_layers = {shown(rotates)} is not {wanted}")
     rope = read_rope(config)
     window = config.window(used=config.flag("use_sliding_window"))
-    ropes = [rope[0] if rotated else None for rotated in rotates]
-    return gated_decoder(config, rope=rope, window=window, qkv_bias=bias, output_bias=bias, ropes=ropes)
+    blocks = [shapes.AttentionKind(rope[0] if rotated else None) for rotated in rotates]
+    return gated_decoder(config, rope=rope, window=window, qkv_bias=bias, output_bias=bias, kinds=blocks)
 
 
 @family(

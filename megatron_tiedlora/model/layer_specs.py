@@ -352,7 +352,7 @@ def layer_specs(
         parts, local_heads = shape.block, shape.heads.local(tp_size)
         of_qkv = normed(parts.qkv, parts.attention_norm)
         attention = Attention(
-            linears.QkvLinear(local_heads=local_heads, rope=shape.rope_of(index), **of_qkv),
+            linears.QkvLinear(local_heads=local_heads, rope=shape.kind_of(index).rope, **of_qkv),
             row_parallel(parts.output, parts.output_norm),
             kernels=kernels,
             deterministic=deterministic,

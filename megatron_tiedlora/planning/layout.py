@@ -307,7 +307,7 @@ class StagePlan:
                 adapting,
                 earlier=everywhere or first < block,
                 ends=self.is_last and block == self.blocks[-1],
-                rotates=self.shape.rope_of(block) is not None,
+                rotates=self.shape.kind_of(block).rope is not None,
             )
             found.setdefault(kind, []).append(block)
         return found

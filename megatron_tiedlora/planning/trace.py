@@ -243,7 +243,7 @@ class Tracer:
     def trace(self, kind: Kind, sizes: Sizes, *, recompute: str = "none") -> Trace:
         """Return the trace of one block. With `kind.ends`, the trace includes the head and the loss."""
         last = self.shape.num_layers
-        alike = (block for block in range(1, last) if (self.shape.rope_of(block) is not None) == kind.rotates)
+        alike = (block for block in range(1, last) if (self.shape.kind_of(block).rope is not None) == kind.rotates)
         index = last if kind.ends else next(alike, last)
         stage = self._stage(index, None if kind.ends else index + 1)
         stage.set_recompute(recompute)

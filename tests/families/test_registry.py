@@ -17,7 +17,7 @@ from support.folders import ROOT
 from support.tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.shapes import HeadShape, LinearScaling, ModelShape, RopeShape, StoredRows
+from megatron_tiedlora.base.shapes import AttentionKind, HeadShape, LinearScaling, ModelShape, RopeShape, StoredRows
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.model import hf_config
@@ -246,9 +246,11 @@ def test_layers_of_a_kind_have_the_rotation_of_their_kind() -> None:
     values = {"model_type": "olmo3", **SIZES, "num_hidden_layers": 5, "rope_scaling": scaling}
     shape = shape_from_hf(values)
     wide, scaled = RopeShape(500000.0), RopeShape(500000.0, scaling=LinearScaling(2.0))
-    assert shape.ropes == (wide, wide, wide, scaled, wide) and shape.heads.rope == shape.rope_of(4) == scaled
-    hashes = {ModelSource("x", None, one).base_hash for one in (shape, replace(shape, ropes=(scaled,) * 5))}
-    assert len({*hashes, ModelSource("x", None, replace(shape, ropes=())).base_hash}) == len(hashes) == 2
+    assert [kind.rope for kind in shape.kinds] == [wide, wide, wide, scaled, wide]
+    assert shape.heads.rope == shape.kind_of(4).rope == scaled
+    alike = replace(shape, kinds=(AttentionKind(scaled),) * 5)
+    hashes = {ModelSource("x", None, one).base_hash for one in (shape, alike)}
+    assert len({*hashes, ModelSource("x", None, replace(alike, kinds=())).base_hash}) == len(hashes) == 2
 
 
 def test_the_hash_of_a_base_knows_its_norms() -> None:
