@@ -9,7 +9,8 @@ from pathlib import Path
 from draw_tie import FAINT, PAPER, RANKS, TIE, rect, text
 
 from megatron_tiedlora.base.messages import bytes_in_words
-from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.convert.serving import slot_bytes
 from megatron_tiedlora.model.families import shape_from_hf
 

@@ -18,8 +18,9 @@ from torch import nn
 from megatron_tiedlora.base.files import new_folder, read_json_object, write_json
 from megatron_tiedlora.base.messages import UserError, naming, shown
 from megatron_tiedlora.base.output_folder import nearest_existing, reject_existing, require_room
+from megatron_tiedlora.base.presets import TINY
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.shapes import TINY, ModelShape
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.checkpoint.tensor_files import damaged_model
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer

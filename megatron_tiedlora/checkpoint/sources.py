@@ -9,7 +9,8 @@ from typing import Any
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, first_line, user_path
 from megatron_tiedlora.base.output_folder import user_cache
-from megatron_tiedlora.base.shapes import PRESETS, ModelShape, is_preset
+from megatron_tiedlora.base.presets import PRESETS, is_preset
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat, format_in_use, read_hf_config, stored_format

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_tiedlora.base.installation import require_vllm
 from megatron_tiedlora.base.messages import UserError, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES

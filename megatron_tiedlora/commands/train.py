@@ -6,7 +6,7 @@ tiedlora run --model meta-llama/Llama-2-7b-hf --adapters four.yaml            se
 """
 
 from megatron_tiedlora.base.installation import require_extra
-from megatron_tiedlora.base.shapes import is_preset
+from megatron_tiedlora.base.presets import is_preset
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 

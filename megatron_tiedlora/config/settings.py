@@ -15,7 +15,8 @@ from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic
 
 from megatron_tiedlora.base.messages import as_given, user_path
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.shapes import BASE_NAMES, PRESETS, QKV, is_preset
+from megatron_tiedlora.base.presets import PRESETS, is_preset
+from megatron_tiedlora.base.shapes import BASE_NAMES, QKV
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, flag_value, setting_field
 from megatron_tiedlora.config.other_names import OTHER_DTYPES, OTHER_FORMATS, OTHER_GPUS, OTHER_METHODS, OTHER_SCHEDULES

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.base.messages import UserError, as_given
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.fields import CommandSettings, setting_field, shared_field
 from megatron_tiedlora.config.other_names import OUTPUT_NAMES

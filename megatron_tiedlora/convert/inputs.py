@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_tiedlora.base.files import UNSEALED_NOTE, read_json_object
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
-from megatron_tiedlora.base.shapes import is_preset
+from megatron_tiedlora.base.presets import is_preset
 from megatron_tiedlora.checkpoint import base_identity, base_weights, resume
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model

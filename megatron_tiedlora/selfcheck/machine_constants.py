@@ -28,7 +28,8 @@ import psutil
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, PRESETS, is_preset
+from megatron_tiedlora.base.presets import PRESETS, is_preset
+from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model import batch, families, fused_attention
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size

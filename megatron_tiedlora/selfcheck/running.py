@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.config import cli, tool_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
-from megatron_tiedlora.base import shapes
+from megatron_tiedlora.base import presets
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.fields import marked, validate_settings
@@ -101,8 +101,8 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     Raises:
         UserError: --num_layers is given without random weights, or --task is given with random weights.
     """
-    if shapes.is_preset(settings.model):
-        values = dict(shapes.PRESETS[settings.model])
+    if presets.is_preset(settings.model):
+        values = dict(presets.PRESETS[settings.model])
     elif settings.random_weights:
         folder = find_model(settings.model, weights=False).folder
         assert folder is not None, "no preset"
@@ -112,7 +112,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     else:
         raise UserError(
             f"--num_layers {settings.num_layers} needs random weights; add --random_weights, or give a preset"
-            f" as --model: {', '.join(shapes.PRESETS)}"
+            f" as --model: {', '.join(presets.PRESETS)}"
         )
     if settings.task is not None:
         raise UserError(f"--task {settings.task}: --model {settings.model} has random weights; remove --task")

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, PRESETS, ModelShape
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, ModelShape
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.groups import ParallelGroups

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.files import write_json
-from megatron_tiedlora.base.shapes import FP8_CAPABILITY, PRESETS, LinearShape
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import FP8_CAPABILITY, LinearShape
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.families import shape_from_hf

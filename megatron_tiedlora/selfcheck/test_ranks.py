@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
-from megatron_tiedlora.base import child_process, shapes
+from megatron_tiedlora.base import child_process, presets
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
@@ -44,7 +44,7 @@ STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step on all 
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can partition in any layout. Its vocabulary size is odd.
 SHAPE: dict[str, Any] = {
-    **shapes.PRESETS["llama2-7b"],
+    **presets.PRESETS["llama2-7b"],
     "architectures": ["LlamaForCausalLM"],  # so that transformers is not needed
     "vocab_size": 1003,
     "hidden_size": 512,

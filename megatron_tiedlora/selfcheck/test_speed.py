@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.messages import bytes_in_words
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.runtime.process_group import make_deterministic
 from megatron_tiedlora.selfcheck import compare, parts, running, step_bench, timing
 from megatron_tiedlora.training.step import GUARDED_STEPS

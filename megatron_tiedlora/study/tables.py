@@ -22,7 +22,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_tiedlora.base import files, messages, shapes
+from megatron_tiedlora.base import files, messages, presets, shapes
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
@@ -42,7 +42,7 @@ EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em;
 def paper_model(name: str, shape: shapes.ModelShape) -> str | None:
     """Return the paper's model that has this shape or, for GPT-2B-001, this name; None if no model matches."""
     for title in MODEL_TITLES:
-        if shape == shape_from_hf(shapes.PRESETS[title], source=title):
+        if shape == shape_from_hf(presets.PRESETS[title], source=title):
             return title
     return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 

@@ -28,7 +28,7 @@ from torch import distributed
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.token_dataset import TokenDataset

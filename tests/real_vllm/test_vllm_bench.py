@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.folders import ROOT
 
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 
 pytestmark = pytest.mark.vllm
 

@@ -18,7 +18,8 @@ from support.run_helpers import Ended, start_command
 from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.shapes import PRESETS, precision_in_words
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import precision_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.tool_settings import BenchSettings

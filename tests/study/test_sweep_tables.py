@@ -15,7 +15,7 @@ from support.sweep_runs import SCORED, no_start, write_run, write_score, write_s
 
 from megatron_tiedlora.base.messages import UserError, csv_text
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import sweep, tables

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter

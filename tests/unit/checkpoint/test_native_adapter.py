@@ -23,7 +23,8 @@ import megatron_tiedlora
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, sized_targets, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, remove_superseded

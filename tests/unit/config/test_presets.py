@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.shapes import PRESETS, is_preset
+from megatron_tiedlora.base.presets import PRESETS, is_preset
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.settings import make_settings

@@ -44,7 +44,7 @@ from support.run_helpers import run as run_training
 from support.task_files import refusal
 from support.wide_models import peak_of
 
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model

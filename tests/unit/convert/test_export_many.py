@@ -20,7 +20,8 @@ from support.run_files import edit_json
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.commands.front import call

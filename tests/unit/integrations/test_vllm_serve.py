@@ -19,7 +19,7 @@ from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.commands.front import call, main
 from megatron_tiedlora.convert.collection import build_index
 from megatron_tiedlora.convert.serving import slot_bytes

@@ -22,7 +22,8 @@ from megatron_tiedlora.adapters.tied_adapter import (
 )
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.methods import METHODS
-from megatron_tiedlora.base.shapes import PRESETS, Llama3Scaling, RopeShape
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import Llama3Scaling, RopeShape
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.attention import Attention

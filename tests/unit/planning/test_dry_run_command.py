@@ -14,7 +14,7 @@ from support.run_helpers import write_rows
 from support.tiny_models import write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.commands.front import call
 
 SEVENTY = ("--dry_run", "--model=llama2-70b", "--world_size=16", "--tensor_parallel=2", "--pipeline_parallel=2")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from support.planned import all_cuts, cost_key
 
-from megatron_tiedlora.base.shapes import PRESETS, ModelShape
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import Stages, layer_costs, partition
 

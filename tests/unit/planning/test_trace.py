@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
-from megatron_tiedlora.base.shapes import OUTPUT, PRESETS, QKV, TARGET_NAMES
+from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.shapes import OUTPUT, QKV, TARGET_NAMES
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages
 from megatron_tiedlora.planning.passes import stage_work

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.planning.machines import read_machine
 from megatron_tiedlora.runtime import launch_env, process_group
