@@ -147,8 +147,8 @@ def gate(gate_up: Tensor, activation: str) -> Tensor:
 def gate_gradient(gradient: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     """Return the gradient of [g | u], (T, 2 f), from the gradient of `gate`'s result, (T, f).
 
-    With s = sigmoid(z): dg = dy u s (1 + g (1 - s) z'), du = dy g s, both computed in max(fp32, input dtype). z is g for
-    silu. For gelu it is k (g + c g^3), because (1 + tanh(x)) / 2 = sigmoid(2 x).
+    With s = sigmoid(z): dg = dy u s (1 + g (1 - s) z'), du = dy g s, both computed in max(fp32, input dtype). For silu,
+    z is g. For gelu, z is k (g + c g^3), because (1 + tanh(x)) / 2 = sigmoid(2 x).
     """
     return torch.cat(_gate_gradients(gradient, gate_up, activation), dim=-1)
 

@@ -251,7 +251,8 @@ def test_gates_and_rotations_have_the_gradients_of_autograd(activation: str) -> 
     heads = torch.randn(ROWS, 4, 10, generator=draw, dtype=torch.float64)
     angles = torch.rand(ROWS, 1, 3, generator=draw, dtype=torch.float64)
     turned = module.rotate(heads, angles.cos(), angles.sin(), 3, activation == "gelu")
-    pairs = heads[:, :3, :6].unflatten(-1, (3, 2)) if activation == "gelu" else heads[:, :3, :6].unflatten(-1, (2, 3)).mT
+    first = heads[:, :3, :6]
+    pairs = first.unflatten(-1, (3, 2)) if activation == "gelu" else first.unflatten(-1, (2, 3)).mT
     by_hand = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
     wanted = torch.view_as_real(by_hand) if activation == "gelu" else torch.view_as_real(by_hand).mT
     torch.testing.assert_close(turned[:, :3, :6], wanted.flatten(-2), rtol=1e-13, atol=1e-13)
