@@ -217,7 +217,7 @@ def test_operations_are_those_of_the_plan(method: str, names: tuple[str, ...], l
     rows = find_supervised(labels)
     with FlopCounterMode(display=False) as counter:
         stage(tokens, positions, labels).backward()
-    flops = step_flops(SHAPE, own, tokens.numel(), ROWS * LENGTH**2, padded(len(rows.labels)), num_after=len(rows.rows))
+    flops = step_flops(SHAPE, own, (LENGTH,) * ROWS, padded(len(rows.labels)), num_after=len(rows.rows))
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert sum(counted.values()) == pytest.approx(flops.total() - flops["attention"], rel=1e-3)
@@ -355,8 +355,8 @@ def test_the_work_of_a_shared_micro_batch_is_that_of_its_parts(recompute: str) -
     rows = [np.arange(96) % 3 > 0] * 2
     parts = [shared_shape(stage.layout, [(number, rows)]) for number in range(3)]
     shape = shared_shape(stage.layout, [(number, rows) for number in range(3)])
-    apart = [stage_work(stage, part._replace(squared_lengths=2 * 96**2)) for part in parts]
-    together = stage_work(stage, shape._replace(squared_lengths=3 * 2 * 96**2))
+    apart = [stage_work(stage, part._replace(lengths=(96,) * 2)) for part in parts]
+    together = stage_work(stage, shape._replace(lengths=(96,) * 6))
     for index, whole in enumerate(together):
         singles = [work[index] for work in apart]
         for name in ("linears", "head", "attention"):
