@@ -7,7 +7,7 @@ separately, because DeepSpeed uses buckets and prefetches. `engine_traffic` retu
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
@@ -153,15 +153,15 @@ def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]])
 
 
 def saved_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Return the bytes per token that a block in the middle of the model saves on a rank, without factors.
+    """Return the bytes that a block in the middle of the model saves on a rank for each further token.
 
     If there are several adapters, the largest value is returned.
     """
     tokens = PAD_MULTIPLE * layout.tp_size
-    sizes = Sizes((tokens,), (tokens,), tokens)
+    few, more = (Sizes((number,), (number,), number) for number in (tokens, 2 * tokens))
     kinds, tracer = {Kind((own.of_one_layer,), earlier=True) for own in layout.adapters}, tracer_of(shape, layout)
-    saved = (tracer.at(kind, sizes, recompute=layout.recompute).saved for kind in kinds)
-    return max(saved) / tokens
+    at = partial(tracer.at, recompute=layout.recompute)
+    return max(at(kind, more).saved - at(kind, few).saved for kind in kinds) / tokens
 
 
 # The model's operations ------------------------------------------------------------------------------------------
