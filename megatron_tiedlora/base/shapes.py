@@ -283,6 +283,11 @@ class BlockShape:
         """
         return (self.module or self.source).format(index=layer - 1)
 
+    @property
+    def is_tower(self) -> bool:
+        """Return whether the model is the text tower of a multimodal model."""
+        return not self.module_name(1).startswith("model.layers.")
+
     def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
         """Return a copy of this block with different heads and a different MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
@@ -354,6 +359,11 @@ class ModelShape:
     rounds_embedding: bool = False
     logit_divisor: float = 1.0
     logit_cap: float | None = None
+
+    @property
+    def prefix(self) -> str:
+        """Return the prefix of the names of all stored tensors except the head's."""
+        return self.embedding.sources[0].module.removesuffix("embed_tokens")
 
     def kind_of(self, block: int) -> AttentionKind:
         """Return the kind of attention of a block (1-based)."""

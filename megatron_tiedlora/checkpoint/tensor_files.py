@@ -13,9 +13,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from megatron_tiedlora.base.files import check_file, sync_path, write_json
+from megatron_tiedlora.base.files import check_file, read_json_object, sync_path, write_json
 from megatron_tiedlora.base.messages import UserError, as_given, os_errors, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
@@ -173,6 +173,23 @@ def run_starts(size: int) -> tuple[list[int], int]:
     if size <= SAMPLED_RUNS * RUN_LENGTH:
         return [0], size
     return [index * (size - RUN_LENGTH) // (SAMPLED_RUNS - 1) for index in range(SAMPLED_RUNS)], RUN_LENGTH
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Return the name of each tensor's file, by the tensor's name, from an index. Raise UserError if it is damaged."""
+    entries = read_json_object(file, kind="a safetensors index").get("weight_map")
+    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries.values()):
+        raise damaged_model(f"{file}: not a safetensors index (weight_map is not a table of tensors and files)")
+    return entries
+
+
+def stored_names(folder: Path) -> Collection[str]:
+    """Return the names of the tensors in a Hugging Face folder, from its index or its single file. The result is empty
+    if the folder has neither, or if they cannot be read."""
+    with suppress(UserError):
+        index = folder / INDEX_FILE
+        return (read_index(index) if index.is_file() else read_header(folder / SINGLE_FILE).entries).keys()
+    return ()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ without a path of this host, and the export's record has the path.
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -47,13 +48,14 @@ def peft_tensors(
 
     They are computed in fp32 and cast to `dtype` once.
     """
-    pad = rank - adapter.config.rank
+    pad, block = rank - adapter.config.rank, source.shape.block
     tensors = {}
     for rule, a, b in adapter.updates(source.shape):
         a = torch.nn.functional.pad(a, (0, 0, 0, pad))
         b = torch.nn.functional.pad(b, (0, pad))
         for hf_name, rows in rule.by_stored_tensor(b).items():
-            module = f"base_model.model.{hf_name.removesuffix('.weight')}"
+            inside = hf_name.removeprefix(block.source.format(index=rule.layer - 1)).removesuffix(".weight")
+            module = f"base_model.model.{block.module_name(rule.layer)}{inside}"
             # safetensors rejects tensors that share storage, and the parts of a fused linear share A'
             tensors[f"{module}.lora_A.weight"] = a.to(dtype, copy=True)
             tensors[f"{module}.lora_B.weight"] = rows.contiguous().to(dtype, copy=True)
@@ -77,7 +79,18 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
 
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
-    """Return the fields of PEFT's adapter_config.json. `base` is the base's name. The scale is 1: lora_alpha is r."""
+    """Return the fields of PEFT's adapter_config.json. `base` is the base's name. The scale is 1: lora_alpha is r.
+
+    The other towers of a multimodal model have modules with the same names. For such a model, the field
+    `target_modules` is a pattern for the full names in the text tower. PEFT allows no list of layers with a pattern.
+    """
+    block, targets = source.shape.block, [target.name for target in adapter.config.targets]
+    some_layers = len(adapter.config.layers) < source.shape.num_layers
+    modules: list[str] | str = target_modules(block, targets)
+    if block.is_tower:
+        layers = "|".join(str(layer - 1) for layer in adapter.config.layers) if some_layers else r"\d+"
+        within = dict.fromkeys(re.escape(rows.module) for name in targets for rows in block.adaptable[name].sources)
+        modules = rf"{re.escape(block.module_name(1)[:-1])}(?:{layers})\.(?:{'|'.join(within)})"
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -86,14 +99,14 @@ def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, r
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": target_modules(source.shape.block, [target.name for target in adapter.config.targets]),
+        "target_modules": modules,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,
     }
-    if len(adapter.config.layers) < source.shape.num_layers:
+    if some_layers and not block.is_tower:
         config["layers_to_transform"] = [layer - 1 for layer in adapter.config.layers]
         config["layers_pattern"] = "layers"
     return config
