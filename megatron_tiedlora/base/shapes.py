@@ -360,11 +360,6 @@ class ModelShape:
     logit_divisor: float = 1.0
     logit_cap: float | None = None
 
-    @property
-    def prefix(self) -> str:
-        """Return the prefix of the names of all stored tensors except the head's."""
-        return self.embedding.sources[0].module.removesuffix("embed_tokens")
-
     def kind_of(self, block: int) -> AttentionKind:
         """Return the kind of attention of a block (1-based)."""
         return self.kinds[block - 1] if self.kinds else AttentionKind(self.heads.rope)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from megatron_tiedlora.base.files import new_folder, write_json
+from megatron_tiedlora.base.files import new_folder, read_json_object, write_json
 from megatron_tiedlora.base.messages import UserError, naming, shown
 from megatron_tiedlora.base.output_folder import nearest_existing, reject_existing, require_room
 from megatron_tiedlora.base.presets import TINY
@@ -42,7 +42,9 @@ def weight_map(folder: Path) -> dict[str, Path]:
     there are no safetensors files, or if the index is not valid or names a missing file."""
     index = folder / tensor_files.INDEX_FILE
     if index.is_file():
-        entries = tensor_files.read_index(index)
+        entries = read_json_object(index, kind="a safetensors index").get("weight_map")
+        if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
+            raise damaged_model(f"{index}: not a safetensors index (weight_map is not a table of tensors and files)")
         for name in sorted(set(entries.values())):
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise damaged_model(f"{index}: names a file outside its folder: {shown(name)}")
@@ -112,7 +114,8 @@ class BaseWeights(WeightFiles):
         """Open the files of `folder`. `stored` is the storage format of the blocks' linears if they are quantised."""
         super().__init__(folder)
         self.rules = weight_rules(shape)
-        self.others = [name for name in self.file_of if not name.startswith(shape.prefix) and "lm_head." not in name]
+        tower = shape.block.source.removesuffix("layers.{index}")
+        self.others = [name for name in self.file_of if not name.startswith(tower) and "lm_head." not in name]
         self.bytes_read = 0
         self._stored = None if stored is None else tensor_files.StoredWeights(stored, self.stored)
         self._quantised = {} if stored is None else stored_shapes(quantised_rules(shape))

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+_KIND_NAMES = TYPE_NAMES | {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # dtypes by their names in flags
 SHARD_BYTES = 2 * 10**9
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # number and length of the runs of consecutive values that identify a tensor
@@ -175,20 +176,12 @@ def run_starts(size: int) -> tuple[list[int], int]:
     return [index * (size - RUN_LENGTH) // (SAMPLED_RUNS - 1) for index in range(SAMPLED_RUNS)], RUN_LENGTH
 
 
-def read_index(file: Path) -> dict[str, str]:
-    """Return the name of each tensor's file, by the tensor's name, from an index. Raise UserError if it is damaged."""
-    entries = read_json_object(file, kind="a safetensors index").get("weight_map")
-    if not isinstance(entries, dict) or not all(isinstance(name, str) for name in entries.values()):
-        raise damaged_model(f"{file}: not a safetensors index (weight_map is not a table of tensors and files)")
-    return entries
-
-
-def stored_names(folder: Path) -> Collection[str]:
-    """Return the names of the tensors in a Hugging Face folder, from its index or its single file. The result is empty
-    if the folder has neither, or if they cannot be read."""
+def stored_names(folder: Path) -> Iterable[str]:
+    """Return the names of the tensors in a model's folder, from its index or single file; () if they are not readable."""
     with suppress(UserError):
-        index = folder / INDEX_FILE
-        return (read_index(index) if index.is_file() else read_header(folder / SINGLE_FILE).entries).keys()
+        if (index := folder / INDEX_FILE).is_file():
+            return map(str, read_json_object(index, kind="a safetensors index").get("weight_map") or ())
+        return read_header(folder / SINGLE_FILE).entries
     return ()
 
 
@@ -273,7 +266,7 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
     files = []
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        head = file_head((tensor.name, TYPE_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
+        head = file_head((tensor.name, _KIND_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
         files.append(StreamedFile(name, head, shard))
     return files
 

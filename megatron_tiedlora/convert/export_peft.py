@@ -79,18 +79,12 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
 
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
-    """Return the fields of PEFT's adapter_config.json. `base` is the base's name. The scale is 1: lora_alpha is r.
-
-    The other towers of a multimodal model have modules with the same names. For such a model, the field
-    `target_modules` is a pattern for the full names in the text tower. PEFT allows no list of layers with a pattern.
-    """
-    block, targets = source.shape.block, [target.name for target in adapter.config.targets]
-    some_layers = len(adapter.config.layers) < source.shape.num_layers
-    modules: list[str] | str = target_modules(block, targets)
-    if block.is_tower:
-        layers = "|".join(str(layer - 1) for layer in adapter.config.layers) if some_layers else r"\d+"
-        within = dict.fromkeys(re.escape(rows.module) for name in targets for rows in block.adaptable[name].sources)
-        modules = rf"{re.escape(block.module_name(1)[:-1])}(?:{layers})\.(?:{'|'.join(within)})"
+    """Return the fields of PEFT's adapter_config.json. `base` is the base's name. The scale is 1: lora_alpha is r."""
+    block, adapted = source.shape.block, [layer - 1 for layer in adapter.config.layers]
+    modules = target_modules(block, [target.name for target in adapter.config.targets])
+    # Other towers of a multimodal model have modules of the same names. PEFT allows no list of layers with a pattern.
+    layers = rf"{re.escape(block.module_name(1).removesuffix('0'))}(?:{'|'.join(map(str, adapted))})"
+    pattern = rf"{layers}\.(?:self_attn|mlp)\.(?:{'|'.join(modules)})"
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -99,15 +93,15 @@ def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, r
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": modules,
+        "target_modules": pattern if block.is_tower else modules,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,
     }
-    if some_layers and not block.is_tower:
-        config["layers_to_transform"] = [layer - 1 for layer in adapter.config.layers]
+    if len(adapted) < source.shape.num_layers and not block.is_tower:
+        config["layers_to_transform"] = adapted
         config["layers_pattern"] = "layers"
     return config
 

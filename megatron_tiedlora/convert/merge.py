@@ -202,9 +202,7 @@ class _MergedFiles:
 
         The tensors are written to files with new names, because the folder's tensors have different sizes and names.
         Without `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
-
-        Raises:
-            UserError: a tensor outside of the text tower is quantised.
+        Raise UserError if a tensor outside of the text tower is quantised.
         """
         weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
         embedding = weights.rules[0].hf_names[0]

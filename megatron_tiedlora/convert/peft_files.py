@@ -75,7 +75,6 @@ class Module(NamedTuple):
 
 
 _OTHER_TOWER = re.compile(r"\.(?:vision_tower|multi_modal_projector)\.")
-
 Shapes = Mapping[str, Callable[[Module], tuple[int, ...]]]  # shapes of a module's tensors, by their names inside it
 
 
@@ -89,8 +88,8 @@ def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
 
 
 def named_as_in(folder: Path, source: ModelSource) -> ModelSource:
-    """Return `source` with the module names that the PEFT adapter in `folder` has. Until 4.51, transformers' multimodal
-    models had other names. The text tower can also be a model of its own."""
+    """Return `source` with the names of its blocks in the PEFT adapter in `folder`. In multimodal models of transformers
+    until 4.51, and in a model that is only the text tower, they differ from the names in today's multimodal models."""
     with suppress(UserError):
         for key in read_header(folder / WEIGHTS_FILE).entries:
             if found := re.match(r"base_model\.model\.((?:language_model\.|model\.){1,2}layers\.)\d", key):
@@ -161,8 +160,7 @@ def read_by_pattern(
 
 
 def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, Module]:
-    """Return the modules that a config adapts according to PEFT's rules, by their full names. Modules of other towers
-    of a multimodal model are left out.
+    """Return the modules of `source` that a config adapts according to PEFT's rules, by their full names.
 
     Raises:
         UserError: the config names unsupported modules or layers that `source` does not have, or adapts no module.
@@ -219,11 +217,9 @@ def read_factors(
         kind: the kind of adapter for error messages.
         shared: shapes of the tensors that all modules share, by name.
 
-    PEFT may also have adapted other towers of a multimodal model, by the same endings of names. Such a LoRA is left out
-    if its B is zero, as it is after training on text.
-
     Raises:
-        UserError: a tensor is missing, does not belong to a chosen module, or its shape does not fit `source`.
+        UserError: a tensor is missing, does not belong to a chosen module, or its shape does not fit `source`. A LoRA of
+            another tower is left out if its B is zero, as it is after training on text.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
@@ -233,8 +229,7 @@ def read_factors(
     for module, names in keys.items():
         shapes |= zip(names, (shape(module) for shape in of_module.values()), strict=True)
     found = read_header(file).shapes
-    others = {key: shape for key, shape in found.items() if _OTHER_TOWER.search(key)}
-    shapes |= others
+    shapes |= (others := {key: shape for key, shape in found.items() if _OTHER_TOWER.search(key)})
     for key, shape in found.items():
         if key not in shapes:
             raise UserError(f"{file}: {_why_not_read(key, of_module, source, kind=kind)}")
@@ -263,7 +258,7 @@ def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, ki
     if kind == "VeRA" and key in ("base_model.vera_A", "base_model.vera_B"):
         return f"{key} is present, but {CONFIG_FILE} has save_projection = false; set it to true to use the tensor"
     block, num_layers = source.shape.block, source.shape.num_layers
-    layers = re.escape(block.module_name(1)[:-1]) + r"(\d+)"
+    layers = re.escape(block.module_name(1).removesuffix("0")) + r"(\d+)"
     names, ends = ("|".join(map(re.escape, words)) for words in (modules_of(block), factors))
     match = re.fullmatch(rf"base_model\.model\.{layers}\.(?:{names})\.(?:{ends})", key)
     if match is None:

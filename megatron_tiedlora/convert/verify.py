@@ -290,9 +290,7 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
     return "\n".join(map(printable, messages.aligned_lines([heading, *rows], align="<>>>><")))
 
 
-def transformers_logits(
-    folder: Path, tokens: Tensor, auto_class: str, wrap: Callable[[Any], Any] = lambda model: model
-) -> Tensor:
+def transformers_logits(folder: Path, tokens: Tensor, auto_class: str, wrap: Any = lambda model: model) -> Tensor:
     """Return logits (b, s, V) of `wrap` applied to the model in `folder`. Raise UserError if it does not load."""
     import transformers
     from transformers.utils import logging
