@@ -1,4 +1,7 @@
-"""Define presets: shapes of well-known models as fields of a Hugging Face config.json, for dry runs and random weights."""
+"""Define presets, the shapes of well-known models as fields of a Hugging Face config.json.
+
+They are for dry runs, plans and random weights.
+"""
 
 from typing import Any
 

@@ -193,8 +193,8 @@ class HeadShape:
 
     def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> "HeadShape":
         counts = ((self.query_norm, num), (self.key_norm, num_kv))
-        norms = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
-        return HeadShape(num, num_kv, dim, rope, *norms, self.multiplier, self.cap)
+        query, key = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
+        return replace(self, num=num, num_kv=num_kv, dim=dim, rope=rope, query_norm=query, key_norm=key)
 
     @property
     def norms(self) -> tuple[NormShape, ...]:
