@@ -2,7 +2,7 @@
 its Hugging Face tensors.
 
 All code that depends on a model's shape uses this description: weight names and slices, checks of a parallel
-configuration, costs of stages, FLOPs, memory, communication, merging and export. `model/families.py` builds the
+configuration, costs of stages, FLOPs, memory, communication, merging and export. `model/families` builds the
 description from a `config.json`.
 """
 
