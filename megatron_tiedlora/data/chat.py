@@ -236,13 +236,11 @@ def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
 def template_end_ids(tokenizer: Any, examples: Iterable[Example]) -> frozenset[int]:
     """Return the ids of the control tokens that the chat template writes at the end of the last answers."""
     control, found = _control_tokens(tokenizer, "plain"), set[str]()
-    chats = (example for example in examples if example.conversation is not None and tokenizer.chat_template)
-    for example in chats if control is not None else ():
+    last = control and re.compile(rf"({control.pattern})\s*\Z")
+    for example in (example for example in examples if example.conversation and tokenizer.chat_template):
         text = "".join(segment.text for segment in example.segments[example.num_prompt :] if not segment.plain)
-        for token in reversed(list(control.finditer(text))):
-            if text[token.end() :].strip():
-                break
-            found.add(token[0])
+        while last and (token := last.search(text)):
+            found.add(token[1])
             text = text[: token.start()]
     return frozenset(map(int, tokenizer.convert_tokens_to_ids(sorted(found))))
 

@@ -152,8 +152,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     tokens other than BOS, EOS, UNK and padding may be larger, such as Gemma 3's token of images; see `Encoding.check`.
     """
     named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    unused = {str(token) for token in added if token.special} - named
+    unused = {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special} - named
     ids = ((number, token) for token, number in tokenizer.get_vocab().items() if token not in unused)
     largest_id, token = max(ids, default=(-1, ""))
     if largest_id >= vocab_size:

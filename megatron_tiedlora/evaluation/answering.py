@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,7 +95,7 @@ def encode_scored(
     ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts], plain=plain))
     endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
     for example, prompt, of_example in zip(examples, prompts, endings, strict=True):
-        encoding.check(chain(prompt.tolist(), *of_example), example.source)
+        encoding.check([*prompt.tolist(), *sum(of_example, ())], example.source)
         if not all(of_example):
             raise UserError(f"{example.source}: a choice has no tokens; remove the row")
     encoding = replace(encoding, end_ids=encoding.end_ids | template_end_ids(tokenizer, examples))
