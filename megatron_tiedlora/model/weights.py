@@ -148,7 +148,8 @@ class WeightRule:
         spec: the sharding over tensor-parallel ranks.
         parts: the stored rows that form it, stacked along dimension 0. If `spec.blocks` are along this dimension, there
             is one entry per block.
-        divides: whether the backward pass divides by it, so that it must not contain zeros.
+        divides: whether the backward pass divides by it and `offset`, so that their sum must not contain zeros.
+        offset: the number that is added to the weight of a norm, see `NormShape`.
     """
 
     name: str
@@ -158,6 +159,7 @@ class WeightRule:
     spec: ShardSpec
     parts: tuple[StoredPart, ...]
     divides: bool = False
+    offset: float = 0.0
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -228,7 +230,8 @@ def _norm(norm: NormShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
         if name is not None:
             part = StoredPart(f"{stored}{norm.source}.{kind}", (norm.size,), 0, norm.size)
             spec = ShardSpec(0 if norm.sharded else None, (norm.size,))
-            yield WeightRule(f"layers.{layer}.{name}", layer, None, (norm.size,), spec, (part,))
+            offset = norm.offset if kind == "weight" else 0.0
+            yield WeightRule(f"layers.{layer}.{name}", layer, None, (norm.size,), spec, (part,), offset=offset)
 
 
 def _linear(linear: LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:

@@ -5,13 +5,14 @@ grouped queries, rotary embedding, a gated MLP, and the tensor names of transfor
 from this decoder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import shown
-from megatron_tiedlora.model.hf_config import HfConfig, read_rope
+from megatron_tiedlora.base.presets import SIZES
+from megatron_tiedlora.model.hf_config import SLIDING, HfConfig, Rope, read_rope
 
 Reader = Callable[[HfConfig], shapes.ModelShape]
 
@@ -26,14 +27,25 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {}
 
 
-def family(**defaults: Any) -> Callable[[Reader], Reader]:
-    """Return a decorator that registers a family under its function's name. `defaults` are for absent fields."""
+def family(*sizes: int, **defaults: Any) -> Callable[[Reader], Reader]:
+    """Return a decorator that registers a family under its function's name. `defaults` are for absent fields, as are
+    `sizes`: the hidden size, the width of the MLP, and the numbers of layers, heads and key-value heads."""
 
     def register(read: Reader) -> Reader:
-        FAMILIES[read.__name__] = Family(read, defaults)
+        FAMILIES[read.__name__] = Family(read, {**dict(zip(SIZES, sizes, strict=False)), **defaults})
         return read
 
     return register
+
+
+def read_family(kind: str, values: Mapping[str, Any], source: str, names: Collection[str] = ()) -> shapes.ModelShape:
+    """Return the `ModelShape` of a registered family. Raise UserError if a field is not implemented."""
+    read, defaults = FAMILIES[kind]
+    config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **defaults})
+    config.names = names
+    shape = read(config)
+    config.reject_unread()
+    return shape
 
 
 class Norms(NamedTuple):
@@ -47,63 +59,87 @@ class Norms(NamedTuple):
 
 BEFORE = Norms()
 BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+AROUND = Norms(BEFORE.attention, BEHIND.output, "pre_feedforward_layernorm", BEHIND.down)
+ACTIVATIONS: dict[str, shapes.Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
 def gated_decoder(
     config: HfConfig,
     *,
-    rope: tuple[shapes.RopeShape, shapes.LengthLimit | None] | None = None,
-    window: shapes.LengthLimit | None = None,
+    rope: Rope | None = None,
+    local_rope: shapes.RopeShape | None = None,
+    window: int | None = None,
+    layer_types: Sequence[str] = (),
+    activation: str = "hidden_act",
+    activations: Mapping[str, shapes.Activation] = ACTIVATIONS,
     norm_eps: float | None = None,
+    norm_offset: float = 0.0,
     qkv_bias: bool = False,
-    output_bias: bool = False,
+    bias: bool = False,
     head_norms: Literal["each", "together"] | None = None,
     norms: Norms = BEFORE,
-    fused: bool = False,
-    kinds: Sequence[shapes.AttentionKind] = (),
+    fused: Collection[str] = (),
+    multiplier: float | None = None,
+    cap: float | None = None,
 ) -> shapes.ModelShape:
     """Return the `ModelShape` of the shared decoder, with the given features of a family.
 
     Args:
         rope: the result of `read_rope`; by default the result of `read_rope(config)`.
-        window: the limit that a sliding window sets, see `HfConfig.window`.
+        local_rope: the rotary embedding of layers with a sliding window, if it differs.
+        window: the window of layers with a sliding window, see `HfConfig.window`.
+        layer_types: the kinds of layers if the config does not say them, see `HfConfig.layer_types`.
+        activation: the field with the name of the gate's activation. `activations`: the names that are implemented.
+        bias: whether the field `attention_bias` adds a bias to all linears of attention. `qkv_bias`: only to QKV.
         norm_eps: the epsilon of LayerNorms, which have biases; None for RMS norms, with an epsilon from the config.
+        norm_offset: the offset of all norms, see `NormShape`.
         head_norms: "each": each head of queries and keys has an RMS norm before the rotation. "together": all heads of
             queries share one norm, and all heads of keys share one.
         norms: the norms over the hidden size.
-        kinds: the kind of attention of each block, if blocks differ; see `ModelShape`.
-        fused: whether q, k and v are stored as one tensor, and gate and up as one tensor.
+        fused: the targets, of QKV and GATE_UP, whose matrices are stored as one tensor.
+        multiplier, cap: the factor and the cap of attention scores, see `HeadShape`.
 
     Raises:
         UserError: a field is missing or wrong; the message names it.
     """
     rope = read_rope(config) if rope is None else rope
-    config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
-    activation = config.get("hidden_act")
-    if activation not in ("silu", "swish"):
-        raise config.error(f"hidden_act = {shown(activation)} is not implemented. Use a model with hidden_act 'silu'")
+    act = config.get(activation)
+    if not isinstance(act, str) or act not in activations:
+        known = f"Use a model with {activation} {' or '.join(sorted(activations))}"
+        raise config.error(f"{activation} = {shown(act)} is not implemented. {known}")
     vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
     num_layers = config.size("num_hidden_layers")
     eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
 
     def norm(source: str | None, weight: str, bias: str) -> shapes.NormShape | None:
-        return None if source is None else shapes.NormShape(weight, d, eps, source, None if norm_eps is None else bias)
+        if source is None:
+            return None
+        return shapes.NormShape(weight, d, eps, source, None if norm_eps is None else bias, offset=norm_offset)
 
+    bias = bias and config.flag("attention_bias")
     num, num_kv, dim = _head_sizes(config, d)
 
     def head_norm(part: str, count: int) -> shapes.NormShape | None:
         if head_norms is None:
             return None
         size, source = dim if head_norms == "each" else count * dim, f"self_attn.{part[0]}_norm"
-        return shapes.NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=head_norms == "together")
+        sharded = head_norms == "together"
+        return shapes.NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=sharded, offset=norm_offset)
 
-    heads = shapes.HeadShape(num, num_kv, dim, rope[0], head_norm("query", num), head_norm("key", num_kv))
-    for own in filter(None, (heads.rope, *(kind.rope for kind in kinds))):
+    qk_norms = head_norm("query", num), head_norm("key", num_kv)
+    heads = shapes.HeadShape(num, num_kv, dim, rope[0], *qk_norms, multiplier, cap)
+    for own in (rope[0], local_rope or rope[0]):
         _check_rotation(config, replace(heads, rope=own))
+    max_positions = config.size("max_position_embeddings")
+    # Longer rows are rejected, so a window of all positions has no effect.
+    effective = None if window is None or window >= max_positions else window
+    full, local = shapes.AttentionKind(rope[0]), shapes.AttentionKind(local_rope or rope[0], effective)
+    kinds = [local if kind == SLIDING else full for kind in config.layer_types(window, layer_types)]
     qkv = tuple(shapes.StoredRows(f"self_attn.{part}_proj") for part in "qkv")
     gate_up = tuple(shapes.StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
-    if fused:
+    if shapes.QKV in fused:
         qkv = _rows_of("self_attn.qkv_proj", heads.rows)
+    if shapes.GATE_UP in fused:
         gate_up = _rows_of("mlp.gate_up_proj", (f, f))
     output = (shapes.StoredRows("self_attn.o_proj"),)
     sizes = shapes.linear_sizes(d, heads.rows, f)
@@ -111,28 +147,28 @@ def gated_decoder(
         source="model.layers.{index}",
         heads=heads,
         attention_norm=norm(norms.attention, "attention.qkv.norm", "attention.qkv.norm_bias"),
-        qkv=shapes.LinearShape("attention.qkv", *sizes[shapes.QKV], qkv, qkv_bias),
-        output=shapes.LinearShape("attention.output", *sizes[shapes.OUTPUT], output, output_bias),
+        qkv=shapes.LinearShape("attention.qkv", *sizes[shapes.QKV], qkv, qkv_bias or bias),
+        output=shapes.LinearShape("attention.output", *sizes[shapes.OUTPUT], output, bias),
         output_norm=norm(norms.output, "attention.output.norm.weight", "attention.output.norm.bias"),
         mlp_norm=norm(norms.mlp, "mlp.gate_up.norm", "mlp.gate_up.norm_bias"),
         gate_up=shapes.LinearShape("mlp.gate_up", *sizes[shapes.GATE_UP], gate_up),
         down=shapes.LinearShape("mlp.down", *sizes[shapes.DOWN], (shapes.StoredRows("mlp.down_proj"),)),
         down_norm=norm(norms.down, "mlp.down.norm.weight", "mlp.down.norm.bias"),
+        activation=activations[act],
     )
     final_norm = norm("model.norm", "norm.weight", "norm.bias")
     assert final_norm is not None
-    max_positions = config.size("max_position_embeddings")
     trained = shapes.LengthLimit(max_positions, f"was trained for {max_positions} positions")
     return shapes.ModelShape(
         num_layers=num_layers,
         max_positions=max_positions,
-        limit=min((trained, *filter(None, (rope[1], window))), key=lambda limit: limit.tokens),
+        limit=trained if rope[1] is None else min(trained, rope[1], key=lambda limit: limit.tokens),
         embedding=shapes.LinearShape("", d, (vocab,), "vocabulary", (shapes.StoredRows("model.embed_tokens"),)),
         block=block,
         final_norm=final_norm,
         head=shapes.LinearShape("", d, (vocab,), "vocabulary", (shapes.StoredRows("lm_head"),)),
         tied_embeddings=config.flag("tie_word_embeddings"),
-        kinds=tuple(kinds),
+        kinds=() if kinds == [full] * num_layers else tuple(kinds),
     )
 
 
@@ -161,3 +197,45 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
     if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
         found = f"short_factor has {len(scaling.factors)} numbers"
         raise config.error(f"{found}, but there are {rotated // 2} frequencies. Correct the list")
+
+
+# Text models inside multimodal models ---------------------------------------------------------------------------------
+
+
+# The prefix of the text model's tensors and the head's name: in transformers' model, and in files.
+_TOWERS = ("model.language_model.", "lm_head"), ("language_model.model.", "language_model.lm_head")
+# Fields that do not change what is computed for texts.
+_NOT_OF_TEXT = """
+boi_token_id boi_token_index eoi_token_id eoi_token_index image_token_id image_token_index mm_tokens_per_image
+multimodal_projector_bias projector_hidden_act spatial_merge_size vision_config vision_feature_layer
+"""
+
+
+def text_tower(config: HfConfig, kind: str, absent: Mapping[str, Any] | None = None) -> shapes.ModelShape:
+    """Return the `ModelShape` of the text model, of type `kind`, inside a multimodal model.
+
+    If `text_config` is absent, the fields of `absent` describe it. Raise UserError if it has a different type, or if a
+    field is not implemented.
+    """
+    for name in _NOT_OF_TEXT.split():
+        config.get(name)
+    found, values = config.get("text_config"), absent or {}
+    values = values if found is None else found
+    if not isinstance(values, Mapping):
+        raise config.error(f"text_config is {shown(values)}, not an object. Correct this field")
+    if (own := values.get("model_type", kind)) != kind:
+        problem = f"text_config has model_type {shown(own)}, which is not implemented in a multimodal model"
+        raise config.error(f"{problem}. Use a model whose text_config has model_type {kind}")
+    shape = read_family(kind, values, f"{config.source}: text_config")
+    towers = (tower for tower in _TOWERS if any(name.startswith(tower[0]) for name in config.names))
+    prefix, head = next(towers, _TOWERS[0])
+    # Without the field, transformers ties the head, unless the files have a different one.
+    ties = f"{head}.weight" not in config.names if config.get("tie_word_embeddings") is None else None
+    return replace(
+        shape,
+        embedding=replace(shape.embedding, sources=(shapes.StoredRows(f"{prefix}embed_tokens"),)),
+        block=replace(shape.block, source=f"{prefix}layers.{{index}}", module=f"{_TOWERS[0][0]}layers.{{index}}"),
+        final_norm=replace(shape.final_norm, source=f"{prefix}norm"),
+        head=replace(shape.head, sources=(shapes.StoredRows(head),)),
+        tied_embeddings=config.flag("tie_word_embeddings") if ties is None else ties,
+    )

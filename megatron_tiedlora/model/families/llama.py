@@ -5,17 +5,7 @@ from megatron_tiedlora.model.families.decoder import family, gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig
 
 
-@family(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    hidden_act="silu",
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-6,
-)
+@family(4096, 11008, 32, 32, vocab_size=32000, hidden_act="silu", max_position_embeddings=2048, rms_norm_eps=1e-6)
 def llama(config: HfConfig) -> shapes.ModelShape:
     """Return the `ModelShape` of LLaMA 1 to 3, and of models with the same layers."""
-    bias = config.flag("attention_bias")
-    return gated_decoder(config, qkv_bias=bias, output_bias=bias)
+    return gated_decoder(config, bias=True)

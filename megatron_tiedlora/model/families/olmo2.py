@@ -8,5 +8,4 @@ from megatron_tiedlora.model.hf_config import HfConfig
 @family(vocab_size=50304, rms_norm_eps=1e-5)
 def olmo2(config: HfConfig) -> shapes.ModelShape:
     """Return the shape of OLMo 2, with norms after attention and MLP, and over all heads of queries and of keys."""
-    bias = config.flag("attention_bias")
-    return gated_decoder(config, qkv_bias=bias, output_bias=bias, norms=BEHIND, head_norms="together")
+    return gated_decoder(config, bias=True, norms=BEHIND, head_norms="together")

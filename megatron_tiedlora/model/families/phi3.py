@@ -6,9 +6,8 @@ from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 
 
 @family(
+    *(3072, 8192),
     vocab_size=32064,
-    hidden_size=3072,
-    intermediate_size=8192,
     max_position_embeddings=4096,
     original_max_position_embeddings=4096,
     rms_norm_eps=1e-5,
@@ -17,4 +16,4 @@ def phi3(config: HfConfig) -> shapes.ModelShape:
     """Return the shape of Phi-3, 3.5 and 4, with fused q, k and v, fused gate and up, and partly rotated heads."""
     original, names = config.size("original_max_position_embeddings"), {"su": "longrope", "yarn": "longrope"}
     rope = read_rope(config, partial=True, original_positions=original, other_names=names)
-    return gated_decoder(config, rope=rope, window=config.window(), fused=True)
+    return gated_decoder(config, rope=rope, window=config.window(), fused=(shapes.QKV, shapes.GATE_UP))

@@ -6,10 +6,8 @@ from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 
 
 @family(
+    *(2560, 6912, 32, 32, 32),
     vocab_size=50304,
-    hidden_size=2560,
-    intermediate_size=6912,
-    num_key_value_heads=32,
     max_position_embeddings=4096,
     layer_norm_eps=1e-5,
     partial_rotary_factor=0.25,
