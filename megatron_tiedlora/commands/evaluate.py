@@ -79,7 +79,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         progress=is_main,
     )
     if is_main:
-        show(*headline(plans, scored, stage.attention.route(device, plan.dtype)))
+        show(*headline(plans, scored, stage.attention_route(device, plan.dtype)))
     with stop.deferred(), closing(Decoder(stage, groups, plan.source.shape)) as decoder:
         answers = answer_all(decoder, scored, grid=plan.grid, agree=stop.agree, progress=is_main)
     if output is None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
@@ -14,14 +14,15 @@ from torch.nn import functional
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterSegment, AdapterSegments
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base import shapes
+from megatron_tiedlora.model import cpu_attention
 from megatron_tiedlora.model.batch import find_documents, whole_rows
-from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, split_rows, tile_size
+from megatron_tiedlora.model.cpu_attention import TiledRows
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
 from megatron_tiedlora.model.linears import QkvLinear, RowParallelLinear
 from megatron_tiedlora.model.regions import Steps, steps_of
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import Kernels
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, upcast
 
 
 @dataclass
@@ -94,18 +95,18 @@ class AttentionContext:
     Attributes:
         positions: (b, s) int64.
         tables: the cos and sin of each rotation in the layers, see `rotation_table`.
-        attend: the function that computes attention among the tokens of the call, (b, s, heads * head_dim), from
-            queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim). A token attends to itself and
-            to earlier tokens of its document.
-        mask: 0 or -inf to be added to the scores if keys come from a cache, (b * kv, heads / kv * s, keys) in the
-            cache's dtype.
+        attend: for each window in the layers, the function that computes attention among the tokens of the call,
+            (b, s, heads * head_dim), from queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim).
+            A token attends to itself and to earlier tokens of its document and window.
+        mask: for each window in the layers, 0 or -inf to be added to the scores if keys come from a cache,
+            (b * kv, heads / kv * s, keys) in the cache's dtype.
         of_segments: one context for the tokens of each adapter, if keys come from the caches of several adapters.
     """
 
     positions: Tensor
     tables: Mapping[shapes.RopeShape, tuple[Tensor, Tensor]]
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    mask: Tensor | None = None
+    attend: Mapping[int | None, Callable[[Tensor, Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    mask: Mapping[int | None, Tensor] = field(default_factory=dict)
     of_segments: "tuple[AttentionContext, ...]" = ()
 
 
@@ -113,9 +114,11 @@ class Attention(nn.Module):
     """The attention of a block, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `steps`, then `output`."""
 
     def __init__(
-        self, qkv: QkvLinear, output: RowParallelLinear, *, kernels: Kernels, deterministic: bool = False
+        self, qkv: QkvLinear, output: RowParallelLinear, kind: shapes.AttentionKind,
+        *, kernels: Kernels, deterministic: bool = False,
     ) -> None:
         super().__init__()
+        self.kind = kind
         self.kernels = kernels
         self.deterministic = deterministic
         self.qkv = qkv
@@ -129,7 +132,7 @@ class Attention(nn.Module):
         documents: Tensor | None = None,
         cache: AnyCache | None = None,
         segments: AdapterSegments = (),
-        ropes: Iterable[shapes.RopeShape | None] | None = None,
+        kinds: Iterable[shapes.AttentionKind] | None = None,
     ) -> AttentionContext:
         """Return the data that `steps` needs about the tokens. It is computed once for all layers.
 
@@ -140,42 +143,55 @@ class Attention(nn.Module):
             segments: the adapters of the tokens; if there are several, b is 1. By default there is one adapter.
             cache: any layer's cache (one per adapter if several), before new keys are added. The first call fills it
                 with complete prompts, padded on the right. Later tokens attend to its keys up to their own position.
-            ropes: the rotations of all layers, if some differ from this layer's rotation.
+            kinds: the kinds of attention of all layers, if some differ from this layer's kind.
         """
-        heads = self.qkv.heads
-        rotations = filter(None, [self.qkv.rope] if ropes is None else ropes)
-        tables = {rope: rotation_table(positions, replace(heads, rope=rope), dtype) for rope in rotations}
+        heads, (num_rows, length) = self.qkv.heads, positions.shape
+        ropes, windows = map(dict.fromkeys, zip(*([self.kind] if kinds is None else kinds), strict=True))
+        tables = {rope: rotation_table(positions, replace(heads, rope=rope), dtype) for rope in ropes if rope}
         context = AttentionContext(positions, tables)
         if isinstance(cache, tuple):
             by_segment = zip(_by_segment(positions, segments), cache, strict=True)
-            of_segments = tuple(self.context(ids, dtype, cache=own, ropes=()) for ids, own in by_segment)
+            kinds = [shapes.AttentionKind(None, window) for window in windows]
+            of_segments = tuple(self.context(ids, dtype, cache=own, kinds=kinds) for ids, own in by_segment)
             return replace(context, of_segments=of_segments)
         if cache is not None and cache.filled:
-            return replace(context, mask=self._cache_mask(positions, cache))
-        device, (num_rows, length) = positions.device, positions.shape
+            mask = partial(self._cache_mask, positions, cache)
+            return replace(context, mask=_by_window(windows, cache.num_read(length), mask))
+        device = positions.device
         segments = segments or (AdapterSegment(ONLY, num_rows, length),)
         if device.type == "cpu":
-            parts = _tiled_segments(segments, documents, tile_size(heads.num, heads.num_kv))
-            return replace(context, attend=partial(attend_by_tiles, parts=parts, kernels=self.kernels))
-        if len(segments) == 1 and documents is None:
+            found = None
+        elif len(segments) == 1 and documents is None:
             found = whole_rows(num_rows, length, device)
         else:
             ids = torch.zeros(positions.shape) if documents is None else documents
             found = find_documents(_by_segment(ids, segments), device)
-        route = self.route(device, dtype)
-        assert route.attend is not None, "every device except a CPU has a function"
-        return replace(context, attend=partial(attend_within, documents=found, attend=route.attend))
 
-    def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
+        def function(window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+            route, scores = self.route(device, dtype, window), cpu_attention.Scores(heads.scale, window, heads.cap)
+            if found is not None and route.attend is not None:
+                return partial(attend_within, documents=found, scores=scores, attend=route.attend)
+            size = cpu_attention.tile_size(heads.num, heads.num_kv)
+            find = partial(cpu_attention.find_query_tiles, size=size, window=window, device=device)
+            parts = _tiled_rows(segments, documents, find)
+            kernels = self.kernels if found is None else EAGER  # a GPU's are compiled for each number of keys
+            return partial(cpu_attention.attend_by_tiles, parts=parts, scores=scores, kernels=kernels)
+
+        return replace(context, attend=_by_window(windows, length if found is None else found.longest, function))
+
+    def route(self, device: torch.device, dtype: torch.dtype, window: int | None = None) -> AttentionRoute:
         """Return the kernel for attention among the tokens of one call, on `device` and in the activations' dtype."""
-        return choose_attention(device, dtype, self.qkv.heads.dim, deterministic=self.deterministic)
+        heads, options = self.qkv.heads, {"deterministic": self.deterministic, "window": window is not None}
+        return choose_attention(device, dtype, heads.dim, cap=heads.cap, **options)
 
-    def _cache_mask(self, positions: Tensor, cache: KeyValueCache) -> Tensor:
+    def _cache_mask(self, positions: Tensor, cache: KeyValueCache, window: int | None) -> Tensor:
         batch, length = positions.shape
         kv_heads, group = self.qkv.heads.num_kv, self.qkv.heads.num // self.qkv.heads.num_kv
         num_keys = cache.num_read(length)
         keys = torch.arange(padded(num_keys), device=positions.device)
         hidden = keys > positions[:, :, None]  # (b, s, padded keys)
+        if window is not None:
+            hidden |= keys <= positions[:, :, None] - window
         added = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         rows = added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
         return rows[..., :num_keys]  # rows start at multiples of 8; else CUDA's kernel copies the mask in every layer
@@ -206,7 +222,7 @@ class Attention(nn.Module):
         own = (update or {}).get(shapes.QKV)
         hidden, (query, key, value) = yield from steps_of(self.qkv, hidden, tensor_parallel, own, addend, **given)
         if isinstance(cache, tuple):
-            heads = split_rows((query, key, value), [own.positions.shape for own in context.of_segments])
+            heads = cpu_attention.split_rows((query, key, value), [own.positions.shape for own in context.of_segments])
             by_segment = zip(heads, context.of_segments, cache, strict=True)
             outputs = [self._attend(q, k, v, own, of_segment) for (q, k, v), own, of_segment in by_segment]
             return hidden, torch.cat([output.flatten(0, 1) for output in outputs])[None]
@@ -219,9 +235,16 @@ class Attention(nn.Module):
         if cache is not None:
             cache.update(key, value, context.positions)
             if cache.filled:
-                return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
-        assert context.attend is not None, "without a filled cache, the context has a function"
-        return context.attend(query, key, value)
+                output = _attend_to_cache(query, cache, context.mask[self.kind.window], self.qkv.heads)
+                return output.transpose(1, 2).flatten(2).to(query.dtype)
+        return context.attend[self.kind.window](query, key, value)
+
+
+def _by_window(windows: Iterable[int | None], longest: int, make: Callable[[int | None], Any]) -> dict[Any, Any]:
+    """Return `make(window)` by window, where windows of at least `longest` tokens, the longest document, are None."""
+    needed = {window: None if window is None or window >= longest else window for window in windows}
+    made = {window: make(window) for window in dict.fromkeys(needed.values())}
+    return {window: made[own] for window, own in needed.items()}
 
 
 def _by_segment(ids: Tensor, segments: AdapterSegments) -> list[Tensor]:
@@ -230,40 +253,42 @@ def _by_segment(ids: Tensor, segments: AdapterSegments) -> list[Tensor]:
     return [part.view(segment.num_rows, segment.length) for part, segment in zip(parts, segments, strict=True)]
 
 
-def _tiled_segments(segments: AdapterSegments, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
-    """Return the rows of a micro-batch for attention on a CPU. The result of a row does not depend on other rows.
+def _tiled_rows(segments: AdapterSegments, documents: Tensor | None, find: Callable[..., Any]) -> tuple[TiledRows, ...]:
+    """Return the rows of a micro-batch for attention by tiles. The result of a row does not depend on other rows.
 
     Consecutive rows of one length are computed together, except packed rows of different adapters. A tile of these
     would contain all keys that any of the rows attends to, so the rounding of a row would depend on other rows.
     """
     if documents is not None:
         pairs = zip(segments, _by_segment(documents, segments), strict=True)
-        return tuple(TiledRows(s.num_rows, s.length, find_query_tiles(ids, s.length, size=size)) for s, ids in pairs)
+        return tuple(TiledRows(s.num_rows, s.length, find(ids, s.length)) for s, ids in pairs)
     found = []
     for length, some in groupby(segments, key=lambda segment: segment.length):
         num_rows = sum(segment.num_rows for segment in some)
-        found.append(TiledRows(num_rows, length, find_query_tiles(None, length, size=size)))
+        found.append(TiledRows(num_rows, length, find(None, length)))
     return tuple(found)
 
 
-def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
+def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor, how: shapes.HeadShape) -> Tensor:
     """Return the attention output of new tokens, (b, heads, s, head_dim), over the keys for which `mask` has columns.
 
     Query heads that share a key-value head are stacked as tokens of one head, so that keys are not copied. In fp32
     (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is optimised for many
-    queries. In bf16 the fused kernel is used, because it computes scores in fp32. cuDNN's kernel is avoided, because it
-    builds a plan for each number of keys. `prepare_environment` gives cuDNN the lowest priority.
+    queries. In bf16 the fused kernel is used, because it computes scores in fp32; it has no cap. cuDNN's is avoided,
+    because it builds a plan for each number of keys. `prepare_environment` gives cuDNN the lowest priority.
     """
-    assert mask is not None, "a filled cache needs a mask"
     batch, heads, length, head_dim = query.shape
     keys, values = (tensor.flatten(0, 1)[:, : mask.shape[-1]] for tensor in (cache.keys, cache.values))
     folded = query.to(keys.dtype).reshape(keys.shape[0], -1, head_dim)
-    if keys.dtype == torch.float32:
-        scores = torch.baddbmm(mask, folded, keys.transpose(1, 2), alpha=head_dim**-0.5)
+    if how.cap is not None:
+        scores = torch.bmm(upcast(folded), upcast(keys).transpose(1, 2)).mul_(how.scale / how.cap).tanh_().mul_(how.cap)
+        output = torch.bmm(scores.add_(mask).softmax(dim=-1).to(values.dtype), values)
+    elif keys.dtype == torch.float32:
+        scores = torch.baddbmm(mask, folded, keys.transpose(1, 2), alpha=how.scale)
         output = torch.bmm(scores.softmax(dim=-1), values)
     else:
         output = functional.scaled_dot_product_attention(
-            folded[:, None], keys[:, None], values[:, None], attn_mask=mask[:, None]
+            folded[:, None], keys[:, None], values[:, None], attn_mask=mask[:, None], scale=how.scale
         )
     return output.reshape(batch, heads, length, head_dim)  # copies if the kernel returns tokens first, as CUDA's do
 

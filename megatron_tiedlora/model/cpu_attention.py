@@ -1,9 +1,12 @@
-"""Compute causal attention on CPUs by tiles of queries. Each tile is multiplied with the keys that it attends to.
+"""Compute causal attention by tiles of queries: on CPUs, and on GPUs where no fused kernel has what scores need.
 
-In 16 bits this takes half of the time of PyTorch's fused kernel, and no time is spent on keys of other documents.
-With S = scale Q K^T for allowed keys, P = softmax(S), O = P V, and delta = sum of dO * O of each query,
+In 16 bits this takes half of a CPU's time with PyTorch's fused kernel. No time is spent on keys of other documents, or
+before the window of a tile's first query. With S = scale Q K^T for allowed keys, P = softmax(S), O = P V, and delta =
+sum of dO * O of each query,
 
     dV = P^T dO        dS = P (dO V^T - delta)        dQ = scale dS K        dK = scale dS^T Q
+
+Capped scores are C = cap tanh(S / cap), with P = softmax(C) and dS = (1 - (C / cap)^2) P (dO V^T - delta).
 
 The forward pass saves Q, K, V, O and log sum exp(S), one element per query and head, like fused kernels on GPUs. S, the
 operands and exponentials of S, and the sums dK and dV are in max(fp32, input dtype). Operands of the other matmuls are
@@ -29,6 +32,20 @@ def tile_size(num_heads: int, num_kv_heads: int) -> int:
     return 64 if num_heads > num_kv_heads else 128
 
 
+class Scores(NamedTuple):
+    """How the scores of attention are computed from queries and keys.
+
+    Attributes:
+        scale: the factor of Q K^T.
+        window: the number of tokens that a token attends to: itself and the tokens before it. None: all of them.
+        cap: scaled scores s are replaced by cap tanh(s / cap) before the softmax; None if they are not.
+    """
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
 class QueryTile(NamedTuple):
     """The queries `start` to `stop - 1` of every row, which attend to some of the keys `first` to `stop - 1`.
 
@@ -43,25 +60,34 @@ class QueryTile(NamedTuple):
     mask: Tensor
 
 
-def find_query_tiles(ids: Tensor | None, length: int, *, size: int) -> tuple[QueryTile, ...]:
+def find_query_tiles(
+    ids: Tensor | None, length: int, *, size: int, window: int | None = None, device: torch.device | None = None
+) -> tuple[QueryTile, ...]:
     """Return the tiles of rows of `length` tokens, the last tile first.
 
     Args:
         ids: (b, length) int64, document ids; a document begins where the id changes. None: each row is one document.
         size: the number of queries per tile, see `tile_size`.
+        window: see `Scores`.
+        device: the device of the masks, by default the host. It is not synchronised with if the ids are on the host.
     """
     if ids is None:
         ids = torch.zeros(1, length, dtype=torch.int64)
     positions = torch.arange(length)
-    # This is the first token of each token's document.
-    first_keys = torch.where(document_begins(ids), positions, 0).cummax(dim=1).values
+    # This is the first key of each token: the first token of its document or of its window.
+    first_keys = torch.where(document_begins(ids.cpu()), positions, 0).cummax(dim=1).values
+    if window is not None:
+        first_keys = first_keys.maximum(positions - (window - 1))
+    firsts = first_keys.amin(0).tolist()  # they never decrease within a row
+    if device is not None and device.type != "cpu":
+        first_keys = first_keys.pin_memory() if device.type == "cuda" else first_keys
+        positions, first_keys = torch.arange(length, device=device), first_keys.to(device, non_blocking=True)
     tiles = []
     for start in reversed(range(0, length, size)):
-        stop = min(start + size, length)
-        first = int(first_keys[:, start:stop].min())
+        stop, first = min(start + size, length), firsts[start]
         keys, queries = positions[first:stop], positions[start:stop, None]
         seen = (keys >= first_keys[:, start:stop, None]) & (keys <= queries)
-        mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
+        mask = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
         tiles.append(QueryTile(start, stop, first, mask[:, None].detach()))
     return tuple(tiles)
 
@@ -74,28 +100,31 @@ class TiledRows(NamedTuple):
     tiles: tuple[QueryTile, ...]
 
 
-def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[TiledRows], kernels: Kernels) -> Tensor:
-    """Return the attention of each token to the keys that its tile's mask allows, scaled by 1 / sqrt(head_dim).
+def attend_by_tiles(
+    query: Tensor, key: Tensor, value: Tensor, parts: Sequence[TiledRows], scores: Scores, kernels: Kernels
+) -> Tensor:
+    """Return the attention of each token to the keys that its tile's mask allows.
 
     The result is one tensor for all rows, so that it is saved once.
 
     Args:
         query: (b, heads, s, head_dim); key and value: (b, kv heads, s, head_dim).
         parts: consecutive rows of equal length, with their tiles; all parts together have the b s tokens.
+        scores: their scale and cap. The window is part of the tiles.
 
     Returns:
         (b, s, heads * head_dim).
     """
-    output: Tensor = _TiledAttention.apply(query, key, value, parts, kernels)
+    output: Tensor = _TiledAttention.apply(query, key, value, parts, scores, kernels)
     return output.flatten(2)
 
 
 class _Operands:
     """Queries and keys in the layout that the matmuls need, and memory that all tiles share."""
 
-    def __init__(self, query: Tensor, key: Tensor, tiles: Sequence[QueryTile]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, tiles: Sequence[QueryTile], scale: float) -> None:
         self.query = query
-        self.scale = query.shape[-1] ** -0.5
+        self.scale = scale
         self.keys = key.reshape(-1, *key.shape[2:])  # (b kv, s, head_dim)
         self._wide_keys = upcast(self.keys)
         self._size = max((tile.stop - tile.start) * (tile.stop - tile.first) for tile in tiles)
@@ -135,15 +164,15 @@ def _lines(tensor: Tensor, tile: QueryTile) -> Tensor:
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[TiledRows], kernels: Kernels
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[TiledRows], how: Scores, kernels: Kernels
     ) -> Tensor:
         heads = [tensor.detach() for tensor in (query, key, value)]
         output = _tokens_first(query)
         by_part = split_rows((*heads, output), [part[:2] for part in parts])
-        log_sums = [_attend_(views, part.tiles, kernels) for part, views in zip(parts, by_part, strict=True)]
+        log_sums = [_attend_(views, part.tiles, how, kernels) for part, views in zip(parts, by_part, strict=True)]
         result = output.transpose(1, 2)
         ctx.save_for_backward(query, key, value, result, *log_sums)
-        ctx.parts, ctx.kernels = parts, kernels
+        ctx.parts, ctx.options = parts, (how, kernels)
         return result
 
     @staticmethod
@@ -154,8 +183,8 @@ class _TiledAttention(torch.autograd.Function):
         tensors = query, key, value, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
         by_part = split_rows(tensors, [part[:2] for part in ctx.parts])
         for part, views, of_part in zip(ctx.parts, by_part, log_sums, strict=True):
-            _attention_gradients_(views, of_part, part.tiles, ctx.kernels)
-        return *grad_heads, None, None
+            _attention_gradients_(views, of_part, part.tiles, *ctx.options)
+        return *grad_heads, None, None, None
 
 
 def _tokens_first(heads: Tensor) -> Tensor:
@@ -175,17 +204,17 @@ def split_rows(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> 
         yield tuple(view.unflatten(0, shape).transpose(1, 2) for view in views)
 
 
-def _attend_(tensors: Sequence[Tensor], tiles: Sequence[QueryTile], kernels: Kernels) -> Tensor:
+def _attend_(tensors: Sequence[Tensor], tiles: Sequence[QueryTile], how: Scores, kernels: Kernels) -> Tensor:
     """Write O and return log sum exp(S), (b, heads, s, 1). `tensors` are Q, K, V and O, (b, heads, s, head_dim)."""
     query, key, value, output = tensors
     size, num_heads, length, _ = query.shape
-    operands = _Operands(query, key, tiles)
+    operands = _Operands(query, key, tiles, how.scale)
     values = value.reshape(operands.keys.shape)
     log_sums = upcast(query.new_empty(size, num_heads, length, 1))
     memory = operands.memory(query.dtype)
     for tile in tiles:
         scores, weights = operands.scores(tile), operands.of_tile(memory, tile)
-        sums, total = kernels.exp_scores_(_lines(scores, tile), tile.mask, _lines(weights, tile))
+        sums, total = kernels.exp_scores_(_lines(scores, tile), tile.mask, _lines(weights, tile), how.cap)
         summed = torch.bmm(weights, values[:, tile.first : tile.stop])
         part = slice(tile.start, tile.stop)
         lines = (size, num_heads, tile.stop - tile.start, -1)
@@ -195,11 +224,11 @@ def _attend_(tensors: Sequence[Tensor], tiles: Sequence[QueryTile], kernels: Ker
 
 
 def _attention_gradients_(
-    tensors: Sequence[Tensor], log_sums: Tensor, tiles: Sequence[QueryTile], kernels: Kernels
+    tensors: Sequence[Tensor], log_sums: Tensor, tiles: Sequence[QueryTile], how: Scores, kernels: Kernels
 ) -> None:
     """Write dQ, dK and dV. `tensors` are Q, K, V, O, dO, dQ, dK and dV, each (b, heads, s, head_dim)."""
     query, key, value, output, gradient, grad_query, grad_key, grad_value = tensors
-    operands = _Operands(query, key, tiles)
+    operands = _Operands(query, key, tiles, how.scale)
     keys, values = operands.keys, value.reshape(operands.keys.shape)
     deltas = (upcast(gradient) * upcast(output)).sum(-1, keepdim=True)
     key_sums, value_sums = (torch.zeros_like(keys, dtype=log_sums.dtype) for _ in range(2))
@@ -211,7 +240,7 @@ def _attention_gradients_(
         torch.bmm(gradients, values[:, seen].transpose(1, 2), out=grad_scores)
         row_wise = (log_sums[:, :, part], deltas[:, :, part], grad_scores, weights)
         scores = _lines(operands.scores(tile), tile)
-        kernels.score_gradient_(scores, tile.mask, *(_lines(tensor, tile) for tensor in row_wise))
+        kernels.score_gradient_(scores, tile.mask, *(_lines(tensor, tile) for tensor in row_wise), how.cap)
         value_sums[:, seen] += torch.bmm(weights.transpose(1, 2), gradients)
         key_sums[:, seen] += torch.bmm(grad_scores.transpose(1, 2), queries)
         product = torch.empty_like(queries)

@@ -364,11 +364,12 @@ def layer_specs(
         return linears.RowParallelLinear(weight(linear), bias=bias(linear), norm=own, multiplier=multiplier)
 
     def block(index: int) -> nn.Module:
-        parts, local_heads = shape.block, shape.heads.local(tp_size)
+        parts, local_heads, kind = shape.block, shape.heads.local(tp_size), shape.kind_of(index)
         of_qkv = normed(parts.qkv, parts.attention_norm)
         attention = Attention(
-            linears.QkvLinear(local_heads=local_heads, rope=shape.kind_of(index).rope, **of_qkv),
+            linears.QkvLinear(local_heads=local_heads, rope=kind.rope, **of_qkv),
             row_parallel(parts.output, parts.output_norm),
+            kind,
             kernels=kernels,
             deterministic=deterministic,
         )

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, AdapterSegments
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter, update_at
-from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES
+from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES, AttentionKind
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised, find_supervised
+from megatron_tiedlora.model.fused_attention import AttentionRoute
 from megatron_tiedlora.model.layer_specs import Block, Head, LayerSpec
 from megatron_tiedlora.model.regions import Steps, alternate, run_steps
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
@@ -243,9 +244,20 @@ class Stage(nn.Module):
 
     @property
     def attention(self) -> Attention:
-        """Return the attention of the first block. Other blocks differ from it only in weights and rotation."""
+        """Return the attention of the first block. Others differ from it only in weights and kind."""
         block: Any = self.layers[str(self.blocks[0])]
         return cast(Attention, block.attention)
+
+    def attention_route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
+        """Return the kernels for attention in this stage's blocks; see `Attention.route`."""
+        windows = [None, *filter(None, (kind.window for kind in self._kinds))]
+        whole, *others = (self.attention.route(device, dtype, window) for window in windows)
+        return replace(whole, in_windows=next((other for other in others if other != whole), None))
+
+    @property
+    def _kinds(self) -> list[AttentionKind]:
+        blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
+        return list(dict.fromkeys(block.attention.kind for block in blocks))
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -408,10 +420,8 @@ class Stage(nn.Module):
     ) -> AttentionContext:
         """Return the data that attention needs about the tokens in every block; see `Attention.context`."""
         cache = caches[0] if caches else None
-        blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
-        ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)
         return self.attention.context(
-            positions, dtype, documents=documents, cache=cache, segments=segments, ropes=ropes
+            positions, dtype, documents=documents, cache=cache, segments=segments, kinds=self._kinds
         )
 
     def run_blocks(

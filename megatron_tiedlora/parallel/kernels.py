@@ -263,18 +263,19 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
     return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)
 
 
-def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """Write exp(scores + mask - largest), the numerators of the softmax, to `weights`, and return their sums.
 
     Args:
         scores: (c, n, m, keys), in the dtype of `upcast`.
         mask: (c, 1, m, keys), 0 or -inf in any dtype; every row has at least one 0.
         weights: a tensor with the shape of the scores, in any dtype, for the numerators.
+        cap: scores s are first replaced by cap tanh(s / cap); None if they are not.
 
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
     """
-    seen = scores + mask
+    seen = (scores if cap is None else cap * (scores / cap).tanh()) + mask
     top = seen.amax(-1, keepdim=True)
     numerators = (seen - top).exp()
     total = numerators.sum(-1, keepdim=True)
@@ -283,22 +284,25 @@ def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, 
 
 
 def score_gradient_(
-    scores: Tensor, mask: Tensor, log_sums: Tensor, deltas: Tensor, grad_weights: Tensor, weights: Tensor
+    scores: Tensor, mask: Tensor, log_sums: Tensor, deltas: Tensor, grad_weights: Tensor, weights: Tensor,
+    cap: float | None = None,
 ) -> None:
     """Write the softmax p = exp(score + mask - log_sums) to `weights`, and compute the gradient of the scores.
 
-    This gradient is p (grad_weights - deltas).
+    This gradient is p (grad_weights - deltas), multiplied by 1 - tanh^2(score / cap) if scores are capped.
 
     Args:
-        scores, mask: as in `exp_scores_`.
+        scores, mask, cap: as in `exp_scores_`.
         log_sums: (c, n, m, 1), the first result of `exp_scores_`.
         deltas: (c, n, m, 1), the sum over keys of p * grad_weights.
         grad_weights: (c, n, m, keys), the gradient of p; replaced by the gradient of the scores.
         weights: a tensor with the shape of `grad_weights`.
     """
-    probability = (scores + mask - log_sums).exp()
+    bent = scores if cap is None else (scores / cap).tanh()
+    probability = ((scores if cap is None else cap * bent) + mask - log_sums).exp()
     weights.copy_(probability)
-    grad_weights.copy_(probability * (upcast(grad_weights) - deltas))
+    gradient = probability * (upcast(grad_weights) - deltas)
+    grad_weights.copy_(gradient if cap is None else gradient * (1 - bent.square()))
 
 
 def soft_capped(numbers: Tensor, cap: float | None) -> Tensor:
@@ -412,7 +416,7 @@ class Kernels:
     rotate_with_root: Callable[..., Tensor] = rotate_with_root
     square_means: Callable[[Tensor, int, int], Tensor] = square_means
     product_means: Callable[[Tensor, Tensor, Tensor], Tensor] = product_means
-    exp_scores_: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = exp_scores_
+    exp_scores_: Callable[..., tuple[Tensor, Tensor]] = exp_scores_
     score_gradient_: Callable[..., None] = score_gradient_
     row_log_sums: Callable[[Tensor, float | None], Tensor] = row_log_sums
     exp_logits_: Callable[[Tensor, Tensor, float | None], None] = exp_logits_

@@ -339,9 +339,10 @@ class Tracer:
             output: torch.Tensor = counting.CountedAttention.apply(*rows, self._counts)
             return output.flatten(1)[None]
 
-        documents = Documents([0, tokens], positions[0, :2], tokens)
-        on_gpu = partial(fused_attention.attend_within, documents=documents, attend=by_token)
-        return attention.AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
+        given: dict[str, Any] = {"documents": Documents([0, tokens], positions[0, :2], tokens), "scores": None}
+        on_gpu = partial(fused_attention.attend_within, **given, attend=by_token)
+        function = on_gpu if self._on_gpu else by_tiles
+        return attention.AttentionContext(positions, tables, attend={stage.attention.kind.window: function})
 
 
 def _end(outputs: Sequence[torch.Tensor]) -> torch.Tensor:

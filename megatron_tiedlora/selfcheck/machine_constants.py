@@ -32,7 +32,7 @@ from megatron_tiedlora.base.presets import PRESETS, is_preset
 from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model import batch, families, fused_attention
-from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
+from megatron_tiedlora.model.cpu_attention import Scores, TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, known_gpu
@@ -230,12 +230,13 @@ class _Measure:
         forward: Callable[[], torch.Tensor]
         if self.device.type == "cpu":
             tiles = find_query_tiles(None, tokens, size=tile_size(heads.num, heads.num_kv))
-            forward = partial(attend_by_tiles, query, key, value, [TiledRows(1, tokens, tiles)], EAGER)
+            rows = [TiledRows(1, tokens, tiles)]
+            forward = partial(attend_by_tiles, query, key, value, rows, Scores(heads.scale), EAGER)
         else:
             documents = batch.whole_rows(1, tokens, self.device)
             attend = fused_attention.choose_attention(self.device, dtype, heads.dim).attend
             assert attend is not None, "a GPU has a kernel"
-            forward = partial(fused_attention.attend_within, query, key, value, documents, attend)
+            forward = partial(fused_attention.attend_within, query, key, value, documents, Scores(heads.scale), attend)
         grad = torch.ones_like(forward())
         return self._time(lambda: forward().backward(grad), seconds)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.model.cpu_attention import Scores
 
 Tensors = Mapping[str, Tensor]
 Linear = Callable[[str, str, Tensor], Tensor]  # arguments: a weight's name, a target's prefix, the input
@@ -93,22 +94,27 @@ def _attention(shape: ModelShape, linear: Linear, normed: Tensor) -> Tensor:
     return linear("attention.output", "o_proj.", output)
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, how: Scores | None = None) -> Tensor:
     """Compute causal attention within each document in plain PyTorch, and return its output.
 
     Args:
         query, key, value: (b, heads or kv heads, s, head_dim).
         ids: the document id of each token, (b, s) int64.
+        how: the scale, window and cap of the scores; by default only a scale of 1 / sqrt(head_dim).
 
     Returns:
         (b, s, heads * head_dim).
     """
     assert ids is not None
+    how = how or Scores(query.shape[-1] ** -0.5)
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     positions = torch.arange(length)
     sees = (ids[:, :, None] == ids[:, None, :]) & (positions[:, None] >= positions)
-    scores = _wide(query @ key.transpose(-1, -2)) / query.shape[-1] ** 0.5
+    if how.window is not None:
+        sees &= positions[:, None] - positions < how.window
+    scores = _wide(query @ key.transpose(-1, -2)) * how.scale
+    scores = scores if how.cap is None else (scores / how.cap).tanh() * how.cap
     probs = scores.masked_fill(~sees[:, None].to(scores.device), float("-inf")).softmax(-1).to(query.dtype)
     return (probs @ value).transpose(1, 2).flatten(2)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import find_documents, whole_rows
-from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
+from megatron_tiedlora.model.cpu_attention import Scores, TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
@@ -60,16 +60,19 @@ CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
 
+@pytest.mark.parametrize("kind", [(None, None), (100, None), (100, 5.0)], ids=["all tokens", "window", "capped window"])
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
-def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.device, tell: Tell) -> None:
+def test_routes(
+    dtype: torch.dtype, case: Heads, packed: bool, kind: tuple[Any, Any], device: torch.device, tell: Tell
+) -> None:
     """Compare every kernel with plain attention in fp64. The package's choice is last: only its errors fail a test."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("a CPU may have no fast bf16")
-    drawn = random_heads(case, 2, sum(LENGTHS), device, dtype)
-    for name, route in reversed(attention_routes(device, dtype, case.head_dim).items()):
-        compare(tell, name, route, drawn, LENGTHS if packed else (sum(LENGTHS),))
+    drawn, how = random_heads(case, 2, sum(LENGTHS), device, dtype), Scores(case.head_dim**-0.5, *kind)
+    for name, route in reversed(attention_routes(device, dtype, case.head_dim, how).items()):
+        compare(tell, name, route, drawn, LENGTHS if packed else (sum(LENGTHS),), how)
 
 
 def test_control(device: torch.device, tell: Tell) -> None:
@@ -83,7 +86,9 @@ def test_control(device: torch.device, tell: Tell) -> None:
     assert error >= LEAST_SEEN, "this check computes wrong errors here: report this with the versions of part env"
 
 
-def compare(tell: Tell, name: str, route: AttentionCall, drawn: Drawn, lengths: Sequence[int]) -> None:
+def compare(
+    tell: Tell, name: str, route: AttentionCall, drawn: Drawn, lengths: Sequence[int], how: Scores | None = None
+) -> None:
     """Compare the output and the gradients of a kernel with fp64, on rows of documents with these `lengths`."""
     heads, weight = drawn
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(len(weight), -1)
@@ -91,7 +96,7 @@ def compare(tell: Tell, name: str, route: AttentionCall, drawn: Drawn, lengths: 
     with optional(tell, name, weight.device):
         found = results(route, heads, ids if len(lengths) > 1 else None, weight)
         wide = [tensor.detach().double().requires_grad_() for tensor in heads]
-        expected = results(plain_attention, wide, ids, weight.double())
+        expected = results(partial(plain_attention, how=how), wide, ids, weight.double())
         names = ("out", "dq", "dk", "dv")
         errors = {what: relative(a, b) for what, a, b in zip(names, found, expected, strict=True)}
         worst = worst_of(errors)
@@ -175,28 +180,34 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
             warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
 
 
-def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
+def attention_routes(
+    device: torch.device, dtype: torch.dtype, head_dim: int, how: Scores | None = None
+) -> dict[str, AttentionCall]:
     """Return every attention kernel that works on the device, by name. The package's choice is the first."""
-    chosen = choose_attention(device, dtype, head_dim)
+    how = how or Scores(head_dim**-0.5)
+    needs: dict[str, Any] = {"window": how.window is not None, "cap": how.cap}
+    chosen, tiles = choose_attention(device, dtype, head_dim, **needs), partial(_by_tiles, how=how)
+    others = {} if needs["window"] else {ONE_BY_ONE: _within(one_by_one, how)}
     if chosen.attend is None:
-        return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
-    routes, capability = {CHOSEN: _within(chosen.attend)}, torch.cuda.get_device_capability(device)
+        return {CHOSEN: tiles, **others}
+    routes, capability = {CHOSEN: _within(chosen.attend, how)}, torch.cuda.get_device_capability(device)
     for candidate in CANDIDATES:
-        if candidate.name != chosen.name and candidate.obstacle(capability, dtype, head_dim) is None:
+        if candidate.name != chosen.name and candidate.obstacle(capability, dtype, head_dim, **needs) is None:
             # created when it is called, because its library may fail
-            routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False))(*heads)
-    return {**routes, ONE_BY_ONE: _within(one_by_one)}
+            routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False), how)(*heads)
+    return {**routes, **others}
 
 
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
-    return attend_by_tiles(query, key, value, [TiledRows(len(query), query.shape[2], blocks)], EAGER)
+def _by_tiles(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None, how: Scores) -> Tensor:
+    size, length = tile_size(query.shape[1], key.shape[1]), query.shape[2]
+    tiles = find_query_tiles(ids, length, size=size, window=how.window, device=query.device)
+    return attend_by_tiles(query, key, value, [TiledRows(len(query), length, tiles)], how, EAGER)
 
 
-def _within(attend: Attend) -> AttentionCall:
+def _within(attend: Attend, how: Scores) -> AttentionCall:
     def route(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
         size, _, length, _ = query.shape
         documents = whole_rows(size, length, query.device) if ids is None else find_documents([ids], query.device)
-        return attend_within(query, key, value, documents, attend)
+        return attend_within(query, key, value, documents, how, attend)
 
     return route

@@ -200,8 +200,8 @@ def run_headline(
     start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
 ) -> list[str]:
     """Return the lines that a run prints before the progress bar: shared settings, and a summary of each adapter."""
-    plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
-    settings, route, head_dim = plan.settings, attention.route(device, plan.dtype), plan.source.shape.heads.dim
+    plan, stage, run = shared_plan(start.plans), built.runner.stage, trainer.only
+    settings, route, head_dim = plan.settings, stage.attention_route(device, plan.dtype), plan.source.shape.heads.dim
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
     model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"

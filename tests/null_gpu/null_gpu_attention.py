@@ -25,11 +25,12 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
 from megatron_tiedlora.model.batch import Documents, whole_rows
+from megatron_tiedlora.model.cpu_attention import Scores
 from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, FusedKernel, attend_within, choose_attention
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 
-GPU = torch.device("cuda")
+GPU, PLAIN = torch.device("cuda"), Scores(128**-0.5)
 TOKENS = 4096
 MIXED = [8 + 97 * index % 292 for index in range(21)]  # tokens of documents, no two alike
 
@@ -86,7 +87,7 @@ def _launches(lengths: Sequence[int]) -> int:
 def _chosen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     route = choose_attention(GPU, query.dtype, query.shape[-1])
     assert route.attend is not None
-    return attend_within(query, key, value, whole_rows(1, query.shape[2], GPU), route.attend)
+    return attend_within(query, key, value, whole_rows(1, query.shape[2], GPU), PLAIN, route.attend)
 
 
 def _peak(function: Callable[..., torch.Tensor], num_heads: int, kv_heads: int, length: int, head_dim: int) -> float:
@@ -124,7 +125,7 @@ def kernel_names(candidate: FusedKernel) -> list[str]:
     gradient = torch.zeros(1, 4096, 64 * 128, device=GPU, dtype=torch.bfloat16)
     with patch.object(torch.ops.aten, name, lambda *heads, **_: (NothingLaunched.apply(*heads[:3]),)):
         nullgpu.reset()
-        torch.autograd.grad(attend_within(*parts, documents, candidate.make(False)), parts, gradient)
+        torch.autograd.grad(attend_within(*parts, documents, PLAIN, candidate.make(False)), parts, gradient)
     found = {name: count for name, count in nullgpu.report().items() if re.match("kernel:|gemm:|memcpy", name)}
     names = nullgpu.demangle([name.removeprefix("kernel:") for name in found])
     short = (re.sub(r"^(void )?(\w+::|\(anonymous namespace\)::)*", "", name) for name in names)
@@ -159,9 +160,9 @@ def _beside(
         torch.zeros(bounds[-1], count, 128, dtype=dtype, device=GPU, requires_grad=True)
         for count in (num_heads, kv_heads, kv_heads)
     ]
-    attend(*inputs, documents, 1.0)
+    attend(*inputs, documents, PLAIN)
     before = torch.cuda.memory_allocated()
-    found = attend(*inputs, documents, 1.0)
+    found = attend(*inputs, documents, PLAIN)
     kept = torch.cuda.memory_allocated() - before - found.nbytes
     gradient = torch.empty_like(found)
     before = torch.cuda.memory_allocated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     targets_of,
 )
+from megatron_tiedlora.base.shapes import AttentionKind
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.attention import Attention
+from megatron_tiedlora.model.cpu_attention import Scores
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -25,12 +28,23 @@ from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 
 
 def attention_layer(
-    num_heads: int, num_kv_heads: int, *, hidden_size: int = 48, head_dim: int = 8, dtype: torch.dtype
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    hidden_size: int = 48,
+    head_dim: int = 8,
+    dtype: torch.dtype,
+    how: Scores | None = None,
 ) -> Attention:
-    """The attention of a block, with empty weights."""
+    """The attention of a block, with empty weights; `how`: its scores, by default without window and cap."""
     sizes = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
     others = {"vocab_size": 8, "hidden_size": hidden_size, "intermediate_size": 8, "num_hidden_layers": 1}
-    block: Any = layer_specs(shape_from_hf({"model_type": "llama", **sizes, **others}), dtype=dtype)[1].build()
+    shape = shape_from_hf({"model_type": "llama", **sizes, **others})
+    if how is not None:
+        heads = replace(shape.heads, multiplier=how.scale, cap=how.cap)
+        kind = AttentionKind(heads.rope, how.window)
+        shape = replace(shape, block=replace(shape.block, heads=heads), kinds=(kind,))
+    block: Any = layer_specs(shape, dtype=dtype)[1].build()
     attention: Attention = block.attention
     return attention
 

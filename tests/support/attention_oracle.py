@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_tiedlora.model.cpu_attention import Scores
 from megatron_tiedlora.selfcheck.reference import plain_attention
 
 
 def attended(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor, how: Scores | None = None
 ) -> torch.Tensor:
     """Attention within documents by its definition, in fp64, (b, s, heads * head_dim); `ids` (b, s) on the host."""
-    query, key, value = (heads.double() for heads in (query, key, value))
-    scaled = query if scale is None else query * (scale * query.shape[-1] ** 0.5)
-    return plain_attention(scaled, key, value, ids)
+    return plain_attention(query.double(), key.double(), value.double(), ids, how)
 
 
 def heads(

@@ -237,8 +237,8 @@ def rope_frequencies(theta: float, size: int, scaling: Mapping[str, Any] | None)
     if kind == "linear":
         return torch.stack([frequency / scaling["factor"] for frequency in plain])
     if kind == "longrope":
-        return torch.stack([f / divisor for f, divisor in zip(plain, scaling["short_factor"], strict=True)])
-    blend = {"llama3": _llama3_share, "yarn": _yarn_share}[kind]
+        return 1.0 / (torch.tensor(scaling["short_factor"], dtype=torch.float32) * theta**exponents)
+    blend: Callable[..., float | Tensor] = {"llama3": _llama3_share, "yarn": _yarn_share}[kind]
     stretched = []
     for index, frequency in enumerate(plain):
         share = blend(index, float(frequency), theta, size, scaling)
@@ -253,7 +253,7 @@ def _llama3_share(index: int, frequency: float, theta: float, size: int, scaling
     return min(max((turns - low) / (high - low), 0.0), 1.0)
 
 
-def _yarn_share(index: int, frequency: float, theta: float, size: int, scaling: Mapping[str, Any]) -> float:
+def _yarn_share(index: int, frequency: float, theta: float, size: int, scaling: Mapping[str, Any]) -> Tensor:
     """1 before the index that turns beta_fast times, 0 after the one that turns beta_slow times, linear in between."""
 
     def at(turns: float) -> float:
@@ -261,7 +261,8 @@ def _yarn_share(index: int, frequency: float, theta: float, size: int, scaling: 
 
     first = max(math.floor(at(scaling.get("beta_fast", 32))), 0)
     last = min(math.ceil(at(scaling.get("beta_slow", 1))), size - 1)
-    return 1 - min(max((index - first) / max(last - first, 0.001), 0.0), 1.0)
+    ramp = min(max((index - first) / max(last - first, 0.001), 0.0), 1.0)
+    return 1 - torch.tensor(ramp)  # in fp32, as transformers has it
 
 
 def rope_amplitude(scaling: Mapping[str, Any] | None, max_positions: int) -> float:

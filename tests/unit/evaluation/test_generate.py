@@ -28,6 +28,7 @@ from megatron_tiedlora.evaluation.generate import (
     split_evenly,
 )
 from megatron_tiedlora.model.attention import KeyValueCache, _attend_to_cache
+from megatron_tiedlora.model.cpu_attention import Scores
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -364,11 +365,17 @@ def test_choices_travel_apart_from_hidden_states(references: dict[str, Reference
 # Parts by themselves --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", [None, Scores(0.3, 3), Scores(0.9, 7, 2.0), Scores(0.9, None, 2.0)], ids=str)
 @pytest.mark.parametrize("by_tokens", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("length", "granularity"), [(1, 1), (5, 1), (1, 16), (5, 16), (1, 32)])
 def test_attention_to_a_cache(
-    dtype: torch.dtype, length: int, granularity: int, by_tokens: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    length: int,
+    granularity: int,
+    by_tokens: bool,
+    how: Scores | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against a plain softmax, in every dtype that a cache may have; CUDA's kernels lay their results out by tokens.
     A GPU reads keys that are not there yet."""
@@ -380,19 +387,22 @@ def test_attention_to_a_cache(
             lambda *args, **keywords: original(*args, **keywords).transpose(1, 2).contiguous().transpose(1, 2),
         )
     torch.manual_seed(0)
-    layer = attention_layer(6, 2, dtype=dtype)
+    layer, how = attention_layer(6, 2, dtype=dtype, how=how), how or Scores(8**-0.5)
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=dtype), granularity)
     cache.update(torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8), torch.arange(9).expand(3, 9))
     cache.filled = 9
     positions = torch.tensor([[9], [4], [7]]) + torch.arange(length)
     context = layer.context(positions, dtype, cache=cache)
-    assert context.mask is not None and context.mask.shape[-1] == {1: 9 + length, 16: 16, 32: 20}[granularity]
+    (mask,) = context.mask.values()
+    assert mask.shape[-1] == {1: 9 + length, 16: 16, 32: 20}[granularity]
     cache.update(torch.randn(3, 2, length, 8), torch.randn(3, 2, length, 8), positions)
     query = torch.randn(3, 6, length, 8, dtype=dtype)
-    ours = _attend_to_cache(query, cache, context.mask)
+    ours = _attend_to_cache(query, cache, mask, layer.qkv.heads)
     keys, values = (tensor.double().repeat_interleave(3, dim=1) for tensor in (cache.keys, cache.values))
-    scores = query.double() @ keys.transpose(2, 3) / 8**0.5
-    hidden = torch.arange(20) > positions[:, None, :, None]
+    scores = query.double() @ keys.transpose(2, 3) * how.scale
+    scores = scores if how.cap is None else how.cap * (scores / how.cap).tanh()
+    distance = positions[:, None, :, None] - torch.arange(20)
+    hidden = (distance < 0) | (distance >= (how.window or 20))
     wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
     assert torch.allclose(ours.double(), wanted, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
 
@@ -404,8 +414,8 @@ def test_rows_of_a_mask_begin_at_multiples_of_8(filled: int) -> None:
     cache = KeyValueCache.empty(3, 2, 20, 8, torch.empty(0, dtype=torch.bfloat16))
     cache.filled = filled
     positions = torch.tensor([[filled], [2], [4]])
-    mask = layer.context(positions, torch.bfloat16, cache=cache).mask
-    assert mask is not None and mask.shape == (6, 3, filled + 1)
+    (mask,) = layer.context(positions, torch.bfloat16, cache=cache).mask.values()
+    assert mask.shape == (6, 3, filled + 1)
     assert mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
     seen = torch.arange(filled + 1) <= positions
     assert torch.equal(mask == 0, seen[:, None, None].expand(3, 2, 3, -1).reshape(mask.shape))

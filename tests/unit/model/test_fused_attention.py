@@ -23,13 +23,15 @@ from torch.nn import functional
 
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.batch import Documents, find_documents, whole_rows
+from megatron_tiedlora.model.cpu_attention import Scores
 from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.model.regions import run_steps
+from megatron_tiedlora.parallel.frozen_weight import HALF
 from megatron_tiedlora.parallel.groups import TensorParallel
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
 FA3, FA4, CUDNN, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
-LOOP = "PyTorch's attention, one document after another"
+LOOP, TILES = "PyTorch's attention, one document after another", "tiles of queries"
 choose = choose_attention.__wrapped__  # what a test has patched must not be remembered
 # Documents of 5, 3, 8, 1 and 15 tokens in two rows of 16.
 IDS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 8, [0] * 1 + [1] * 15])
@@ -43,12 +45,12 @@ def test_the_definition_is_that_of_torch() -> None:
     torch.testing.assert_close(attended(query, key, value, IDS), expected.transpose(1, 2).flatten(2))
 
 
-def by_definition(query: Any, key: Any, value: Any, offsets: torch.Tensor, scale: float) -> torch.Tensor:
+def by_definition(query: Any, key: Any, value: Any, offsets: torch.Tensor, how: Scores) -> torch.Tensor:
     """The oracle for (tokens, heads, head_dim) and offsets."""
     assert offsets.dtype == torch.int32
     ids = torch.bucketize(torch.arange(len(query)), offsets[1:], right=True)[None]
     rows = (part.transpose(0, 1)[None] for part in (query, key, value))
-    return attended(*rows, ids, scale)[0].view(query.shape).to(query.dtype)
+    return attended(*rows, ids, how)[0].view(query.shape).to(query.dtype)
 
 
 Calls = list[dict[str, Any]]
@@ -72,7 +74,10 @@ def stand_in(
 def flash_attn_varlen_func(given: dict[str, Any]) -> torch.Tensor:
     assert given["causal"] is True and given["cu_seqlens_q"] is given["cu_seqlens_k"]
     assert given["max_seqlen_q"] == given["max_seqlen_k"]
-    return by_definition(given["q"], given["k"], given["v"], given["cu_seqlens_q"], given["softmax_scale"])
+    left, right = given.get("window_size", (None, 0))
+    assert right == 0
+    how = Scores(given["softmax_scale"], None if left is None else left + 1, given.get("softcap"))
+    return by_definition(given["q"], given["k"], given["v"], given["cu_seqlens_q"], how)
 
 
 COMMON = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -138,7 +143,10 @@ def flash(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     assert query.dim() == 3 and query.shape[-1] % 8 == 0 and query.stride(-1) == 1
     assert given["cum_seq_q"] is given["cum_seq_k"] and given["max_q"] == given["max_k"]
     assert given["dropout_p"] == 0.0 and given["is_causal"] is True and given["return_debug_mask"] is False
-    return by_definition(query, key, value, given["cum_seq_q"], given["scale"]), torch.empty(0)
+    left = given.get("window_size_left")
+    assert left is None or given["window_size_right"] == 0
+    how = Scores(given["scale"], None if left is None else left + 1)
+    return by_definition(query, key, value, given["cum_seq_q"], how), torch.empty(0)
 
 
 def efficient(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -147,7 +155,7 @@ def efficient(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     assert given["bias"] is None and given["dropout_p"] == 0.0 and given["custom_mask_type"] == 1
     assert given["cu_seqlens_q"] is given["cu_seqlens_k"] and given["max_seqlen_q"] == given["max_seqlen_k"]
     assert given["compute_log_sumexp"] is True, "its backward pass reads the log sums"
-    mixed = by_definition(query[0], key[0], value[0], given["cu_seqlens_q"], given["scale"])
+    mixed = by_definition(query[0], key[0], value[0], given["cu_seqlens_q"], Scores(given["scale"]))
     return mixed[None], torch.empty(0)
 
 
@@ -170,7 +178,7 @@ def cudnn(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     assert query.dim() == 4 and query.shape[2] % 128 == 0 and query.shape[-1] % 8 == 0 and query.stride(-1) == 1
     assert given["attn_bias"] is None and given["dropout_p"] == 0.0 and given["is_causal"] is True
     assert given["compute_log_sumexp"] is True and given["return_debug_mask"] is False
-    mixed = attended(query, key, value, torch.zeros(len(query), query.shape[2]), given["scale"])
+    mixed = attended(query, key, value, torch.zeros(len(query), query.shape[2]), Scores(given["scale"]))
     by_heads = mixed.unflatten(2, (query.shape[1], -1)).transpose(1, 2)  # as query in memory
     return _AsTheOutput.apply(by_heads.to(query.dtype)), torch.empty(0)  # type: ignore[no-untyped-call]
 
@@ -229,6 +237,85 @@ def test_elsewhere() -> None:
     assert choose(HOST, torch.bfloat16, 128).attend is None, "a CPU has cpu_attention.py"
     route = choose(torch.device("meta"), torch.bfloat16, 128)
     assert route.attend is one_by_one and "meta" in route.reason
+    for needs in ({"window": True}, {"cap": 5.0}):
+        route = choose(torch.device("meta"), torch.bfloat16, 128, **needs)
+        assert route.attend is None and str(route).startswith("tiles of queries (") and "meta" in route.reason
+
+
+ALL = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "dtype", "needs", "name"),
+    [
+        (ALL, (9, 0), torch.bfloat16, {"window": True}, FA3),
+        (ALL[1:], (9, 0), torch.bfloat16, {"window": True}, FA4),
+        (ALL[2:], (9, 0), torch.bfloat16, {"window": True}, FA2),
+        ((), (9, 0), torch.bfloat16, {"window": True}, FLASH),
+        (ALL, (9, 0), torch.float32, {"window": True}, TILES),
+        (ALL, (9, 0), torch.bfloat16, {"cap": 50.0}, FA3),
+        (ALL[1:], (9, 0), torch.bfloat16, {"cap": 50.0, "window": True}, FA2),
+        (ALL[1:2], (9, 0), torch.bfloat16, {"cap": 50.0}, TILES),
+        ((), (9, 0), torch.float16, {"cap": 50.0, "window": True}, TILES),
+        (ALL, (7, 5), torch.float16, {"cap": 50.0}, TILES),
+    ],
+)
+def test_what_is_chosen_for_windows_and_caps(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: tuple[str, ...],
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    needs: dict[str, Any],
+    name: str,
+) -> None:
+    """cuDNN and the memory-efficient kernel have none of both, FlashAttention 4 and PyTorch's flash kernel no caps."""
+    on_a_gpu(monkeypatch, capability)
+    calls = install(monkeypatch, *installed)
+    route = choose(GPU, dtype, 128, **needs)
+    assert (route.name, route.otherwise) == (name, "") and (route.attend is None) == (name == TILES)
+    reasons = dict.fromkeys((CUDNN, EFFICIENT), "has no windows" if "window" in needs else "does not cap scores")
+    reasons |= {} if "cap" not in needs else dict.fromkeys((FA4, FLASH), "does not cap scores")
+    for other in (candidate for candidate in CANDIDATES if candidate.name in route.reason and dtype in HALF):
+        if capability >= (9, 0) and (not isinstance(other.kernel, str) or other.kernel in installed):
+            assert f"{other.name} {reasons[other.name]}" in route.reason
+    tried = [call for of_library in calls.values() for call in of_library] + OPERATOR_CALLS["_flash_attention_forward"]
+    windows = [call.get("window_size", (call.get("window_size_left"), 0)) for call in tried]
+    assert name == TILES or windows == [(1 if "window" in needs else None, 0)], "it is tried with a window"
+    assert name == TILES or [call.get("softcap") for call in tried] == [needs.get("cap")]
+
+
+def test_a_backward_pass_that_does_not_cap_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash_attn 2.6.0 and 2.6.1 cap in the forward pass alone; their probabilities then sum to more than 1."""
+
+    class OnlyForward(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, query: Any, key: Any, value: Any, given: dict[str, Any]) -> torch.Tensor:
+            context.save_for_backward(query, key, value)
+            context.given = given
+            return flash_attn_varlen_func(given).detach()
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+            query, key, _ = context.saved_tensors
+            scores = torch.einsum("qhd,kgd->hqk", query.double(), key.double())
+            weights = (scores - 50 * (scores / 50).tanh()).exp() / len(key)  # as exp(scores - log sums)
+            return query * 0, key * 0, torch.einsum("hqk,qhd->kd", weights, gradient.double())[:, None].bfloat16(), None
+
+    on_a_gpu(monkeypatch, (9, 0))
+    install(monkeypatch, "flash_attn")
+
+    def early(*args: Any, **given: Any) -> torch.Tensor:
+        given |= dict(zip("qkv", args, strict=True))
+        result: torch.Tensor = OnlyForward.apply(*args, given)
+        return result
+
+    assert choose(GPU, torch.bfloat16, 128, cap=50.0).name == FA2
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", early)
+    route = choose(GPU, torch.bfloat16, 128, cap=50.0)
+    assert route.name == TILES and f"{FA2} does not run here: RuntimeError: its backward pass" in route.reason
+    install(monkeypatch, "flash_attn", arguments=ARGUMENTS_2_3)
+    route = choose(GPU, torch.bfloat16, 128, cap=50.0)
+    assert route.name == TILES and "softcap" in route.reason
 
 
 def test_a_library_that_does_not_run_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,9 +388,17 @@ def test_a_cudnn_that_is_old_or_would_not_be_deterministic_is_passed_over(
 @pytest.mark.parametrize("head_dim", [32, 12])
 @pytest.mark.parametrize("counts", [(6, 2), (4, 4)])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("route", [FA3, FA3 + ", an early one", FA4, FA2, FLASH, EFFICIENT, LOOP])
+@pytest.mark.parametrize(
+    ("route", "how"),
+    [
+        *((route, Scores(0.3)) for route in (FA3, FA3 + ", an early one", FA4, FA2, FLASH, EFFICIENT, LOOP)),
+        *((route, Scores(0.3, window)) for route in (FA3, FA4, FA2, FLASH) for window in (1, 4, 15)),
+        *((route, Scores(0.9, window, 2.0)) for route in (FA3, FA2) for window in (None, 4)),
+    ],
+    ids=str,
+)
 def test_every_route_is_attention(
-    monkeypatch: pytest.MonkeyPatch, route: str, packed: bool, counts: tuple[int, int], head_dim: int
+    monkeypatch: pytest.MonkeyPatch, route: str, how: Scores, packed: bool, counts: tuple[int, int], head_dim: int
 ) -> None:
     """Values and gradients are those of the definition, in fp64; heads of 12 are padded to 16."""
     install(monkeypatch, *LIBRARIES, as_tuple="early" in route)
@@ -313,7 +408,7 @@ def test_every_route_is_attention(
     parts = heads(torch.float64, counts=counts, head_dim=head_dim)
     ids = IDS if packed else torch.zeros_like(IDS)
     documents = find_documents([IDS], HOST) if packed else whole_rows(*IDS.shape, HOST)
-    assert_same(attend_within(*parts, documents, attend), attended(*parts, ids), parts, 1e-12)
+    assert_same(attend_within(*parts, documents, how, attend), attended(*parts, ids, how), parts, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +434,8 @@ def test_cudnn_gets_documents_of_one_length(
         calls.clear()
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     parts = heads(torch.float64, shape=(1, sum(lengths)), head_dim=head_dim)
-    mixed, wanted = attend_within(*parts, find_documents([ids], HOST), attend), attended(*parts, ids)
+    how = Scores(0.3)
+    mixed, wanted = attend_within(*parts, find_documents([ids], HOST), how, attend), attended(*parts, ids, how)
     assert [name for name, calls in OPERATOR_CALLS.items() for _ in calls] == [kernel]
     (given,) = OPERATOR_CALLS[kernel]
     assert head_dim == 12 or given["query"].data_ptr() == parts[0].data_ptr(), "a view"
@@ -358,9 +454,9 @@ def test_documents_of_one_length_are_one_call(monkeypatch: pytest.MonkeyPatch) -
         return original(query, *args, **keywords)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    attend_within(*heads(torch.float64), whole_rows(2, 16, HOST), one_by_one)
+    attend_within(*heads(torch.float64), whole_rows(2, 16, HOST), Scores(1.0), one_by_one)
     assert lengths == [16]
-    attend_within(*heads(torch.float64), find_documents([IDS], HOST), one_by_one)
+    attend_within(*heads(torch.float64), find_documents([IDS], HOST), Scores(1.0), one_by_one)
     assert lengths == [16, 5, 3, 8, 1, 15]
 
 
@@ -377,8 +473,9 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
     ids = IDS if packed else None
     context = layer.context(torch.arange(16).expand(2, 16), torch.float64, documents=ids)
     documents: Documents = find_documents([IDS], HOST) if packed else whole_rows(2, 16, HOST)
-    attend = partial(attend_within, documents=documents, attend=fused_attention._torch_flash)
-    on_gpu = replace(context, attend=attend)
+    given = {"documents": documents, "scores": Scores(8**-0.5)}
+    attend = partial(attend_within, **given, attend=fused_attention._torch_flash)
+    on_gpu = replace(context, attend={None: attend})
     hidden = torch.randn(2, 16, 48, dtype=torch.float64)
     steps = (layer.steps(hidden, None, given, TensorParallel()) for given in (context, on_gpu))
     (_, wanted), (_, found) = map(run_steps, steps)
@@ -419,19 +516,21 @@ LONG_IDS = torch.repeat_interleave(torch.arange(len(LENGTHS)), LENGTHS).view(2, 
 
 
 def routes(
-    dtype: torch.dtype, head_dim: int, documents: Documents, *, deterministic: bool = False
+    dtype: torch.dtype, head_dim: int, documents: Documents, how: Scores, *, deterministic: bool = False
 ) -> Iterator[tuple[str, Attend]]:
     """What runs here; a candidate that should and does not is an error, one that is not installed is not."""
     for candidate in CANDIDATES:
         if candidate.name == CUDNN and (deterministic or len(documents.bounds) > 3):  # packed
             continue
-        obstacle = candidate.obstacle(torch.cuda.get_device_capability(), dtype, head_dim)
+        needs: dict[str, Any] = {"window": how.window is not None, "cap": how.cap}
+        obstacle = candidate.obstacle(torch.cuda.get_device_capability(), dtype, head_dim, **needs)
         print(f"{candidate.name} {obstacle or 'is tried'}")
         if obstacle is None:
             attend = candidate.make(deterministic)
-            fused_attention._try(attend, GPU, dtype, head_dim, candidate.multiple)
+            fused_attention._try(attend, GPU, dtype, head_dim, candidate.multiple, how)
             yield candidate.name, attend
-    yield LOOP, one_by_one
+    if how[1:] == (None, None):
+        yield LOOP, one_by_one
 
 
 @pytest.mark.gpu
@@ -439,17 +538,20 @@ def routes(
 @pytest.mark.parametrize("head_dim", [64, 80, 100, 128])
 @pytest.mark.parametrize("counts", [(8, 8), (8, 2)])
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", [Scores(0.1), Scores(0.1, 50), Scores(0.3, 50, 2.0), Scores(0.3, None, 2.0)], ids=str)
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-def test_every_route_on_a_gpu(dtype: torch.dtype, packed: bool, counts: tuple[int, int], head_dim: int) -> None:
+def test_every_route_on_a_gpu(
+    dtype: torch.dtype, packed: bool, counts: tuple[int, int], head_dim: int, how: Scores
+) -> None:
     """Forwards and backwards against the definition in fp64."""
     length = LONG_IDS.shape[1] if packed else 384  # a multiple of 128
     parts = heads(dtype, device="cuda", shape=(2, length), counts=counts, head_dim=head_dim)
     documents = find_documents([LONG_IDS], GPU) if packed else whole_rows(2, length, GPU)
-    wanted = attended(*parts, LONG_IDS if packed else torch.zeros(2, length))
+    wanted = attended(*parts, LONG_IDS if packed else torch.zeros(2, length), how)
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2)).cuda().to(dtype)
     expected = (wanted, *torch.autograd.grad(wanted, parts, gradient.double()))
-    for name, attend in routes(dtype, head_dim, documents):
-        mixed = attend_within(*parts, documents, attend)
+    for name, attend in routes(dtype, head_dim, documents, how):
+        mixed = attend_within(*parts, documents, how, attend)
         found = (mixed, *torch.autograd.grad(mixed, parts, gradient))
         errors = [
             float((ours.double() - theirs).abs().max() / theirs.abs().max())
@@ -468,8 +570,8 @@ def test_deterministic_gradients_are_the_same_bits(dtype: torch.dtype, monkeypat
     documents = whole_rows(4, 2048, GPU)
     torch.use_deterministic_algorithms(True)
     try:
-        for name, attend in routes(dtype, 128, documents, deterministic=True):
-            found = [attend_within(*parts, documents, attend) for _ in range(4)]
+        for name, attend in routes(dtype, 128, documents, Scores(0.1), deterministic=True):
+            found = [attend_within(*parts, documents, Scores(0.1), attend) for _ in range(4)]
             gradients = [torch.autograd.grad(mixed.square().sum(), parts) for mixed in found]
             for again in range(1, 4):
                 assert torch.equal(found[0], found[again]), name
@@ -489,6 +591,6 @@ def test_the_choice_waits_for_nothing_later() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         for documents in (find_documents([LONG_IDS], GPU), whole_rows(2, 300, GPU)):
-            attend_within(*parts, documents, route.attend).sum().backward()
+            attend_within(*parts, documents, Scores(0.1), route.attend).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -282,7 +282,7 @@ def test_a_kernel_that_is_not_taken_may_fail() -> None:
 def test_every_kernel_that_can_run_here_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     chosen = AttentionRoute("PyTorch's flash kernel", "a reason", one_by_one)
-    monkeypatch.setattr(test_attention, "choose_attention", lambda *_: chosen)
+    monkeypatch.setattr(test_attention, "choose_attention", lambda *_, **__: chosen)
     found = list(test_attention.attention_routes(torch.device("cuda"), torch.float32, 128))
     assert found == [test_attention.CHOSEN, "PyTorch's memory-efficient kernel", test_attention.ONE_BY_ONE]
 
