@@ -188,17 +188,22 @@ def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], head_dim: int) ->
 # llama.cpp makes room for this many tokens at least, and chooses longrope's factors by that.
 LONG = 256
 PROMPT, NEW_TOKENS = [BOS_ID, 5, 77, 250, 42], 24
-# Of families that CTranslate2 reads too: default rope and no window, which it would read wrongly, and heads that divide
-# the hidden size.
+# Layers of which the last of so many has no window.
+WINDOWS = {period: ("sliding_attention",) * (period - 1) + ("full_attention",) for period in (4, 6)}
+# Of families that CTranslate2 reads too: default rope and no window in LLaMA's, which it would read wrongly, and heads
+# that divide the hidden size. Of Gemma 2 it leaves out caps and windows; llama.cpp's caps of 50 and 30 bend nothing.
 BOTH: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
     "qwen2 tied": {"family": "qwen2", "tied": True, "num_kv_heads": 4, "seed": 5},
     "qwen3": {"family": "qwen3", "head_dim": 32},
+    "gemma": {"family": "gemma", "hidden_size": 40, "head_dim": 12, "tied": True},
+    "gemma3": {"family": "gemma3_text", "hidden_size": 40, "head_dim": 12, "sliding_window": 7, "tied": True}
+    | {"seed": 4, "rope_theta": 1e6, "query_pre_attn_scalar": 12, "num_layers": 7, "layer_kinds": WINDOWS[6]},
+    "gemma2 plain": {"family": "gemma2", "hidden_size": 40, "head_dim": 12, "sliding_window": 64, "tied": True}
+    | {"query_pre_attn_scalar": 12, "attn_logit_softcapping": None, "final_logit_softcapping": None},
 }
-# Layers of which the last of so many has no window.
-WINDOWS = {period: ("sliding_attention",) * (period - 1) + ("full_attention",) for period in (4, 6)}
 LLAMA_CPP: dict[str, dict[str, Any]] = BOTH | {
     "llama llama3": {"llama3_rope": True, "head_dim": 12, "attention_bias": True},
     "qwen2 linear": {"family": "qwen2", "rope": {"rope_type": "linear", "factor": 3.0}},
@@ -214,11 +219,8 @@ LLAMA_CPP: dict[str, dict[str, Any]] = BOTH | {
     # llama.cpp leaves the rotation out in every fourth layer, whatever the interval
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 4, "num_layers": 5},
     "olmo2": {"family": "olmo2"},
-    "gemma": {"family": "gemma", "hidden_size": 40, "head_dim": 12, "tied": True},
     "gemma2": {"family": "gemma2", "hidden_size": 40, "head_dim": 12, "sliding_window": 7, "tied": True}
     | {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    "gemma3": {"family": "gemma3_text", "hidden_size": 40, "head_dim": 12, "sliding_window": 7, "tied": True}
-    | {"seed": 4, "query_pre_attn_scalar": 12, "num_layers": 7, "layer_kinds": WINDOWS[6]},
     "granite": {"family": "granite", "head_dim": 12, "embedding_multiplier": 3.1, "residual_multiplier": 0.6}
     | {"attention_multiplier": 0.37, "logits_scaling": 1.7},
     "glm4": {"family": "glm4", "head_dim": 12, "attention_bias": True, "rope": {"partial_rotary_factor": 0.5}},
@@ -227,21 +229,25 @@ LLAMA_CPP: dict[str, dict[str, Any]] = BOTH | {
 }
 
 
+# Theta of the layers with a window: llama.cpp has one theta for all layers of OLMo 3, as OLMo 3 itself, and CTranslate2
+# with transformers 5 has those of Gemma 3 whatever the config says, 1e6 and 1e4.
+THETAS = {"olmo3": 10000.0, "gemma3": 10000.0}
+
+
 def written(folder: Path, name: str) -> Path:
     """Write a tiny model that other programs can decode, and that does not repeat itself.
 
     Gemma's last norm has weights of both signs: or its scaled embeddings, which are its head too, would make it say the
-    same token for ever. llama.cpp has one theta for all layers of OLMo 3, as OLMo 3 itself.
+    same token for ever.
     """
     write_tiny_model(folder, **LLAMA_CPP[name])
     if name.startswith("gemma"):
         tensors = load_file(folder / "model.safetensors")
         noise = torch.randn(tensors["model.norm.weight"].shape, generator=torch.Generator().manual_seed(3))
         save_file(tensors | {"model.norm.weight": 1.5 * noise - 1}, folder / "model.safetensors", {"format": "pt"})
-    if name == "olmo3":
+    if name in THETAS:
         config = json.loads((folder / "config.json").read_text())
-        rotations = config["rope_parameters"]
-        rotations["sliding_attention"]["rope_theta"] = rotations["full_attention"]["rope_theta"]
+        config["rope_parameters"]["sliding_attention"]["rope_theta"] = THETAS[name]
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 
