@@ -91,8 +91,7 @@ class Encoding:
     def check(self, ids: Iterable[int], source: str) -> None:
         """Raise UserError, with `source`, if the embedding has no row for one of these token ids."""
         if (largest := max(ids, default=0)) >= self.vocab_size:
-            named = f"{self.tokenizer.convert_ids_to_tokens(largest)!r}, a token without a row in the model's embedding"
-            raise UserError(f"{source}: the text contains {named}; remove it")
+            raise UserError(f"{source}: no embedding for {self.tokenizer.convert_ids_to_tokens(largest)!r}; remove it")
 
 
 def open_encoding(settings: DataSettings, model_folder: Path, *, vocab_size: int, max_length: int) -> Encoding:

@@ -15,12 +15,12 @@ import gguf
 import pytest
 import torch
 from packaging.requirements import Requirement
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.folders import ROOT
 from support.native_files import with_adapter
 from support.oracle import rope_amplitude, rope_frequencies
 from support.peft_models import greedy_tokens, hf_model
-from support.tiny_models import BOS_ID, LONGROPE, write_tiny_model
+from support.tiny_models import BOS_ID, LONGROPE, with_both_signs, write_tiny_model
 
 from megatron_tiedlora.convert.merge import merge_adapter
 
@@ -235,16 +235,10 @@ THETAS = {"olmo3": 10000.0, "gemma3": 10000.0}
 
 
 def written(folder: Path, name: str) -> Path:
-    """Write a tiny model that other programs can decode, and that does not repeat itself.
-
-    Gemma's last norm has weights of both signs: or its scaled embeddings, which are its head too, would make it say the
-    same token for ever.
-    """
+    """Write a tiny model that other programs can decode, and that does not repeat itself."""
     write_tiny_model(folder, **LLAMA_CPP[name])
     if name.startswith("gemma"):
-        tensors = load_file(folder / "model.safetensors")
-        noise = torch.randn(tensors["model.norm.weight"].shape, generator=torch.Generator().manual_seed(3))
-        save_file(tensors | {"model.norm.weight": 1.5 * noise - 1}, folder / "model.safetensors", {"format": "pt"})
+        with_both_signs(folder)
     if name in THETAS:
         config = json.loads((folder / "config.json").read_text())
         config["rope_parameters"]["sliding_attention"]["rope_theta"] = THETAS[name]

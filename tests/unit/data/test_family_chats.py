@@ -197,7 +197,7 @@ def test_a_control_token_may_have_no_row_in_the_embedding_until_a_text_has_it(tm
 
     how = encoding(tokenizer, vocab_size=rows, special_tokens="control")
     message = refusal(lambda: sizes(how))
-    said = "the text contains '<soft>', a token without a row in the model's embedding; remove it"
+    said = "no embedding for '<soft>'; remove it"
     assert message == f"{file}:10: {said}"
     assert refusal(lambda: scored(tmp_path, how, row)) == f"{tmp_path / 'rows.jsonl'}:1: {said}"
     assert max(sizes(encoding(tokenizer, vocab_size=rows + 1, special_tokens="control"))) == rows
