@@ -76,11 +76,12 @@ def test_logits_in_fp64_are_those_of_the_oracle(model: tuple[ModelSource, Any, A
     assert ours.dtype == torch.float64 and (ours - wanted).abs().max() <= 1e-10 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, pytest.param(MORE_PROMPTS, marks=pytest.mark.slow)], ids=["3", "17"])
 @torch.no_grad()
-def test_greedy_decoding_token_for_token(model: tuple[ModelSource, Any, Any], whole: bool) -> None:
+def test_greedy_decoding_token_for_token(model: tuple[ModelSource, Any, Any], prompts: list[list[int]]) -> None:
     """Each answer is longer than a window."""
     source, ours, theirs = model
-    decoder, prompts = Decoder(ours, ParallelGroups(), source.shape), PROMPTS + (MORE_PROMPTS if whole else [])
+    decoder = Decoder(ours, ParallelGroups(), source.shape)
     (found,) = generate(decoder, [Prompts(prompts, (EOS_ID,), 24)])
     assert found == [greedy_tokens(theirs, prompt, 24, eos=EOS_ID) for prompt in prompts]
 
