@@ -42,7 +42,7 @@ def serving_mode(vllm_config: Any) -> bool | str:
 
 def _source_of(vllm_config: Any) -> ModelSource:
     model = vllm_config.model_config
-    return model_source(model.hf_config.get_text_config(), model.model)
+    return model_source(model.hf_config, model.model)
 
 
 class TiedLoRAModel(LoRAModel):
@@ -85,8 +85,6 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             raise UserError(f"{said}; start it with --lora-target-modules {' '.join(sorted(names | here))}")
         if tied is not None:
             return manager.tied_model(adapter_id, rank, tied)
-        if manager.supports_mm:
-            raise UserError(f"{folder}: multimodal models have only plain LoRAs; serve an export of this adapter")
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         # Until vLLM 0.28 the method has the second name.
         renames = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
