@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 # Those whose layers compute something of their own.
 FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3", "mistral")
-FAMILIES += ("gemma", "gemma2", "gemma3_text", "granite", "glm4")
+FAMILIES += ("gemma", "gemma2", "gemma3_text", "gemma3", "granite", "glm4", "mistral3")
 SHAPES |= {name: FAMILY_MODELS[name] for name in (*FAMILIES, "qwen2")}
 # What each layout, and whole and cut sequences meet in all cases and in part: models, methods, targets.
 VIEWS: tuple[Callable[[Case], Any], ...] = (lambda c: c.folder, lambda c: c.method, lambda c: c.targets)
