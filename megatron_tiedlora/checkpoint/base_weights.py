@@ -114,8 +114,8 @@ class BaseWeights(WeightFiles):
         """Open the files of `folder`. `stored` is the storage format of the blocks' linears if they are quantised."""
         super().__init__(folder)
         self.rules = weight_rules(shape)
-        tower = shape.block.source.removesuffix("layers.{index}")
-        self.others = [name for name in self.file_of if not name.startswith(tower) and "lm_head." not in name]
+        own = shape.block.source.removesuffix("layers.{index}"), shape.head.sources[0].module
+        self.others = [name for name in self.file_of if not name.startswith(own)]
         self.bytes_read = 0
         self._stored = None if stored is None else tensor_files.StoredWeights(stored, self.stored)
         self._quantised = {} if stored is None else stored_shapes(quantised_rules(shape))

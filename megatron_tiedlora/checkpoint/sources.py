@@ -158,7 +158,7 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
 def read_shape(folder: Path, values: Mapping[str, Any]) -> ModelShape:
     """Return the shape of the model in `folder`, whose config has the fields `values` (see `shape_from_hf`)."""
     names: Collection[str] = ()
-    if "text_config" in values:  # the names of the tensors have the prefix of the text tower
+    if {"text_config", "vision_config"} & values.keys():  # only a text tower has different names in some folders
         from megatron_tiedlora.checkpoint.tensor_files import stored_names  # imports torch
 
         names = stored_names(folder)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -176,12 +176,12 @@ def run_starts(size: int) -> tuple[list[int], int]:
     return [index * (size - RUN_LENGTH) // (SAMPLED_RUNS - 1) for index in range(SAMPLED_RUNS)], RUN_LENGTH
 
 
-def stored_names(folder: Path) -> Iterable[str]:
-    """Return the names of the tensors in a model's folder, from its index or single file; () if they are not readable."""
+def stored_names(folder: Path) -> Collection[str]:
+    """Return the names of the tensors in a model's folder, from its index or single file, or () without them."""
     with suppress(UserError):
-        if (index := folder / INDEX_FILE).is_file():
-            return map(str, read_json_object(index, kind="a safetensors index").get("weight_map") or ())
-        return read_header(folder / SINGLE_FILE).entries
+        index = folder / INDEX_FILE
+        found = read_json_object(index, kind="an index").get("weight_map") if index.is_file() else None
+        return found if isinstance(found, dict) else read_header(folder / SINGLE_FILE).entries
     return ()
 
 

@@ -212,8 +212,8 @@ class _MergedFiles:
             found.append(self._streamed(weights.file_of[name], name, shape, dtype, weights.read, checked=True))
         for name in weights.others:
             file, stored = weights.file_of[name], weights.stored(name)
-            if stored.get_dtype() in tensor_files.BYTE_TYPES:
-                said = f"{name} is {stored.get_dtype()}, but only linears of the text tower may be quantised here"
+            if (kind := stored.get_dtype()) in tensor_files.BYTE_TYPES:
+                said = f"{name} is {kind}, and only the text tower's linears are dequantised"
                 raise UserError(f"{file}: {said}; give the original model with --model ORIGINAL --base_differs")
             found.append(self._of_stored(file, name, stored))
         return found

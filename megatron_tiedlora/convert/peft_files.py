@@ -88,13 +88,13 @@ def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
 
 
 def named_as_in(folder: Path, source: ModelSource) -> ModelSource:
-    """Return `source` with the names of its blocks in the PEFT adapter in `folder`. In multimodal models of transformers
-    until 4.51, and in a model that is only the text tower, they differ from the names in today's multimodal models."""
+    """Return `source` with the names that its blocks have in the PEFT adapter in `folder`."""
+    # A text tower has other names in multimodal models of transformers before 4.52, and in a model of its own.
     with suppress(UserError):
-        for key in read_header(folder / WEIGHTS_FILE).entries:
-            if found := re.match(r"base_model\.model\.((?:language_model\.|model\.){1,2}layers\.)\d", key):
-                block = replace(source.shape.block, module=found[1] + "{index}")
-                return replace(source, shape=replace(source.shape, block=block))
+        keys = "\n".join(read_header(folder / WEIGHTS_FILE).entries)
+        if found := re.search(r"(?m)^base_model\.model\.((?:language_model\.|model\.){1,2}layers\.)\d", keys):
+            block = replace(source.shape.block, module=found[1] + "{index}")
+            return replace(source, shape=replace(source.shape, block=block))
     return source
 
 
@@ -218,8 +218,7 @@ def read_factors(
         shared: shapes of the tensors that all modules share, by name.
 
     Raises:
-        UserError: a tensor is missing, does not belong to a chosen module, or its shape does not fit `source`. A LoRA of
-            another tower is left out if its B is zero, as it is after training on text.
+        UserError: a tensor is missing, does not belong to a chosen module, or its shape does not fit `source`.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
@@ -245,7 +244,7 @@ def read_factors(
                 f"{file}: {key} is missing, but {user}; copy the adapter again, or give its own base with --model"
             )
     values = read_tensors(file, shapes)
-    for key in others:
+    for key in others:  # B is zero after training on text
         if not key.endswith(".lora_A.weight") and values[key].any():
             why = "is of another tower, whose adapter a native adapter cannot have"
             raise UserError(f"{file}: {key} {why}; train the adapter with target_modules of the text tower only")

@@ -68,8 +68,7 @@ def load_base(
     import transformers
 
     trained = adapter.base_identity
-    source = sources.find_model(model or trained.base_model)
-    folder = source.weights_folder()
+    folder = (source := sources.find_model(model or trained.base_model)).weights_folder()
     keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
     return getattr(transformers, source.auto_class).from_pretrained(
         folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords

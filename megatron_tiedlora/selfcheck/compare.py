@@ -197,20 +197,19 @@ def whole_adapter(config: AdapterConfig, device: torch.device, *, tp_size: int =
 
 
 def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
-    from peft import LoraConfig, get_peft_model
     import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     device, values = timing.default_device(), step_bench.random_config(settings)
     base: Any
     if values is not None:
         with device:  # makes no copy in another dtype or on another device, whose freed pages a step would reuse
-            config = transformers.AutoConfig.for_model(**values)
-            base = transformers.AutoModelForCausalLM.from_config(config, dtype=plan.dtype)
+            base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=plan.dtype)
     else:
-        folder = plan.source.weights_folder()
-        auto_class: Any = getattr(transformers, plan.source.auto_class)
-        base = auto_class.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)
+        kind: Any = getattr(transformers, plan.source.auto_class)
+        base = kind.from_pretrained(plan.source.weights_folder(), dtype=plan.dtype, trust_remote_code=False)
     targets = target_modules(plan.source.shape.block, settings.targets)
     lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     model: Any = get_peft_model(base.to(device), lora)
@@ -368,8 +367,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     base_format = source.base_format(settings.base)
     stage = load_model(source, None, dtype=dtype, base_format=base_format, device=device)
     decoder = Decoder(stage, groups.ParallelGroups(), source.shape)
-    auto_class: Any = getattr(transformers, source.auto_class)
-    theirs: Any = auto_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    theirs: Any = getattr(transformers, source.auto_class).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     steps: dict[str, Callable[[], TokenRows]] = {
         "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
         "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),

@@ -401,8 +401,7 @@ def next_steps(run: AdapterRun) -> list[str]:
     if is_merge_of(merged, load_native_adapter(run.folder.adapter)):
         kind = "the base" if settings.base is None else "the base as it is stored (not --onto trained)"
         lines += [f"  merged/   {kind} with the adapter merged in, for transformers", "", "next"]
-        name = source.auto_class
-        load = f"from transformers import {name}; {name}.from_pretrained({str(merged)!r})"
+        load = f"from transformers import {source.auto_class}; {source.auto_class}.from_pretrained({str(merged)!r})"
         lines += ["  # Python", f"  {load}"]
     else:
         if os.path.lexists(merged):  # an earlier launch may have had another best adapter
