@@ -15,7 +15,8 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterShard
 from megatron_tiedlora.model import batch, cpu_attention
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.parallel.frozen_weight import padded
-from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU
+from megatron_tiedlora.parallel.rows import NUMBERS_AT_ONCE
 from megatron_tiedlora.planning.counting import ATTENTION, Moment
 from megatron_tiedlora.planning.layout import Layout, StagePlan
 from megatron_tiedlora.planning.machines import Machine
