@@ -1,4 +1,7 @@
-"""Define presets: shapes of well-known models as fields of a Hugging Face config.json, for dry runs and random weights."""
+"""Define presets, the shapes of well-known models as fields of a Hugging Face config.json.
+
+They are for dry runs, plans and random weights.
+"""
 
 from typing import Any
 
@@ -116,7 +119,7 @@ _GRANITE = {  # Granite 3.3
 }
 TINY = "tiny"  # a model that trains in seconds, with a tokenizer whose tokens are bytes
 _TINY = {**_LLAMA2, "vocab_size": 320, "max_position_embeddings": 512}
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "llama2-7b": (_LLAMA2, (4096, 11008, 32, 32, 32)),
     "llama2-13b": (_LLAMA2, (5120, 13824, 40, 40, 40)),
@@ -136,7 +139,7 @@ _ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "granite-8b": (_GRANITE, (4096, 12800, 40, 32, 8)),
     TINY: (_TINY, (64, 160, 4, 4, 2)),
 }
-PRESETS = {name: {**common, **dict(zip(_SIZES, row, strict=True))} for name, (common, row) in _ROWS.items()}
+PRESETS = {name: {**common, **dict(zip(SIZES, row, strict=True))} for name, (common, row) in _ROWS.items()}
 
 
 def is_preset(name: str) -> bool:

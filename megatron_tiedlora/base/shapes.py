@@ -2,7 +2,7 @@
 its Hugging Face tensors.
 
 All code that depends on a model's shape uses this description: weight names and slices, checks of a parallel
-configuration, costs of stages, FLOPs, memory, communication, merging and export. `model/families.py` builds the
+configuration, costs of stages, FLOPs, memory, communication, merging and export. `model/families` builds the
 description from a `config.json`.
 """
 
@@ -115,6 +115,15 @@ class AttentionKind(NamedTuple):
     window: int | None = None
 
 
+def squared_length(length: int, window: int | None = None) -> int:
+    """Return twice the number of pairs of a token and a token that it attends to, in a sequence of `length` tokens.
+
+    For s tokens the value is s^2, and with a window of w < s tokens s^2 - (s - w)^2. The pair of a token with itself
+    counts as a half, as is usual for FLOPs of causal attention, so the exact number of pairs is min(s, w) / 2 larger.
+    """
+    return length**2 - max(0, length - (window or length)) ** 2
+
+
 @dataclass(frozen=True)
 class NormShape:
     """A norm over `size` elements. RMS norm computes y = (offset + w) x / sqrt(mean(x^2) + eps).
@@ -193,8 +202,8 @@ class HeadShape:
 
     def _of_sizes(self, num: int, num_kv: int, dim: int, rope: RopeShape) -> "HeadShape":
         counts = ((self.query_norm, num), (self.key_norm, num_kv))
-        norms = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
-        return HeadShape(num, num_kv, dim, rope, *norms, self.multiplier, self.cap)
+        query, key = (norm and replace(norm, size=dim * (count if norm.sharded else 1)) for norm, count in counts)
+        return replace(self, num=num, num_kv=num_kv, dim=dim, rope=rope, query_norm=query, key_norm=key)
 
     @property
     def norms(self) -> tuple[NormShape, ...]:
@@ -283,6 +292,11 @@ class BlockShape:
         """
         return (self.module or self.source).format(index=layer - 1)
 
+    @property
+    def is_tower(self) -> bool:
+        """Return whether the model is the text tower of a multimodal model."""
+        return not self.module_name(1).startswith("model.layers.")
+
     def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
         """Return a copy of this block with different heads and a different MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
@@ -358,6 +372,11 @@ class ModelShape:
     def kind_of(self, block: int) -> AttentionKind:
         """Return the kind of attention of a block (1-based)."""
         return self.kinds[block - 1] if self.kinds else AttentionKind(self.heads.rope)
+
+    @property
+    def window(self) -> int | None:
+        """Return the smallest window of attention, or None if no block has one."""
+        return min((kind.window for kind in self.kinds if kind.window is not None), default=None)
 
     @property
     def vocab_size(self) -> int:

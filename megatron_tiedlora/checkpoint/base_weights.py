@@ -104,6 +104,7 @@ class BaseWeights(WeightFiles):
 
     Attributes:
         rules: the name table: a `WeightRule` for each weight of the model.
+        others: the names of the tensors outside of the text tower, such as those of a vision tower.
         bytes_read: the number of bytes of stored tensors that this process has read so far.
     """
 
@@ -113,6 +114,8 @@ class BaseWeights(WeightFiles):
         """Open the files of `folder`. `stored` is the storage format of the blocks' linears if they are quantised."""
         super().__init__(folder)
         self.rules = weight_rules(shape)
+        own = shape.block.source.removesuffix("layers.{index}"), shape.head.sources[0].module
+        self.others = [name for name in self.file_of if not name.startswith(own)]
         self.bytes_read = 0
         self._stored = None if stored is None else tensor_files.StoredWeights(stored, self.stored)
         self._quantised = {} if stored is None else stored_shapes(quantised_rules(shape))
@@ -205,8 +208,9 @@ class BaseWeights(WeightFiles):
                 offset += size
                 continue
             values = self.read(stored.name, part, dim)
-            if rule.divides and not values.all():
-                why = f"{stored.name} has a zero, and training would divide by it; use a different model"
+            if rule.divides and not (values + rule.offset).all():
+                divisor = f"{rule.offset:g} + {stored.name}" if rule.offset else stored.name
+                why = f"{divisor} has a zero, and training would divide by it; use a different model"
                 raise UserError(f"{self.file_of[stored.name]}: {why}")
             try:
                 target.load(values, dim=dim, start=offset, columns=columns)
@@ -277,16 +281,19 @@ class RandomWeights:
         """Fill `target` with random values for this rank's shard of one weight."""
         name = rule.hf_names[0]
         seed = stream_seed(self.seed, f"{name}/{group.rank}")  # equal for copies of a tied embedding
-        target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed))
+        target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed, offset=rule.offset))
 
 
-def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:
+def draw_(
+    target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int, offset: float = 0.0
+) -> torch.Tensor:
     """Fill `target` with random values that preserve the scale of activations, and return it.
 
     `target` can be a shard of a tensor of `full_shape`. Biases (by their stored name) are zero, and other vectors
-    (norms) are one. Matrices have a normal distribution with variance 1 / (last dimension of `full_shape`)."""
+    (norms) plus `offset` are one. Matrices have a normal distribution with variance 1 / (last dimension of
+    `full_shape`)."""
     if len(full_shape) == 1:
-        return target.fill_(0.0 if name.endswith(".bias") else 1.0)
+        return target.fill_(0.0 if name.endswith(".bias") else 1.0 - offset)
     generator = torch.Generator(target.device).manual_seed(seed)
     return target.normal_(0.0, full_shape[-1] ** -0.5, generator=generator)
 
@@ -306,9 +313,10 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
 
     def drawn(tensor: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
         empty = torch.empty(shape, dtype=torch.bfloat16)
-        yield draw_(empty, name=tensor, full_shape=shape, seed=stream_seed(seed, tensor))
+        yield draw_(empty, name=tensor, full_shape=shape, seed=stream_seed(seed, tensor), offset=offsets[tensor])
 
-    shapes = stored_shapes(weight_rules(shape_from_hf(values, source=name))).items()
+    rules = weight_rules(shape_from_hf(values, source=name))
+    offsets, shapes = {part.name: rule.offset for rule in rules for part in rule.parts}, stored_shapes(rules).items()
     files = tensor_files.sharded(
         [tensor_files.StreamedTensor(one, torch.bfloat16, shape, partial(drawn, one, shape)) for one, shape in shapes]
     )

@@ -21,7 +21,7 @@ from torch import distributed, nn
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import gradient_norm_counts
 from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.model.layer_specs import SwiGlu
+from megatron_tiedlora.model.layer_specs import GatedMlp
 from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, RankGroup
 
 _LARGEST_SQUARE = torch.finfo(torch.float32).max
@@ -99,7 +99,7 @@ def initialize_engine(
     deepspeed_groups.mpu = None  # an earlier pipeline engine of this process may have set it
     values = dict(config.values)
     if config.zero_stage == 3:  # an MLP reads its linears' weights itself, so they are gathered together
-        deepspeed.utils.set_z3_leaf_modules(model, [SwiGlu])
+        deepspeed.utils.set_z3_leaf_modules(model, [GatedMlp])
     pipelined = isinstance(model, PipelineModule)
     if pipelined:
         # With sequence parallelism partitioned activations are silently wrong (seen in 0.19.8).

@@ -22,7 +22,8 @@ from megatron_tiedlora.model.linears import QkvLinear, RowParallelLinear
 from megatron_tiedlora.model.regions import Steps, steps_of
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.rows import upcast
 
 
 @dataclass

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.model.batch import document_begins
-from megatron_tiedlora.parallel.kernels import Kernels, upcast
+from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.parallel.loss import first_derivative_only
+from megatron_tiedlora.parallel.rows import upcast
 
 
 def tile_size(num_heads: int, num_kv_heads: int) -> int:

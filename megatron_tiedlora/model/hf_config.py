@@ -6,7 +6,7 @@ weights are used. Settings for the rounding of activations are ignored.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,25 @@ from megatron_tiedlora.base.shapes import LengthLimit, LongRopeScaling, RopeScal
 
 # Fields that do not change the computation: transformers writes them, or they are about tokens, generation or training.
 _HARMLESS_FIELDS = """
-_attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures attn_implementation
-auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
-decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
-ignore_keys_at_rope_validation initializer_range is_decoder is_encoder_decoder is_llama_config label2id length_penalty
-max_length max_sequence_length max_window_layers min_length model_type name_or_path neftune_noise_alpha
-no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
-output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
-return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
-typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache use_safetensors
+_attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern add_cross_attention
+architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
+chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+forced_bos_token_id forced_eos_token_id id2label ignore_keys_at_rope_validation initializer_range is_decoder
+is_encoder_decoder is_llama_config label2id length_penalty max_length max_sequence_length max_window_layers min_length
+model_type name_or_path neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams num_labels
+num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
+torch_dtype torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
+use_bfloat16 use_cache use_safetensors
 """
 _HARMLESS = frozenset(_HARMLESS_FIELDS.split())
 # Features that are not implemented, with the values that switch them off; null also switches them off.
 _OFF: dict[str, Any] = {
     **dict.fromkeys(("attention_bias", "lm_head_bias", "mlp_bias", "rope_interleaved"), False),
     **dict.fromkeys(("qk_layernorm", "use_mrope", "use_parallel_residual", "use_qk_norm", "use_sliding_window"), False),
+    "use_bidirectional_attention": False,
     **dict.fromkeys(("attention_dropout", "embd_pdrop", "hidden_dropout", "resid_pdrop"), 0),
     **dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1),
     **dict.fromkeys(("full_attn_mod", "interpolate_factor"), 1),
@@ -44,6 +46,7 @@ _OFF: dict[str, Any] = {
 # These sizes are larger than any model. They limit the size of the name table and the number of weights.
 _LARGEST_SIZE, _LARGEST = 2**28, {"num_hidden_layers": 4096}
 _LARGEST_NUMBER = 1e30  # fp32 can represent it
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 
 
 class HfConfig:
@@ -51,11 +54,13 @@ class HfConfig:
 
     Attributes:
         source: the name of the file in error messages.
+        names: the names of the stored tensors, see `shape_from_hf`.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any], of: str = "") -> None:
         """Use the family's `defaults` for absent fields. In error messages, `of` follows the name of a field."""
         self.source, self._of = source, of
+        self.names: Collection[str] = ()
         self._values = values
         self._defaults = defaults
         self._read = {"model_type"}
@@ -99,6 +104,10 @@ class HfConfig:
         """Return a positive number, or None if the field is absent, null or 0. Raise UserError for any other value."""
         return self._positive(name, value) if (value := self.get(name)) else None
 
+    def cap(self, name: str) -> float | None:
+        """Return a positive number, or None if the field is null. Raise UserError for any other value."""
+        return None if (value := self.get(name)) is None else self._positive(name, value)
+
     def row(self, name: str) -> tuple[float, ...]:
         """Return a list of positive numbers as a tuple. Raise UserError for any other value."""
         values = self.get(name)
@@ -118,13 +127,24 @@ class HfConfig:
         """Return an error whose message is the name of the config and `text`."""
         return UserError(f"{self.source}: {text}")
 
-    def reject_other_layers(self, *known: str) -> None:
-        """Raise UserError if a layer has a kind of attention that is not in `known`."""
-        kinds = self.get("layer_types") or []
-        for kind in kinds if isinstance(kinds, list) else [kinds]:
-            if kind not in known:
-                allowed = f"Use a model with only {', '.join(known)}"
+    def layer_types(self, window: int | None, default: Sequence[str] = ()) -> Sequence[str]:
+        """Return the kind of each layer, `FULL` or `SLIDING`: `layer_types`, or `default` if this field is absent.
+
+        All layers are `FULL` without a window. An empty default means that all layers of the family are alike. Raise
+        UserError if the field is not a list with one kind for each layer, or if a kind is not implemented.
+        """
+        usual, num_layers = FULL if window is None else SLIDING, self.size("num_hidden_layers")
+        known = {FULL, usual} if default else {usual}
+        kinds = self.get("layer_types")
+        kinds = [*(default or [usual] * num_layers)] if kinds is None else kinds
+        if not isinstance(kinds, list) or len(kinds) != num_layers:
+            wanted = f"{num_layers} kinds of layers. Use a different model"
+            raise self.error(f"layer_types = {shown(kinds)} is not a list of {wanted}")
+        for kind in kinds:
+            if not isinstance(kind, str) or kind not in known:
+                allowed = f"Use a model with only {', '.join(sorted(known))}"
                 raise self.error(f"layer_types has {shown(kind)}, which is not implemented. {allowed}")
+        return kinds
 
     def reject_unread(self) -> None:
         """Reject fields that have not been read and are not known to be harmless, and features that are enabled.
@@ -143,26 +163,13 @@ class HfConfig:
             field = f"the field {shown(name)} = {shown(value)} is unknown"
             raise self.error(f"{field}. Remove it if it does not change what the model computes")
 
-    def window(self, *, used: bool = True) -> LengthLimit | None:
-        """Return the length of the longest sequence that the sliding window does not affect. Longer rows are rejected.
+    def window(self, *, used: bool = True) -> int | None:
+        """Return the window of `SLIDING` layers (see `AttentionKind`), or None if it is null or not `used`."""
+        return None if self.get("sliding_window") is None or not used else self.size("sliding_window")
 
-        Args:
-            used: False if another field disables the window.
-        """
-        if self.get("sliding_window") is None or not used:
-            return None
-        size = self.size("sliding_window")
-        return LengthLimit(size, f"attends to {size} tokens at once (sliding_window). Longer rows are not implemented")
-
-
-def window_of_last_layers(config: HfConfig) -> LengthLimit | None:
-    """Return the length limit of Qwen's sliding windows, or None if no layer has a sliding window."""
-    kinds, first = config.get("layer_types"), config.get("max_window_layers")
-    if kinds:
-        some = "sliding_attention" in kinds
-    else:
-        some = not isinstance(first, int) or first < config.size("num_hidden_layers")
-    return config.window(used=config.flag("use_sliding_window") and some)
+    def alternating(self, every: int) -> list[str]:
+        """Return the kinds of layers of which each `every`-th one has full attention, and the others a window."""
+        return [SLIDING if layer % every else FULL for layer in range(1, self.size("num_hidden_layers") + 1)]
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
@@ -292,7 +299,7 @@ _CHECKS: dict[str, Callable[[Mapping[str, Any]], tuple[str, str]]] = {
 # `modeling_rope_utils`.
 
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
+Rope = tuple[RopeShape, LengthLimit | None]
 _KNOWN = frozenset(
     {
         "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
@@ -316,7 +323,7 @@ def read_rope(
     partial: bool = False,
     original_positions: int | None = None,
     other_names: Mapping[str, str] | None = None,
-) -> tuple[RopeShape, LengthLimit | None]:
+) -> Rope:
     """Return the rotary embedding, and the length beyond which transformers uses different frequencies, or None.
 
     Args:
@@ -359,6 +366,25 @@ def read_rope(
         why = f"has different frequencies beyond {original} tokens (original_max_position_embeddings)"
         limit = LengthLimit(original, f"{why}. Longer rows are not implemented")
     return RopeShape(theta, fraction, scaling), limit
+
+
+def read_ropes(config: HfConfig, theta: float, local_theta: float) -> tuple[Rope, RopeShape]:
+    """Return the result of `read_rope` for layers with full attention, and the embedding of layers with a window.
+
+    Both have an entry in `rope_parameters`. `rope_theta` and `rope_scaling` apply to full attention. `theta` and
+    `local_theta` are used if the config has no base.
+    """
+    by_kind = rope_fields(config, config.get("rope_parameters"))
+    if others := by_kind.keys() - {FULL, SLIDING}:
+        problem = f"rope_parameters has {shown(min(others))}, which is neither {FULL} nor {SLIDING}"
+        raise config.error(f"{problem}. Give each kind of layer its own parameters")
+    fields = by_kind.get(FULL), by_kind.get(SLIDING), config.get("rope_scaling")
+    full, sliding, scaling = (rope_fields(config, own) for own in fields)
+    full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
+    rope, limit = read_rope(config, values=full)
+    local, local_limit = read_rope(config, values={"rope_theta": local_theta, **sliding})
+    limits = [one for one in (limit, local_limit) if one is not None]
+    return (rope, min(limits, key=lambda one: one.tokens, default=None)), local
 
 
 def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:

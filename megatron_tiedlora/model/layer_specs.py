@@ -1,8 +1,8 @@
 """Define the model as one flat list of layers: embedding, L blocks, head. All code that builds a model uses this list.
 
-This module also defines the MLP of a block, which is SwiGLU after a norm: y = W_down (silu(W_gate x) * (W_up x)) with
-x = norm(hidden). Gate and up are one matmul. Saved are the norm's input, gate and up, and A x of each adapted linear, r
-elements per token. The backward pass recomputes silu(gate) * up.
+This module also defines the MLP of a block, y = norm(W_down (act(W_gate x) * (W_up x))) with x = norm(hidden). Each of
+the norms may not exist. Gate and up are one matmul. Saved are the norm's input, gate and up, and A x of each adapted
+linear, r elements per token. The backward pass recomputes act(gate) * up.
 
 The layers of a block are a chain of steps, each of which ends with a message to the other ranks or needs no message
 before the next (`Block.steps`).
@@ -19,25 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate
-from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, ModelShape, NormShape
+from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, Activation, LinearShape, ModelShape, NormShape
 from megatron_tiedlora.model import linears
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.regions import Needs, Recompute, RegionEntry, RegionExit, Steps, run_steps, steps_of
 from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.frozen_weight import RoundedRows
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped
 from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
+from megatron_tiedlora.parallel.rows import as_rows
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
 
-class SwiGlu(nn.Module):
-    """The feed-forward network of a block."""
+class GatedMlp(nn.Module):
+    """The feed-forward network of a block. `activation` is the function of its gate."""
 
-    def __init__(self, gate_up: linears.NormedLinear, down: linears.RowParallelLinear, *, kernels: Kernels) -> None:
+    def __init__(
+        self, gate_up: linears.NormedLinear, down: linears.RowParallelLinear, *, activation: Activation
+    ) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.activation = activation
         self.gate_up = gate_up
         self.down = down
 
@@ -67,7 +70,7 @@ class SwiGlu(nn.Module):
         hidden, again, inputs = entered.hidden, None, tuple[Tensor | None, ...]()
         if recomputes:
             again = _GateUp(Recompute(entered.entry, linear.eps), linears.Projection(linear.frozen, gate_up.rows))
-            inputs = hidden.detach(), gate_up.a, linear.norm, linear.norm_bias
+            inputs = hidden.detach(), gate_up.a, linear.norm_weight, linear.norm_bias
         yield
         (gates,) = linear.project(entered, gate_up)
         entry = entered.entry
@@ -78,7 +81,7 @@ class SwiGlu(nn.Module):
         operands, projection = linears.Operands(down.a, down.f), linears.Projection(self.down.frozen, down.rows)
         saved = (*inputs, gate_up.f, linear.bias) if recomputes else ()
         partial: Tensor = _GatedDown.apply(
-            *(gates, down.grad_a, down.grad_f, operands, projection, entry, leaving, again), *saved
+            *(gates, down.grad_a, down.grad_f, operands, projection, self.activation, entry, leaving, again), *saved
         )
         del gates
         leaving.send(partial)
@@ -100,13 +103,14 @@ class _GateUp:
         return self.projection.forward(x, linears.Operands(None, f, bias), ax, self.recompute.entry.take())[0]
 
 
-def _gates_gradient(grad_gated: Tensor, gate_up: Tensor, entry: RegionEntry) -> Tensor | None:
+def _gates_gradient(grad_gated: Tensor, gate_up: Tensor, activation: Activation, entry: RegionEntry) -> Tensor | None:
     """Return the gradient of gate and up, (b, s, 2 f). If the linear before reads rounded rows, `entry` gets them, and
     the gradient is returned only for an update."""
     rows, factors = (as_rows(grad_gated), as_rows(gate_up)), entry.weight.gradient_factors
     if factors is None:
-        return entry.kernels.gate_gradient(*rows).view(gate_up.shape)
-    entry.operand = found = RoundedRows(*entry.kernels.gate_gradient_rounded(*rows, factors, entry.adapted))
+        return entry.kernels.gate_gradient(*rows, activation).view(gate_up.shape)
+    rounded = entry.kernels.gate_gradient_rounded(*rows, factors, entry.adapted, activation)
+    entry.operand = found = RoundedRows(*rounded)
     return None if found.values is None else found.values.view(gate_up.shape)
 
 
@@ -121,6 +125,7 @@ class _GatedDown(torch.autograd.Function):
         grad_f: Tensor | None,
         operands: linears.Operands,
         projection: linears.Projection,
+        activation: Activation,
         entry: RegionEntry,
         leaving: RegionExit,
         again: _GateUp | None,
@@ -131,12 +136,13 @@ class _GatedDown(torch.autograd.Function):
         reads = needs.x or needs.a
         rows, rounded = as_rows(gate_up), None
         if projection.weight.gradient_factors is None:
-            gated = entry.kernels.gate(rows)
+            gated = entry.kernels.gate(rows, activation)
         else:
-            rounded = RoundedRows(*entry.kernels.gate_rounded(rows, operands.a is not None))
+            rounded = RoundedRows(*entry.kernels.gate_rounded(rows, operands.a is not None, activation))
             gated = rounded.rows
         z, ax = projection.forward(gated, operands, None, rounded)
         ctx.needs, ctx.projection, ctx.entry, ctx.leaving = needs, projection, entry, leaving
+        ctx.activation = activation
         ctx.again = again if reads else None
         ctx.wide = linears.gradient_dtype(grad_a, grad_f)
         saved = (gate_up,) if again is None else inputs
@@ -152,12 +158,12 @@ class _GatedDown(torch.autograd.Function):
         grad_z = ctx.leaving.receive_gradient(gradient).flatten(0, -2)
         gate_up = saved[0] if ctx.again is None else ctx.again.again(*saved)
         del saved
-        gated = ctx.entry.kernels.gate(as_rows(gate_up)) if needs.a else None
+        gated = ctx.entry.kernels.gate(as_rows(gate_up), ctx.activation) if needs.a else None
         operands = linears.Operands(a, f)
         grad_gated, *of_factors = ctx.projection.backward(grad_z, gated, ax, operands, needs, ctx.wide)
         del gated, grad_z
         if grad_gated is not None:
-            grad_gated = _gates_gradient(grad_gated, gate_up, ctx.entry)
+            grad_gated = _gates_gradient(grad_gated, gate_up, ctx.activation, ctx.entry)
         return grad_gated, *of_factors, *(None,) * (num_inputs - 3)
 
 
@@ -177,7 +183,7 @@ class Block(nn.Module):
 
     recomputes_gate = False
 
-    def __init__(self, attention: Attention, mlp: SwiGlu) -> None:
+    def __init__(self, attention: Attention, mlp: GatedMlp) -> None:
         super().__init__()
         self.attention = attention
         self.mlp = mlp
@@ -253,11 +259,12 @@ class Head(nn.Module):
     frozen: frozen_weight.FrozenWeight
 
     def __init__(
-        self, norm: linears.Norm, weight: frozen_weight.FrozenWeight | None, *, vocab_size: int, kernels: Kernels
+        self, norm: linears.Norm, weight: frozen_weight.FrozenWeight | None, *, shape: ModelShape, kernels: Kernels
     ) -> None:
         super().__init__()
         self.norm = norm
-        self.vocab_size = vocab_size
+        self.vocab_size = shape.vocab_size
+        self.divisor, self.cap = shape.logit_divisor, shape.logit_cap
         self.kernels = kernels
         self.rows_at_once = HEAD_ROWS
         if weight is not None:  # here, because ZeRO-3 partitions a module's weights when its __init__ ends
@@ -285,14 +292,18 @@ class Head(nn.Module):
             summed: False to return the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group
-        hidden = groups.enter_tensor_parallel_region(self.norm(hidden), tensor_parallel)
+        normed = self.norm(hidden)
+        normed = normed if self.divisor == 1 else normed / self.divisor  # the projection is linear
+        hidden = groups.enter_tensor_parallel_region(normed, tensor_parallel)
+        del normed
         if supervised is None:
             local_logits = frozen_weight.frozen_linear(hidden, self.frozen)
-            return groups.gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
+            logits = groups.gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
+            return soft_capped(logits, self.cap)
         first_id = group.rank * self.frozen.local_shape[0]
         weight = copy(self.frozen)
         weight.tensor = weight.tensor.detach()[: max(self.vocab_size - first_id, 0)]  # without the last rank's padding
-        shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels)
+        shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels, self.cap)
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
         if not summed:
@@ -327,7 +338,11 @@ def layer_specs(
     """
 
     def embedding() -> nn.Module:
-        return frozen_weight.VocabularyParallelEmbedding(weight(shape.embedding, frozen_weight.FrozenWeight.empty))
+        multiplier = shape.embedding_multiplier
+        if shape.rounds_embedding:
+            multiplier = torch.tensor(multiplier, dtype=dtype, device="cpu").item()
+        own = weight(shape.embedding, frozen_weight.FrozenWeight.empty)
+        return frozen_weight.VocabularyParallelEmbedding(own, multiplier=multiplier)
 
     def weight(
         linear: LinearShape, make: frozen_weight.WeightMaker = make_weight, *, after_norm: bool = False
@@ -346,7 +361,8 @@ def layer_specs(
 
     def row_parallel(linear: LinearShape, norm: NormShape | None) -> linears.RowParallelLinear:
         own = None if norm is None else linears.Norm(norm, dtype=dtype, kernels=kernels)
-        return linears.RowParallelLinear(weight(linear), bias=bias(linear), norm=own)
+        multiplier = shape.block.multiplier
+        return linears.RowParallelLinear(weight(linear), bias=bias(linear), norm=own, multiplier=multiplier)
 
     def block(index: int) -> nn.Module:
         parts, local_heads, kind = shape.block, shape.heads.local(tp_size), shape.kind_of(index)
@@ -359,13 +375,13 @@ def layer_specs(
             deterministic=deterministic,
         )
         gate_up = linears.NormedLinear(**normed(parts.gate_up, parts.mlp_norm))
-        mlp = SwiGlu(gate_up, row_parallel(parts.down, parts.down_norm), kernels=kernels)
+        mlp = GatedMlp(gate_up, row_parallel(parts.down, parts.down_norm), activation=parts.activation)
         return Block(attention, mlp)
 
     def head() -> nn.Module:
         own = None if shape.tied_embeddings else weight(shape.head, frozen_weight.FrozenWeight.empty)
         norm = linears.Norm(shape.final_norm, dtype=dtype, kernels=kernels)
-        return Head(norm, own, vocab_size=shape.vocab_size, kernels=kernels)
+        return Head(norm, own, shape=shape, kernels=kernels)
 
     return (
         LayerSpec("embedding", 0, embedding),

@@ -26,12 +26,14 @@ from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.regions import Entered, Needs, RegionEntry, RegionExit, Steps, enter, run_steps
 from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, MatmulInput, RoundedRows, frozen_parameter, register
-from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached
+from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.parallel.loss import first_derivative_only
+from megatron_tiedlora.parallel.rows import as_rows, detached, upcast
 
 
 class Norm(nn.Module):
-    """An RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, the RMS norm of x - mean(x) plus a bias.
+    """An RMS norm, y = (offset + weight) * x / sqrt(mean(x^2) + eps), or LayerNorm, the RMS norm of x - mean(x) plus a
+    bias.
 
     The input and one element per token are saved for the backward pass.
     """
@@ -40,12 +42,13 @@ class Norm(nn.Module):
         super().__init__()
         self.weight, bias = norm_parameters(shape, dtype)
         self.register_parameter("bias", bias)
-        self.eps = shape.eps
+        self.eps, self.offset = shape.eps, shape.offset
         self.kernels = kernels
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the normalised hidden states (..., d), in the dtype of the input."""
-        return cast(Tensor, _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels))
+        weight = offset_weight(self.weight, self.offset)
+        return cast(Tensor, _Norm.apply(hidden, weight, self.bias, self.eps, self.kernels))
 
 
 class _Norm(torch.autograd.Function):
@@ -71,6 +74,11 @@ def norm_parameters(shape: NormShape, dtype: torch.dtype) -> tuple[nn.Parameter,
     return frozen_parameter(shape.size, dtype=dtype), bias
 
 
+def offset_weight(weight: Tensor, offset: float) -> Tensor:
+    """Return offset + weight in at least fp32, or without an offset the weight itself."""
+    return upcast(weight.detach()) + offset if offset else weight
+
+
 class NormedLinear(nn.Module):
     """A column-parallel linear: this rank's shard of W, its bias, and the weights of the norm before it, if any."""
 
@@ -90,6 +98,7 @@ class NormedLinear(nn.Module):
         """Create the linear from `weight`, which is W (local out, in). `dtype` is the dtype of the activations."""
         super().__init__()
         self.eps = None if norm is None else norm.eps
+        self._offset = 0.0 if norm is None else norm.offset
         self.dtype = dtype
         self.kernels = kernels
         own, norm_bias = (None, None) if norm is None else norm_parameters(norm, dtype)
@@ -97,6 +106,11 @@ class NormedLinear(nn.Module):
         self.register_parameter("norm_bias", norm_bias)
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
+
+    @property
+    def norm_weight(self) -> Tensor | None:
+        """Return the weight of the norm, (d,), with its offset; None without a norm."""
+        return None if self.norm is None else offset_weight(self.norm, self._offset)
 
     def enter(
         self,
@@ -116,7 +130,8 @@ class NormedLinear(nn.Module):
         """
         entry = RegionEntry(self.frozen, update.rows, num_rows, tensor_parallel, self.kernels, recomputes)
         factors = {"a": update.a, "grad_a": update.grad_a}
-        return enter(hidden, addend, entry, **factors, norm=self.norm, norm_bias=self.norm_bias, eps=self.eps)
+        factors |= {"norm": self.norm_weight, "norm_bias": self.norm_bias}
+        return enter(hidden, addend, entry, **factors, eps=self.eps)
 
     def project(self, entered: Entered, update: LinearUpdate, split: "SplitHeads | None" = None) -> tuple[Tensor, ...]:
         """Return z, (b, s, local out), or with `split` its parts, from the result of `enter`."""
@@ -287,9 +302,17 @@ class RowParallelLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None) -> None:
-        """Create the linear from `weight`, which is W_i (out, local in)."""
+    def __init__(
+        self,
+        weight: FrozenWeight,
+        *,
+        bias: nn.Parameter | None = None,
+        norm: Norm | None = None,
+        multiplier: float = 1.0,
+    ) -> None:
+        """Create the linear from `weight`, which is W_i (out, local in). The result is multiplied by `multiplier`."""
         super().__init__()
+        self.multiplier = multiplier
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
         self.norm = norm
@@ -317,7 +340,8 @@ class RowParallelLinear(nn.Module):
         Under sequence parallelism, the norm is computed on this rank's shard of the sequence.
         """
         output = output if self.bias is None else output + self.bias
-        return output if self.norm is None else self.norm(output)
+        output = output if self.norm is None else self.norm(output)
+        return output if self.multiplier == 1 else output * self.multiplier
 
 
 # The QKV projection ---------------------------------------------------------------------------------------------------
@@ -342,6 +366,7 @@ class QkvLinear(NormedLinear):
         """
         super().__init__(weight, dtype=dtype, **others)
         assert rope or not local_heads.norms, "no family has norms of heads that are not rotated"
+        assert not (local_heads.norms and local_heads.rope.interleaved), "no family has both"
         self.heads = local_heads
         self.rope = rope
         for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
@@ -375,7 +400,8 @@ class QkvLinear(NormedLinear):
         entered = self.enter(hidden, addend, tensor_parallel, update, num_rows=num_rows)
         hidden = entered.hidden
         yield
-        norms = tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
+        both = zip((self.query_norm, self.key_norm), self.heads.norms, strict=False)
+        norms = tuple(offset_weight(norm, shape.offset) for norm, shape in both if norm is not None)
         split = SplitHeads(self.heads, self.kernels, table, norms, tensor_parallel.group)
         return hidden, self.project(entered, update, split)
 
@@ -418,7 +444,8 @@ class SplitHeads:
             saved = (heads, root, *self.table, *self.norms)
         elif self.table:
             cos, sin = self.table
-            heads = self.kernels.rotate(heads, cos, sin, self.heads.num + self.heads.num_kv)
+            interleaved = self.heads.rope.interleaved
+            heads = self.kernels.rotate(heads, cos, sin, self.heads.num + self.heads.num_kv, interleaved)
         by_token = heads.view(*projected.shape[:-1], -1, self.heads.dim)
         return by_token.transpose(1, 2).split(counts, dim=1), saved
 
@@ -436,7 +463,8 @@ class SplitHeads:
             numbers = rotated, root, mean, cos, sin, self._weight(norms)
             found = self.kernels.rotate_normed_gradient(*by_token, *numbers)
         else:
-            found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
+            more = self.heads.rope.interleaved
+            found = self.kernels.rotate_gradient(*by_token, *saved, more) if saved else torch.cat(by_token, dim=1)
         return found.view(batch, length, -1)
 
     def _weight(self, norms: Sequence[Tensor]) -> Tensor:

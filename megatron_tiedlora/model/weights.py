@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
+from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape, squared_length
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, bias_spec, weight_spec
 
@@ -24,17 +24,17 @@ def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) ->
     """Return the multiplications per token of each layer of the flat list, for the forward and backward pass together.
 
     The forward pass of a block costs P + A. P is the number of elements in its matrices, and A = s h is the cost of
-    causal attention over s tokens (h is the width of the queries). From the first adapted layer on, the backward pass
-    of a block costs P + 2A. The head costs V d in each pass, as if every position were supervised. The embedding costs
-    nothing.
+    causal attention over s tokens (h is the width of the queries), or less with a window; see `squared_length`. From
+    the first adapted layer on, the backward pass of a block costs P + 2A. The head costs V d in each pass, as if every
+    position were supervised. The embedding costs nothing.
 
     Args:
         first_adapted: the first adapted layer, 1-based; None if nothing is trained and no layer has a backward pass.
     """
     matmuls = shape.block.num_weights
-    attention = length * shape.heads.rows[0]
     costs = [0.0]
     for index in range(1, shape.num_layers + 1):
+        attention = squared_length(length, shape.kind_of(index).window) / length * shape.heads.rows[0]
         backward = matmuls + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
         costs.append(float(matmuls + attention + backward))
     return *costs, float((1 if first_adapted is None else 2) * shape.head.num_weights)
@@ -148,7 +148,8 @@ class WeightRule:
         spec: the sharding over tensor-parallel ranks.
         parts: the stored rows that form it, stacked along dimension 0. If `spec.blocks` are along this dimension, there
             is one entry per block.
-        divides: whether the backward pass divides by it, so that it must not contain zeros.
+        divides: whether the backward pass divides by it and `offset`, so that their sum must not contain zeros.
+        offset: the number that is added to the weight of a norm, see `NormShape`.
     """
 
     name: str
@@ -158,6 +159,7 @@ class WeightRule:
     spec: ShardSpec
     parts: tuple[StoredPart, ...]
     divides: bool = False
+    offset: float = 0.0
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -228,7 +230,8 @@ def _norm(norm: NormShape, *, layer: int, stored: str) -> Iterator[WeightRule]:
         if name is not None:
             part = StoredPart(f"{stored}{norm.source}.{kind}", (norm.size,), 0, norm.size)
             spec = ShardSpec(0 if norm.sharded else None, (norm.size,))
-            yield WeightRule(f"layers.{layer}.{name}", layer, None, (norm.size,), spec, (part,))
+            offset = norm.offset if kind == "weight" else 0.0
+            yield WeightRule(f"layers.{layer}.{name}", layer, None, (norm.size,), spec, (part,), offset=offset)
 
 
 def _linear(linear: LinearShape, *, layer: int, stored: str) -> Iterator[WeightRule]:

@@ -229,13 +229,19 @@ class VocabularyParallelEmbedding(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, weight: FrozenWeight) -> None:
-        """Create the embedding from `weight`, (local vocabulary, d), which must be stored as one tensor."""
+    def __init__(self, weight: FrozenWeight, *, multiplier: float = 1.0) -> None:
+        """Create the embedding from `weight`, (local vocabulary, d), which must be stored as one tensor. Its rows are
+        multiplied by `multiplier`."""
         super().__init__()
         self.frozen = register(self, weight)
+        self.multiplier = multiplier
 
     def forward(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         """Return activations between layers, (b, s, d) or (1, b s / p, d), from tokens (b, s) int64."""
+        rows = self._rows(tokens, tensor_parallel)
+        return rows if self.multiplier == 1 else rows * self.multiplier
+
+    def _rows(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         if tensor_parallel.group.size == 1:
             return functional.embedding(tokens, self.weight)
         local_vocabulary = self.weight.shape[0]

@@ -9,20 +9,20 @@ several times as large as their results.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.quantise import LARGEST_LEVEL, dequantise_blocks, quantise_rows, row_maxima
+from megatron_tiedlora.parallel.rows import NUMBERS_AT_ONCE, run_in_parts, upcast
 
-# The number of elements of its widest argument that an uncompiled kernel processes at a time on a GPU: 64 MiB in fp32.
-NUMBERS_AT_ONCE = 2**24
-# The same on a CPU, for kernels that would otherwise fall out of its cache.
+# `NUMBERS_AT_ONCE` on a CPU, for kernels that would otherwise fall out of its cache.
 _IN_CACHE = ("round_rows", "round_scaled_rows", "normalise_rounded", "gate_rounded", "gate_gradient_rounded")
 HOST_NUMBERS_AT_ONCE = dict.fromkeys((*_IN_CACHE, "dequantise_blocks_"), 2**19)
 # The memory that compiled kernels need on a CPU, in copies of their widest argument. Other kernels need none.
@@ -32,41 +32,10 @@ COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in
 # Options of torch.compile on GPUs. A kernel that reads this often gets blocks for accesses of 8 bytes (torch 2.11); the
 # compiler finds better ones by trying some at the first call.
 _SEARCHED: dict[str, dict[str, Any]] = {"norm_gradient": {"coordinate_descent_tuning": True}}
+# gelu(g) = g sigmoid(k (g + c g^3)), the same as `Activation` of base/shapes.py says with tanh.
+_GELU_SCALE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 # Arguments of kernels whose first dimension is not the rows.
 _WITHOUT_ROWS = ("weight", "bias", "factors", "levels", "matrix", "transposed")
-
-
-def upcast(tensor: Tensor) -> Tensor:
-    """Return `tensor` in max(fp32, its own dtype), the precision of norms, softmax and loss."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """Reshape (..., n) to (T, n), detached from autograd.
-
-    Kernels always receive 2-D tensors that autograd does not treat as views, such as detached tensors. Otherwise
-    torch.compile would generate several versions of each kernel.
-    """
-    return tensor.reshape(-1, tensor.shape[-1]).detach()
-
-
-def as_wide_rows(tensor: Tensor) -> Tensor:
-    """Return `as_rows` of (..., n) together with the columns that follow in memory, (T, m), m >= n.
-
-    `tensor` may be a view of the first columns. A compiled kernel knows the distance between rows only as a size, and
-    reads 16 bytes at a time only if it knows that distance.
-    """
-    rows = as_rows(tensor)
-    (count, width), (distance, step) = rows.shape, rows.stride()
-    end = (rows.storage_offset() + count * distance) * rows.itemsize
-    if count < 2 or step != 1 or not width < distance < 2 * width or end > rows.untyped_storage().nbytes():
-        return rows
-    return rows.as_strided((count, distance), (distance, 1)).detach()
-
-
-def detached(tensor: Tensor | None) -> Tensor | None:
-    """Return `tensor` detached from autograd, or None if it is None."""
-    return None if tensor is None else tensor.detach()
 
 
 def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -99,12 +68,12 @@ def add_and_normalise(
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
     """Return the normalised rows from a known root, rounded as in transformers.
 
-    The RMS norm rounds x * root before the multiplication by the weight, and LayerNorm rounds only its result. Compiled
-    kernels may keep values in fp32 instead.
+    The RMS norm rounds x * root before the multiplication by a weight of the same dtype. LayerNorm, and the RMS norm
+    with a wider weight, round only their results. Compiled kernels may keep values in fp32 instead.
     """
     normed = _centred(hidden, bias) * root
     if bias is None:
-        return weight * normed.to(hidden.dtype)
+        return weight * normed.to(hidden.dtype) if weight.dtype == hidden.dtype else (normed * weight).to(hidden.dtype)
     return (normed * weight + bias).to(hidden.dtype)
 
 
@@ -135,42 +104,53 @@ def _centred(hidden: Tensor, bias: Tensor | None) -> Tensor:
     return wide if bias is None else wide - wide.mean(-1, keepdim=True)
 
 
-def gate(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up, (T, f), from [gate | up], (T, 2 f)."""
+def gate(gate_up: Tensor, activation: str) -> Tensor:
+    """Return act(gate) * up, (T, f), from [gate | up], (T, 2 f). `activation` is an `Activation` of base/shapes.py."""
     gates, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gates) * up
+    return (functional.silu(gates) if activation == "silu" else functional.gelu(gates, approximate="tanh")) * up
 
 
-def gate_gradient(gradient: Tensor, gate_up: Tensor) -> Tensor:
+def gate_gradient(gradient: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     """Return the gradient of [g | u], (T, 2 f), from the gradient of `gate`'s result, (T, f).
 
-    With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s, both computed in max(fp32, input dtype).
+    With s = sigmoid(z): dg = dy u s (1 + g (1 - s) z'), du = dy g s, both computed in max(fp32, input dtype). For silu,
+    z is g. For gelu, z is k (g + c g^3), because (1 + tanh(x)) / 2 = sigmoid(2 x).
     """
-    return torch.cat(_gate_gradients(gradient, gate_up), dim=-1)
+    return torch.cat(_gate_gradients(gradient, gate_up, activation), dim=-1)
 
 
-def _gate_gradients(gradient: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_gradients(gradient: Tensor, gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     gates, up = (upcast(part) for part in gate_up.chunk(2, dim=-1))
-    wide, sigmoid = upcast(gradient), torch.sigmoid(gates)
-    grad_gates = (wide * up * sigmoid * (1 + gates * (1 - sigmoid))).to(gate_up.dtype)
-    return grad_gates, (wide * gates * sigmoid).to(gate_up.dtype)
+    wide = upcast(gradient)
+    if activation == "silu":
+        sigmoid = torch.sigmoid(gates)
+        slope = gates * (1 - sigmoid)
+    else:
+        squared = gates * gates
+        sigmoid = torch.sigmoid(_GELU_SCALE * gates * (1 + _GELU_CUBIC * squared))
+        slope = gates * (1 - sigmoid) * (_GELU_SCALE * (1 + 3 * _GELU_CUBIC * squared))
+    return (wide * up * sigmoid * (1 + slope)).to(gate_up.dtype), (wide * gates * sigmoid).to(gate_up.dtype)
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, interleaved: bool) -> Tensor:
     """Return heads (T, n, head_dim) as a new tensor in which the first `num_rotated` heads are rotated.
 
-    In these heads the two halves (x1, x2) of the first m elements become (x1 cos - x2 sin, x2 cos + x1 sin). cos and
-    sin have the shape (T, 1, m / 2). The elements after the first m do not change.
+    In these heads the two halves (x1, x2) of the first m elements become (x1 cos - x2 sin, x2 cos + x1 sin). If they
+    are `interleaved`, x1 are the elements with even indices and x2 those with odd indices. cos and sin have the shape
+    (T, 1, m / 2). The elements after the first m do not change.
     """
-    return torch.cat((_rotated(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]), dim=1)
+    return torch.cat((_rotated(heads[:, :num_rotated], cos, sin, interleaved), heads[:, num_rotated:]), dim=1)
 
 
-def rotate_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_gradient(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> Tensor:
     """Return the gradient of the input heads of `rotate`, (T, n, head_dim).
 
     `query`, `key` and `value` are gradients of the output heads, each (T, heads, head_dim). Values are not rotated.
     """
-    return torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin), value), dim=1)
+    turned = (_rotated(heads, cos, -sin, interleaved) for heads in (query, key))
+    return torch.cat((*turned, value), dim=1)
 
 
 def rotate_normed(heads: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -238,10 +218,14 @@ def rotate_normed_gradient(
     return torch.cat((_norm_gradient(weighted, normed, root, None, mean).to(value.dtype), value), dim=1)
 
 
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
+    if interleaved:
+        first, second = heads[..., : 2 * half : 2], heads[..., 1 : 2 * half : 2]
+    turned: tuple[Tensor, ...] = (first * cos - second * sin, second * cos + first * sin)
+    if interleaved:
+        turned = (torch.stack(turned, dim=-1).flatten(-2),)
     return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)
 
 
@@ -287,14 +271,25 @@ def score_gradient_(
     grad_weights.copy_(gradient if cap is None else gradient * (1 - bent.square()))
 
 
-def row_log_sums(logits: Tensor) -> Tensor:
-    """Return the log of the sum of exp(logit) of each row, (n,) in the dtype of `upcast`, for logits (n, V)."""
-    return torch.logsumexp(upcast(logits), dim=-1)
+def soft_capped(numbers: Tensor, cap: float | None) -> Tensor:
+    """Return cap tanh(x / cap), or x if there is no cap."""
+    return numbers if cap is None else cap * torch.tanh(numbers / cap)
 
 
-def exp_logits_(logits: Tensor, total: Tensor) -> None:
-    """Replace logits (n, V) with exp(logit - total) in place. `total` is (n,), in the dtype of `upcast`."""
-    logits.copy_((upcast(logits) - total[:, None]).exp())
+def row_log_sums(logits: Tensor, cap: float | None) -> Tensor:
+    """Return the log of the sum of exp(capped logit) of each row, (n,) in the dtype of `upcast`, for logits (n, V)."""
+    return torch.logsumexp(soft_capped(upcast(logits), cap), dim=-1)
+
+
+def exp_logits_(logits: Tensor, total: Tensor, cap: float | None) -> None:
+    """Replace logits (n, V) in place with p = exp(logit - total). `total` is (n,), in the dtype of `upcast`.
+
+    With a cap, the logit is capped, and p is multiplied by the derivative of the capped logit, 1 - tanh^2(x / cap).
+    """
+    numerators = (soft_capped(upcast(logits), cap) - total[:, None]).exp()
+    if cap is not None:
+        numerators *= 1 - torch.tanh(upcast(logits) / cap).square()
+    logits.copy_(numerators)
 
 
 def round_rows(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -317,19 +312,19 @@ def normalise_rounded(
     return total, root, *_rounded(normed, None, keeps)
 
 
-def gate_rounded(gate_up: Tensor, keeps: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+def gate_rounded(gate_up: Tensor, keeps: bool, activation: str) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return `gate`, or None unless `keeps`, and `round_rows` of it."""
-    return _rounded(gate(gate_up), None, keeps)
+    return _rounded(gate(gate_up, activation), None, keeps)
 
 
 def gate_gradient_rounded(
-    gradient: Tensor, gate_up: Tensor, factors: Tensor, keeps: bool
+    gradient: Tensor, gate_up: Tensor, factors: Tensor, keeps: bool, activation: str
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return `gate_gradient`, or None unless `keeps`, and `round_scaled_rows` of it; factors are (1, 2 f) fp32."""
     if keeps:
-        return _rounded(gate_gradient(gradient, gate_up), factors, keeps)
+        return _rounded(gate_gradient(gradient, gate_up, activation), factors, keeps)
     # The halves are joined last. A compiler would write joined values to memory, and read them to round them.
-    halves = _in_own_dtype(*_gate_gradients(gradient, gate_up))
+    halves = _in_own_dtype(*_gate_gradients(gradient, gate_up, activation))
     wide = [upcast(half) * by for half, by in zip(halves, factors.chunk(2, dim=-1), strict=True)]
     maxima = torch.maximum(row_maxima(wide[0]), row_maxima(wide[1]))
     (gates, scales), (up, _) = (quantise_rows(half, maxima / LARGEST_LEVEL["fp8"], "fp8") for half in wide)
@@ -378,9 +373,9 @@ class Kernels:
     add_and_normalise: Callable[..., Any] = add_and_normalise
     apply_norm: Callable[..., Tensor] = apply_norm
     norm_gradient: Callable[..., Tensor] = norm_gradient
-    gate: Callable[[Tensor], Tensor] = gate
-    gate_gradient: Callable[[Tensor, Tensor], Tensor] = gate_gradient
-    rotate: Callable[[Tensor, Tensor, Tensor, int], Tensor] = rotate
+    gate: Callable[[Tensor, str], Tensor] = gate
+    gate_gradient: Callable[[Tensor, Tensor, str], Tensor] = gate_gradient
+    rotate: Callable[[Tensor, Tensor, Tensor, int, bool], Tensor] = rotate
     rotate_gradient: Callable[..., Tensor] = rotate_gradient
     rotate_normed: Callable[..., tuple[Tensor, Tensor]] = rotate_normed
     rotate_normed_gradient: Callable[..., Tensor] = rotate_normed_gradient
@@ -389,8 +384,8 @@ class Kernels:
     product_means: Callable[[Tensor, Tensor, Tensor], Tensor] = product_means
     exp_scores_: Callable[..., tuple[Tensor, Tensor]] = exp_scores_
     score_gradient_: Callable[..., None] = score_gradient_
-    row_log_sums: Callable[[Tensor], Tensor] = row_log_sums
-    exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
+    row_log_sums: Callable[[Tensor, float | None], Tensor] = row_log_sums
+    exp_logits_: Callable[[Tensor, Tensor, float | None], None] = exp_logits_
     round_rows: Callable[[Tensor, int], tuple[Tensor, Tensor]] = round_rows
     round_scaled_rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = round_scaled_rows
     normalise_rounded: Callable[..., Any] = normalise_rounded
@@ -444,41 +439,6 @@ def in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., 
         return kernel(*arguments) if at_once is None else run_in_parts(kernel, arguments, has_rows, at_once)
 
     return limited if any(has_rows) else kernel
-
-
-def run_in_parts(
-    kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool], at_once: int | None = None
-) -> Any:
-    """Return `kernel(*arguments)`, computed on a limited number of rows at a time. The results are the same.
-
-    At most `at_once` elements of the widest argument are processed at a time, by default NUMBERS_AT_ONCE.
-    """
-    has_rows = [mine and argument is not None for argument, mine in zip(arguments, has_rows, strict=True)]
-    wide = [argument for argument, mine in zip(arguments, has_rows, strict=True) if mine]
-    num_rows, width = len(wide[0]), max(tensor[:1].numel() for tensor in wide)
-    size = max((at_once or NUMBERS_AT_ONCE) // max(width, 1), 1)
-    if num_rows <= size:
-        return kernel(*arguments)
-    results: list[Tensor | None] | None = None
-    for start in range(0, num_rows, size):
-        part = slice(start, start + size)
-        found = kernel(*(a[part] if mine else a for a, mine in zip(arguments, has_rows, strict=True)))
-        if found is None:  # it changes its arguments in place
-            continue
-        found = found if isinstance(found, tuple) else (found,)
-        results = results or [t if t is None else t.new_empty((num_rows, *t.shape[1:])) for t in found]
-        for result, tensor in zip(results, found, strict=True):
-            if result is not None:
-                result[part] = tensor
-    if results is None:
-        return None
-    return tuple(results) if len(results) > 1 else results[0]
-
-
-def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Return tensor * factor, (..., n), in the tensor's dtype. It is computed in fp32 or wider, some rows at a time."""
-    rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), [True, False])
-    return cast(Tensor, rows).view(tensor.shape)
 
 
 def marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:

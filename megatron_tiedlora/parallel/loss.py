@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped
+from megatron_tiedlora.parallel.rows import as_rows, scaled, upcast
 
 
 class RowSpan(NamedTuple):
@@ -158,6 +159,7 @@ class VocabularyShard(NamedTuple):
     group: RankGroup
     rows_at_once: int  # the number of rows whose logits are in memory at a time, a multiple of `SIZE_MULTIPLE`
     kernels: Kernels = EAGER
+    cap: float | None = None  # see `ModelShape.logit_cap`
 
 
 class _Found(NamedTuple):
@@ -167,15 +169,15 @@ class _Found(NamedTuple):
     total: Tensor  # logsumexp over all ids
     columns: Tensor  # the column of the label in this rank's logits, 0 if another rank has it
     own: Tensor  # whether this rank has the label
-    picked: Tensor  # the label's logit, 0 if another rank has it
+    picked: Tensor  # the label's capped logit, 0 if another rank has it
 
 
 def _losses(local_logits: Tensor, labels: Tensor, shard: VocabularyShard) -> _Found:
     index = labels - shard.first_id
     own = (index >= 0) & (index < local_logits.shape[1])
     index = index.masked_fill(~own, 0)
-    picked = upcast(local_logits.gather(1, index[:, None])[:, 0]).masked_fill(~own, 0.0)
-    numbers = torch.stack((shard.kernels.row_log_sums(local_logits), picked))[None]
+    picked = soft_capped(upcast(local_logits.gather(1, index[:, None])[:, 0]), shard.cap).masked_fill(~own, 0.0)
+    numbers = torch.stack((shard.kernels.row_log_sums(local_logits, shard.cap), picked))[None]
     by_rank = all_gather(numbers, shard.group, dim=0)  # (ranks, 2, T)
     total = by_rank[:, 0].logsumexp(dim=0)
     return _Found(total - by_rank[:, 1].sum(dim=0), total, index, own, picked)
@@ -201,10 +203,13 @@ class _SumTokenLosses(torch.autograd.Function):
             else:
                 by_row.append(losses)
             if gradient is not None:
-                kernels.exp_logits_(local_logits, found.total)
+                kernels.exp_logits_(local_logits, found.total, shard.cap)
                 # Subtract 1 from the probability of each label on this rank; expm1 avoids the rounding of bf16.
                 index = (torch.arange(len(local_logits), device=local_logits.device), found.columns)
-                missing = torch.expm1(found.picked - found.total).to(local_logits.dtype)
+                missing = torch.expm1(found.picked - found.total)
+                if shard.cap is not None:
+                    missing *= 1 - (found.picked / shard.cap).square()
+                missing = missing.to(local_logits.dtype)
                 # scatter_ is not used, because it would visit every element.
                 local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))
                 weight.times(local_logits, out=gradient[part])

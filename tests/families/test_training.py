@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
+from support.engine_runs import SHORT, Layout, Prepared, engine_json, prepare, run_and_check, settings_of
 from support.forked_ranks import run_on_ranks
+from support.oracle_adapter import ALL_TARGETS
 from support.peft_models import greedy_tokens, hf_model
+from support.quantised_models import with_values
 from support.tiny_decoders import build
 from support.tiny_models import EOS_ID, FAMILY_MODELS, write_tiny_model
 
@@ -22,7 +24,11 @@ PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]
 
 # Biases on q, k and v alone; norms of heads; LayerNorms, and part of a head rotated; fused tensors; unrotated layers;
 # norms of all heads, and norms after attention and MLP; two rotations.
-NAMES = ("qwen2", "qwen3", "stablelm", "phi3", "smollm3", "olmo2", "olmo3")
+OLD = ("qwen2", "qwen3", "stablelm", "phi3", "smollm3", "olmo2", "olmo3")
+# Norms with an offset, GELU and a scaled embedding; caps; norms of heads with an offset, and a window's own rotation;
+# multipliers; neighbours rotated together; the text towers of two multimodal models.
+NEW = ("gemma", "gemma2", "gemma3_text", "granite", "glm4", "gemma3", "mistral3")
+NAMES = OLD + NEW
 
 
 def _decoder(folder: str, tp: int, pp: int) -> Decoder:
@@ -52,7 +58,7 @@ def _tokens() -> torch.Tensor:
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_ranks_compute_what_transformers_does(tmp_path: Path, tp: int, pp: int) -> None:
     """Every family, in one start."""
-    shapes = {name: {**FAMILY_MODELS[name], "num_layers": 5, "tied": pp > 1} for name in NAMES}
+    shapes = {name: {**FAMILY_MODELS[name], "num_layers": 5, "tied": pp > 1} for name in (*NAMES, "mistral")}
     folders = {name: write_tiny_model(tmp_path / name, **shape) for name, shape in shapes.items()}
     arguments = [str(folder) for folder in folders.values()], tp, pp
     found = run_on_ranks(_logits, *arguments, ranks=tp * pp, folder=tmp_path / "ranks")[-1]
@@ -62,13 +68,22 @@ def test_ranks_compute_what_transformers_does(tmp_path: Path, tp: int, pp: int) 
 
 
 def test_ranks_decode_the_tokens_of_transformers(tmp_path: Path) -> None:
-    """With the cache, at (2, 2, 1), where the norms of all heads are summed over ranks token by token."""
-    names = ("olmo2", "olmo3")
+    """With the cache, at (2, 2, 1), where the norms of all heads are summed over ranks token by token.
+
+    Answers go beyond the windows.
+    """
+    names = ("olmo2", "olmo3", "gemma2", "gemma3")
     folders = [write_tiny_model(tmp_path / name, **{**FAMILY_MODELS[name], "num_layers": 5}) for name in names]
     models = [hf_model(folder, torch.float64) for folder in folders]
     wanted = [[greedy_tokens(model, prompt, 16, eos=EOS_ID) for prompt in PROMPTS] for model in models]
     given = [str(folder) for folder in folders]
     assert run_on_ranks(_decoded, given, 2, 2, ranks=4, folder=tmp_path / "ranks") == [wanted] * 4
+
+
+def _base(tmp_path: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """A folder for a family's files, and settings of a short run of it."""
+    shape, folder = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}, tmp_path / name
+    return folder, {**settings_of(write_tiny_model(folder / "model", **shape), folder), **SHORT, "max_length": 64}
 
 
 # By the number of ranks: (tensor, pipeline, data), and what else is set.
@@ -95,13 +110,30 @@ def test_runs_are_the_oracle_s(tmp_path: Path, ranks: int, whole: bool) -> None:
     """
     prepared = []
     for number, name in enumerate(name for name in NAMES if name != "phi3"):
-        shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}
-        folder = tmp_path / name
-        base = {**settings_of(write_tiny_model(folder / "model", **shape), folder), **SHORT, "max_length": 64}
+        folder, base = _base(tmp_path, name)
         for turn, (layout, changes) in enumerate(RUNS[ranks]):
             if not whole and turn != number % len(RUNS[ranks]) and (number % 3 or "zero" not in changes):
                 continue
             own = dict(changes)
             own |= {"ds_config": str(engine_json(folder, own.pop("zero")))} if "zero" in own else {}
             prepared.append(prepare(base, folder, layout, **own))
+    run_and_check(prepared, tmp_path)
+
+
+@pytest.mark.timeout(600)
+def test_every_linear_learns_what_the_oracle_s_does(tmp_path: Path, whole: bool) -> None:
+    """tl6 and LoRA on all linears at TP 2 x PP 2: ten steps of each new family, and once on a base in NF4.
+
+    In part, two steps of one family by each method, the second on a base in NF4.
+    """
+    prepared = list[Prepared]()
+    for name in NEW if whole else ("gemma2", "gemma3"):
+        folder, base = _base(tmp_path, name)
+        given = base | {"targets": list(ALL_TARGETS), **({"max_steps": 10} if whole else {})}
+        for method in ("tl6", "lora") if whole else ("lora" if name == "gemma2" else "tl6",):
+            changes: dict[str, Any] = {"method": method}
+            if (name, method) == ("gemma3", "tl6"):
+                values = with_values(folder / "model", folder / "values", "nf4")
+                changes |= {"base": "nf4", "oracle_model": values}
+            prepared.append(prepare(given, folder, Layout(2, 2, 1), **changes))
     run_and_check(prepared, tmp_path)

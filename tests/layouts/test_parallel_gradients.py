@@ -43,8 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
-FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3")  # those whose layers compute something of their own
-SHAPES |= {name: {**FAMILY_MODELS[name], "tied": False} for name in (*FAMILIES, "qwen2")}
+# Those whose layers compute something of their own.
+FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3", "mistral")
+FAMILIES += ("gemma", "gemma2", "gemma3_text", "gemma3", "granite", "glm4", "mistral3")
+SHAPES |= {name: FAMILY_MODELS[name] for name in (*FAMILIES, "qwen2")}
 # What each layout, and whole and cut sequences meet in all cases and in part: models, methods, targets.
 VIEWS: tuple[Callable[[Case], Any], ...] = (lambda c: c.folder, lambda c: c.method, lambda c: c.targets)
 # At two stages one of them is then without an adapted layer.

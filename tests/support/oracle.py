@@ -54,10 +54,19 @@ class OracleConfig:
     rope_theta: float
     rotary_share: float  # of a head, its first elements
     rope_scaling: Mapping[str, Any] | None  # the fields of its kind
-    tied_embeddings: bool
     rotates: tuple[int, ...] | None  # 0 for a layer whose queries and keys are not rotated; None: all are
-    windowed: tuple[bool, ...] | None = None  # the layers of another rotation, without scaling; None: none are
-    window_theta: float = 0.0  # of these
+    interleaved: bool  # whether neighbours are rotated together, not the elements of the two halves
+    windowed: tuple[bool, ...]  # the layers with a window, of so many tokens
+    window: int
+    window_rope: tuple[float, Mapping[str, Any] | None] | None  # theta and scaling of these, if they have their own
+    norm_offset: float  # added to the weights of norms
+    tanh_gate: bool  # GELU by its approximation with tanh, not SiLU
+    score_factor: float
+    score_cap: float | None
+    embedding_factor: float
+    block_factor: float  # of the outputs of attention and MLP
+    logit_divisor: float
+    logit_cap: float | None
 
     @property
     def q_rows(self) -> int:
@@ -90,34 +99,49 @@ class OracleConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> OracleConfig:
         """Read an HF config that transformers has written, old (`rope_scaling`) or v5 style (`rope_parameters`).
 
-        Biases and norms of heads are not read from it: they are used where `weights` holds them.
+        Of a multimodal model, its text tower is read. Biases, which norms there are, and whether the head is tied, are
+        not read from it: what `weights` holds is used.
         """
-        assert not hf.get("mlp_bias", False) and hf.get("hidden_act", "silu") == "silu"
+        hf, multimodal = hf.get("text_config", hf), "text_config" in hf
+        family = hf.get("model_type", "llama")
+        gemma, granite = family.startswith("gemma"), family == "granite"
+        activation = hf.get("hidden_act" if family == "gemma" else "hidden_activation", hf.get("hidden_act", "silu"))
+        assert not hf.get("mlp_bias", False) and activation == ("gelu_pytorch_tanh" if gemma else "silu"), activation
         rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-        windows: dict[str, Any] = {}
+        window_rope = None
         if "full_attention" in rope:
-            kinds, other = hf["layer_types"], rope["sliding_attention"]
-            assert other["rope_type"] == "default"
-            windows = {"windowed": [k == "sliding_attention" for k in kinds], "window_theta": other["rope_theta"]}
-            rope = rope["full_attention"]
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        num_heads = hf["num_attention_heads"]
+            window_rope, rope = _rope(rope["sliding_attention"], hf), rope["full_attention"]
+        num_heads, num_layers, window = hf["num_attention_heads"], hf["num_hidden_layers"], hf.get("sliding_window")
+        head_dim = hf.get("head_dim") or hf["hidden_size"] // num_heads
+        kinds = hf.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * num_layers
+        scores = hf["attention_multiplier"] if granite else hf.get("query_pre_attn_scalar", head_dim) ** -0.5
+        theta, scaling = _rope(rope, hf)
         return cls(
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
             intermediate_size=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
+            head_dim=head_dim,
             norm_eps=hf.get("rms_norm_eps", hf.get("layer_norm_eps", 1e-6)),
             max_positions=hf["max_position_embeddings"],
-            rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
+            rope_theta=theta,
             rotary_share=float(rope.get("partial_rotary_factor", 1.0)),
-            rope_scaling=None if rope_type in ("default", "dynamic") else {**rope, "rope_type": rope_type},
-            tied_embeddings=hf.get("tie_word_embeddings", False),
+            rope_scaling=scaling,
             rotates=hf.get("no_rope_layers"),
-            **windows,
+            interleaved=family == "glm4",
+            windowed=tuple(kind == "sliding_attention" for kind in kinds),
+            window=window or 0,
+            window_rope=window_rope,
+            norm_offset=1.0 if gemma else 0.0,
+            tanh_gate=gemma,
+            score_factor=scores,
+            score_cap=hf["attn_logit_softcapping"] if family == "gemma2" else None,  # Gemma 3 does not use its field
+            embedding_factor=hf["hidden_size"] ** 0.5 if gemma else hf.get("embedding_multiplier", 1.0),
+            block_factor=hf.get("residual_multiplier", 1.0),
+            logit_divisor=hf.get("logits_scaling", 1.0),
+            logit_cap=None if multimodal else hf.get("final_logit_softcapping"),  # Gemma 3 with towers does not use it
         )
 
     @classmethod
@@ -125,19 +149,40 @@ class OracleConfig:
         return cls.from_hf(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
 
 
+def _rope(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
+    """The base of the frequencies, and the fields of their scaling."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    return theta, None if kind in ("default", "dynamic") else {**rope, "rope_type": kind}
+
+
 def load_weights(folder: str | Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every safetensors file of an HF folder, by HF name, cast to `dtype` where given; fused tensors taken apart."""
+    """Every safetensors file of an HF folder, by HF name, cast to `dtype` where given; see `text_weights`."""
     weights: dict[str, Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         # Copies: some versions of safetensors give views of the file, which tests write again.
         weights |= {name: tensor.clone() for name, tensor in load_file(path).items()}
     assert weights, f"no safetensors in {folder}"
-    for name in [name for name in weights if "qkv_proj" in name or "gate_up_proj" in name]:
-        config, fused = OracleConfig.from_folder(folder), weights.pop(name)
+    weights = text_weights(weights, OracleConfig.from_folder(folder))
+    return weights if dtype is None else cast_weights(weights, dtype)
+
+
+def text_weights(weights: Mapping[str, Tensor], config: OracleConfig) -> dict[str, Tensor]:
+    """The text tower's tensors by the names of a text model, without others; fused tensors taken apart."""
+    found = dict(weights)
+    if any("vision_tower." in name for name in weights):
+        found = {}
+        for name, tensor in weights.items():
+            _, mark, rest = name.partition("language_model.")  # model.language_model., or language_model.model.
+            if mark or name == "lm_head.weight":
+                own = name if not mark else rest
+                found[own if own.startswith(("model.", "lm_head.")) else f"model.{own}"] = tensor
+    for name in [name for name in found if "qkv_proj" in name or "gate_up_proj" in name]:
+        fused = found.pop(name)
         rows = [config.q_rows, config.kv_rows, config.kv_rows] if "qkv" in name else [config.intermediate_size] * 2
         for part, piece in zip("qkv" if "qkv" in name else ("gate", "up"), fused.split(rows), strict=True):
-            weights[name.replace("qkv_proj" if "qkv" in name else "gate_up_proj", f"{part}_proj")] = piece
-    return weights if dtype is None else cast_weights(weights, dtype)
+            found[name.replace("qkv_proj" if "qkv" in name else "gate_up_proj", f"{part}_proj")] = piece
+    return found
 
 
 def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -192,8 +237,8 @@ def rope_frequencies(theta: float, size: int, scaling: Mapping[str, Any] | None)
     if kind == "linear":
         return torch.stack([frequency / scaling["factor"] for frequency in plain])
     if kind == "longrope":
-        return torch.stack([f / divisor for f, divisor in zip(plain, scaling["short_factor"], strict=True)])
-    blend = {"llama3": _llama3_share, "yarn": _yarn_share}[kind]
+        return 1.0 / (torch.tensor(scaling["short_factor"], dtype=torch.float32) * theta**exponents)
+    blend: Callable[..., float | Tensor] = {"llama3": _llama3_share, "yarn": _yarn_share}[kind]
     stretched = []
     for index, frequency in enumerate(plain):
         share = blend(index, float(frequency), theta, size, scaling)
@@ -208,7 +253,7 @@ def _llama3_share(index: int, frequency: float, theta: float, size: int, scaling
     return min(max((turns - low) / (high - low), 0.0), 1.0)
 
 
-def _yarn_share(index: int, frequency: float, theta: float, size: int, scaling: Mapping[str, Any]) -> float:
+def _yarn_share(index: int, frequency: float, theta: float, size: int, scaling: Mapping[str, Any]) -> Tensor:
     """1 before the index that turns beta_fast times, 0 after the one that turns beta_slow times, linear in between."""
 
     def at(turns: float) -> float:
@@ -216,7 +261,8 @@ def _yarn_share(index: int, frequency: float, theta: float, size: int, scaling: 
 
     first = max(math.floor(at(scaling.get("beta_fast", 32))), 0)
     last = min(math.ceil(at(scaling.get("beta_slow", 1))), size - 1)
-    return 1 - min(max((index - first) / max(last - first, 0.001), 0.0), 1.0)
+    ramp = min(max((index - first) / max(last - first, 0.001), 0.0), 1.0)
+    return 1 - torch.tensor(ramp)  # in fp32, as transformers has it
 
 
 def rope_amplitude(scaling: Mapping[str, Any] | None, max_positions: int) -> float:
@@ -231,11 +277,18 @@ def rope_amplitude(scaling: Mapping[str, Any] | None, max_positions: int) -> flo
     return math.sqrt(1 + math.log(max_positions / original) / math.log(original))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs at the beginning of x (S, head_dim), HF's half-rotation; cos and sin (S, n / 2) turn n elements."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn pairs at the beginning of x (S, head_dim); cos and sin (S, n / 2) turn n elements.
+
+    A pair is an element of the first half of these and one of the second, or if `interleaved` two neighbours.
+    """
     size = cos.shape[-1]
     first, second, rest = x[:, :size], x[:, size : 2 * size], x[:, 2 * size :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    if interleaved:
+        first, second = x[:, 0 : 2 * size : 2], x[:, 1 : 2 * size : 2]
+    turned = first * cos - second * sin, second * cos + first * sin
+    pairs = torch.stack(turned, dim=-1).flatten(1) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([pairs, rest], dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,25 +300,51 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str, eps: float) -> Tensor:
+def norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str, eps: float, offset: float = 0.0) -> Tensor:
     """The norm at `prefix`: RMS, weight * x / sqrt(mean(x^2) + eps), or where a bias is stored LayerNorm.
 
-    The quotient of the first is rounded to the dtype of x before the product, as in transformers; the second once.
+    The quotient of the first is rounded to the dtype of x before the product, as in transformers; others once, at the
+    end: the second, and the first with a weight to which `offset` is added.
     """
     weight, bias = weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias")
     wide = x.to(_wide(x.dtype))
     centred = wide if bias is None else wide - wide.mean(dim=-1, keepdim=True)
     quotient = centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
-    return weight * quotient.to(x.dtype) if bias is None else (quotient * weight + bias).to(x.dtype)
+    if bias is not None:
+        return (quotient * weight + bias).to(x.dtype)
+    return ((offset + weight.to(wide.dtype)) * quotient).to(x.dtype) if offset else weight * quotient.to(x.dtype)
 
 
 def _norm_heads(rows: Tensor, weights: Mapping[str, Tensor], prefix: str, config: OracleConfig) -> Tensor:
     """Each head through the norm at `prefix`, if one is stored there, or all together if its weight is as wide."""
     if f"{prefix}.weight" not in weights:
         return rows
-    if len(weights[f"{prefix}.weight"]) == rows.shape[-1]:
-        return norm(rows, weights, prefix, config.norm_eps)
-    return torch.cat([norm(head, weights, prefix, config.norm_eps) for head in rows.split(config.head_dim, -1)], dim=-1)
+    together = len(weights[f"{prefix}.weight"]) == rows.shape[-1]
+    heads = [rows] if together else rows.split(config.head_dim, -1)
+    return torch.cat([norm(head, weights, prefix, config.norm_eps, config.norm_offset) for head in heads], dim=-1)
+
+
+# The norms before and behind attention, and before and behind the MLP, by the name of one that only some models have:
+# GLM-4's, Gemma 2 and 3's, LLaMA's, and that of models with norms behind alone.
+_NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "post_self_attn_layernorm":
+        ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    "pre_feedforward_layernorm":
+        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "input_layernorm": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post_feedforward_layernorm": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+}  # fmt: skip
+
+
+def _cap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * (x / cap).tanh()
+
+
+def _gate(x: Tensor, config: OracleConfig) -> Tensor:
+    if not config.tanh_gate:
+        return torch.nn.functional.silu(x)
+    wide = x.to(_wide(x.dtype))
+    return (0.5 * wide * (1 + (math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)).tanh())).to(x.dtype)
 
 
 def _linears(
@@ -296,7 +375,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, config: OracleC
         q_head = q[:, head * dim : (head + 1) * dim]
         k_head = k[:, kv_head * dim : (kv_head + 1) * dim]
         v_head = v[:, kv_head * dim : (kv_head + 1) * dim]
-        scores = (q_head @ k_head.T * dim**-0.5).to(mask.dtype) + mask
+        scores = _cap(q_head @ k_head.T * config.score_factor, config.score_cap).to(mask.dtype) + mask
         exponentials = (scores - scores.amax(dim=-1, keepdim=True)).exp()
         heads.append((exponentials / exponentials.sum(dim=-1, keepdim=True)).to(q.dtype) @ v_head)
     return torch.cat(heads, dim=-1)
@@ -316,7 +395,14 @@ def _logits_of_sequence(
     def linears(x: Tensor, target: str, layer: int) -> list[Tensor]:
         return _linears(x, weights, config, adapter, target, layer, drop)
 
+    def normed(x: Tensor, name: str | None) -> Tensor:
+        return x if name is None else norm(x, weights, name, config.norm_eps, config.norm_offset)
+
     x = embedding(tokens, weights["model.embed_tokens.weight"])
+    if config.norm_offset:  # Gemma rounds its factor first
+        x = x * torch.tensor(config.embedding_factor, dtype=torch.float64).to(x.dtype)
+    else:
+        x = x * config.embedding_factor
     size = int(config.head_dim * config.rotary_share)
 
     def table(theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
@@ -324,32 +410,31 @@ def _logits_of_sequence(
         amplitude = rope_amplitude(scaling, config.max_positions)
         return (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)
 
-    tables = {False: table(config.rope_theta, config.rope_scaling)}
-    if config.windowed is not None:
-        tables[True] = table(config.window_theta, None)
+    tables = [table(config.rope_theta, config.rope_scaling)] * 2
+    if config.window_rope is not None:
+        tables[True] = table(*config.window_rope)
+    ages = torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))  # of the key, for the query
     for index in range(config.num_layers):
-        layer = f"model.layers.{index}"
-        # Norms stand before attention and MLP, or if there is none before attention, behind them.
-        behind = f"{layer}.input_layernorm.weight" not in weights
-        normed = x if behind else norm(x, weights, f"{layer}.input_layernorm", config.norm_eps)
-        q, k, v = linears(normed, "qkv", index + 1)
+        layer, windowed = f"model.layers.{index}", config.windowed[index]
+        names = next(names for mark, names in _NORMS.items() if f"{layer}.{mark}.weight" in weights)
+        before, behind, before_mlp, behind_mlp = (name and f"{layer}.{name}" for name in names)
+        q, k, v = linears(normed(x, before), "qkv", index + 1)
         q, k = (_norm_heads(x, weights, f"{layer}.self_attn.{n}_norm", config) for n, x in (("q", q), ("k", k)))
         if config.rotates is None or config.rotates[index]:
-            cos, sin = tables[config.windowed is not None and config.windowed[index]]
-            heads = ([rotate(head, cos, sin) for head in rows.split(config.head_dim, dim=-1)] for rows in (q, k))
+            cos, sin = tables[windowed]
+            heads = (
+                [rotate(head, cos, sin, config.interleaved) for head in rows.split(config.head_dim, dim=-1)]
+                for rows in (q, k)
+            )
             q, k = (torch.cat(some, dim=-1) for some in heads)
-        (output,) = linears(_attention(q, k, v, visible, config), "o_proj", index + 1)
-        if behind:
-            output = norm(output, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
-        x = x + output
-        normed = x if behind else norm(x, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
-        gate, up = linears(normed, "gate_up", index + 1)
-        (output,) = linears(torch.nn.functional.silu(gate) * up, "down_proj", index + 1)
-        if behind:
-            output = norm(output, weights, f"{layer}.post_feedforward_layernorm", config.norm_eps)
-        x = x + output
-    x = norm(x, weights, "model.norm", config.norm_eps)
-    return linear(x, weights["model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"])
+        seen = visible & (ages < config.window) if windowed else visible
+        (output,) = linears(_attention(q, k, v, seen, config), "o_proj", index + 1)
+        x = x + config.block_factor * normed(output, behind)
+        gate, up = linears(normed(x, before_mlp), "gate_up", index + 1)
+        (output,) = linears(_gate(gate, config) * up, "down_proj", index + 1)
+        x = x + config.block_factor * normed(output, behind_mlp)
+    head = weights["lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"]
+    return _cap(linear(normed(x, "model.norm"), head) / config.logit_divisor, config.logit_cap)
 
 
 def oracle_logits(

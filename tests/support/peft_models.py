@@ -13,7 +13,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from support.native_files import write_native
 from support.oracle import OracleConfig
-from support.tiny_models import EOS_ID, random_adapter, write_tiny_model
+from support.tiny_models import EOS_ID, auto_class, random_adapter, write_tiny_model
 
 TARGETS = {"qkv": ("qkv",), "all": ("qkv", "o_proj", "gate_up", "down_proj"), "mlp": ("gate_up", "down_proj")}
 # Separate q, k, v, gate and up; and all of them fused, in one stored tensor of each kind.
@@ -25,11 +25,11 @@ def write_bases(root: Path) -> dict[str, Path]:
     return {name: write_tiny_model(root / name, **shape) for name, shape in BASES.items()}
 
 
-def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The transformers model of a folder."""
-    from transformers import AutoModelForCausalLM
+def hf_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The transformers model of a folder, with all of its towers."""
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def greedy_tokens(model: Any, prompt: list[int], count: int, *, eos: int | None = None) -> list[int]:
@@ -64,11 +64,9 @@ def write_adapter(
 def peft_model(base: Path, config: Any) -> Any:
     """PEFT's model of an adapter config, whose update is not zero and whose vectors differ from entry to entry."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    peft = get_peft_model(model, config).eval()
+    peft = get_peft_model(hf_model(base), config).eval()
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:

@@ -35,28 +35,71 @@ LONGROPE = {
     "partial_rotary_factor": 0.75,
 }
 # One tiny model or more of each family: what `tiny_config` needs for it. A new family is one line here.
-# Key-value heads are fewer than heads, and in the second model of a family as many.
+# Key-value heads are fewer than heads, and in the second model of a family as many. Windows are shorter than the rows
+# of tests, caps are small enough to bend, and no multiplier is near 1.
+_SCORES = {"query_pre_attn_scalar": 20}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.1,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.37,
+    "logits_scaling": 1.7,
+}
 FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "llama linear": {"rope": {"rope_type": "linear", "factor": 3.0}},
     "llama dynamic": {"rope": {"rope_type": "dynamic", "factor": 3.0}, "num_kv_heads": 4},
     "llama yarn": {"rope": YARN, "tied": True},
-    "mistral": {"family": "mistral", "sliding_window": 64, "head_dim": 12},
+    "mistral": {"family": "mistral", "sliding_window": 7, "head_dim": 12},
     "mistral mha": {"family": "mistral", "sliding_window": None, "num_kv_heads": 4},
-    "qwen2": {"family": "qwen2"},
+    "qwen2": {"family": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "qwen2 mha": {"family": "qwen2", "num_kv_heads": 4, "tied": True, "rope": YARN},
     "qwen3": {"family": "qwen3", "head_dim": 12},
-    "qwen3 mha": {"family": "qwen3", "num_kv_heads": 4, "head_dim": 16, "attention_bias": True, "rope": YARN},
+    "qwen3 mha": {"family": "qwen3", "num_kv_heads": 4, "head_dim": 16, "attention_bias": True, "rope": YARN}
+    | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
     "phi3": {"family": "phi3", "original_max_position_embeddings": 64, "rope": LONGROPE},
-    "phi3 mha": {"family": "phi3", "num_kv_heads": 4, "sliding_window": 64},
+    "phi3 mha": {"family": "phi3", "num_kv_heads": 4, "sliding_window": 8},
     "stablelm": {"family": "stablelm", "use_qkv_bias": True, "rope": {"partial_rotary_factor": 0.5}},
     "smollm3 mha": {"family": "smollm3", "no_rope_layer_interval": 3, "num_kv_heads": 4},
-    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "tied": True},
+    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "tied": True}
+    | {"use_sliding_window": True, "sliding_window": 5},
     "stablelm mha": {"family": "stablelm", "num_kv_heads": 4},
     "olmo2": {"family": "olmo2", "head_dim": 12},
     "olmo2 mha": {"family": "olmo2", "num_kv_heads": 4, "attention_bias": True, "rope": YARN},
-    "olmo3": {"family": "olmo3", "head_dim": 12, "sliding_window": 64, "rope": YARN},
-    "olmo3 mha": {"family": "olmo3", "num_kv_heads": 4, "sliding_window": 64, "layer_types": None, "tied": True},
+    "olmo3": {"family": "olmo3", "head_dim": 12, "sliding_window": 6, "rope": YARN}
+    | {"layer_kinds": ("sliding_attention", "full_attention")},
+    "olmo3 mha": {"family": "olmo3", "num_kv_heads": 4, "sliding_window": 9, "layer_types": None, "tied": True},
+    "gemma": {"family": "gemma", "hidden_size": 40, "head_dim": 12, "tied": True},
+    "gemma mha": {"family": "gemma", "hidden_size": 40, "num_kv_heads": 4, "rope_theta": 500.0},
+    "gemma2": {"family": "gemma2", "hidden_size": 40, "head_dim": 12, "sliding_window": 7, "tied": True}
+    | {**_SCORES, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma2 mha": {"family": "gemma2", "hidden_size": 40, "num_kv_heads": 4, "sliding_window": 5}
+    | {"query_pre_attn_scalar": 5, "attn_logit_softcapping": 3.0, "final_logit_softcapping": None},
+    "gemma3_text": {"family": "gemma3_text", "hidden_size": 40, "head_dim": 12, "sliding_window": 6, "tied": True}
+    | {**_SCORES, "layer_kinds": ("sliding_attention", "sliding_attention", "full_attention")}
+    | {"rope": {"rope_type": "linear", "factor": 3.0}},
+    "gemma3_text mha": {"family": "gemma3_text", "hidden_size": 40, "num_kv_heads": 4, "sliding_window": 9}
+    | {**_SCORES, "layer_kinds": ("full_attention", "sliding_attention"), "final_logit_softcapping": 3.0},
+    "gemma3": {"family": "gemma3", "hidden_size": 40, "head_dim": 12, "sliding_window": 6, "tied": True}
+    | {**_SCORES, "layer_kinds": ("sliding_attention", "full_attention")},
+    "granite": {"family": "granite", "head_dim": 12, **_MULTIPLIERS},
+    "granite mha": {"family": "granite", "num_kv_heads": 4, "attention_bias": True, "tied": True, **_MULTIPLIERS},
+    "glm4": {"family": "glm4", "head_dim": 12, "attention_bias": True, "rope": {"partial_rotary_factor": 0.5}},
+    "glm4 mha": {"family": "glm4", "num_kv_heads": 4, "attention_bias": False, "tied": True},
+    "mistral3": {"family": "mistral3", "head_dim": 12, "sliding_window": None},
+    "mistral3 mha": {"family": "mistral3", "num_kv_heads": 4, "sliding_window": 7, "tied": True},
 }
+# The small vision tower of a multimodal model.
+_TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 16,
+    "patch_size": 4,
+}
+# Of each family of multimodal models: the family of its text tower, and the fields beside the two towers.
+_MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"vision_config": {"model_type": "siglip_vision_model", **_TOWER}}
+               | {"mm_tokens_per_image": 4, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 319}),
+    "mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", **_TOWER}}),
+}  # fmt: skip
+# The families in which rotations differ by kind of layer. The fields given are those of layers without a window.
+_TWO_ROTATIONS = ("olmo3", "gemma3_text")
 # Byte-level tokeniser: <unk>, <s>, </s>, then the 256 bytes.
 UNK_ID, BOS_ID, EOS_ID, NUM_TOKENIZER_TOKENS = 0, 1, 2, 259
 
@@ -72,60 +115,73 @@ def tiny_config(
     head_dim: int | None = None,
     vocab_size: int = 320,
     tied: bool = False,
-    attention_bias: bool = False,
+    attention_bias: bool | None = None,
     rope_theta: float = 10000.0,
     llama3_rope: bool = False,
     max_positions: int = 256,
     norm_eps: float = 1e-5,
+    layer_kinds: tuple[str, ...] = (),
     **fields: Any,
 ) -> Any:
     """A transformers config of a family (a model type). `num_kv_heads = num_heads` is plain multi-head attention.
 
     Args:
+        layer_kinds: the `layer_types` of the first layers, and again and again of those after them.
         fields: of the family's own config.
     """
     from transformers import AutoConfig
 
+    text, outer = _MULTIMODAL.get(family, (family, {}))
     kind = {"rope_theta": rope_theta, **(LLAMA3_ROPE if llama3_rope else {"rope_type": "default"})}
     rope = {**kind, **fields.pop("rope", {})}
-    if family == "olmo3":  # the fields given are those of layers without a window
+    if text in _TWO_ROTATIONS:
         rope = {"full_attention": rope, "sliding_attention": {"rope_theta": rope_theta / 2, "rope_type": "default"}}
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        head_dim=head_dim or hidden_size // num_heads,
-        vocab_size=vocab_size,
-        tie_word_embeddings=tied,
-        **({"attention_bias": attention_bias} if family == "llama" or attention_bias else {}),
-        rope_parameters=rope,
-        max_position_embeddings=max_positions,
-        **{"layer_norm_eps" if family == "stablelm" else "rms_norm_eps": norm_eps},
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=None,
+    if layer_kinds:
+        fields["layer_types"] = [layer_kinds[layer % len(layer_kinds)] for layer in range(num_layers)]
+    values = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim or hidden_size // num_heads,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        **({} if attention_bias is None else {"attention_bias": attention_bias}),
+        "rope_parameters": rope,
+        "max_position_embeddings": max_positions,
+        "layer_norm_eps" if family == "stablelm" else "rms_norm_eps": norm_eps,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": None,
         **fields,
-    )
+    }
+    if outer:
+        values = {**outer, "text_config": {"model_type": text, **values}, "tie_word_embeddings": tied}
+    config = AutoConfig.for_model(family, **values)
     config._attn_implementation = "eager"
     return config
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads the models of a config, with all of their towers."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def tiny_model(*, seed: int = 0, **shape: Any) -> Any:
     """A transformers model in fp32, in eval mode, with eager attention; `shape` as in `tiny_config`."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(tiny_config(**shape), attn_implementation="eager").eval()
+    config = tiny_config(**shape)
+    model = auto_class(config).from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if name.endswith("bias"):
                 draw = 0.3 * draw
-            elif "norm" in name:
-                draw = 1 + 0.2 * draw
+            elif "norm" in name:  # Gemma adds 1 to what it stores
+                draw = 0.2 * draw if model.config.model_type.startswith("gemma") else 1 + 0.2 * draw
             elif "embed_tokens" in name:  # also the head, where tied
                 draw = 0.6 * draw
             elif any(part in name for part in ("lm_head", "q_proj", "k_proj", "qkv_proj")):
@@ -153,7 +209,20 @@ def write_tiny_model(
     model = tiny_model(seed=seed, **shape).to(dtype)
     model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     if tokenizer:
-        write_tiny_tokenizer(folder, vocab_size=model.config.vocab_size)
+        write_tiny_tokenizer(folder, vocab_size=model.config.get_text_config().vocab_size)
+    return folder
+
+
+def with_both_signs(folder: Path) -> Path:
+    """Give the last norm of a Gemma model in `folder` weights of both signs, and return `folder`.
+
+    Gemma's embeddings are scaled, and its head too: as it is, a tiny model says the same token for ever.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    noise = torch.randn(tensors["model.norm.weight"].shape, generator=torch.Generator().manual_seed(3))
+    save_file(tensors | {"model.norm.weight": 1.5 * noise - 1}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

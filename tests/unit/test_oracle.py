@@ -15,9 +15,11 @@ from support.oracle import (
     oracle_logits,
     rope_amplitude,
     rope_frequencies,
+    text_weights,
 )
 from support.oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
 from support.oracle_training import oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
+from support.peft_models import hf_model
 from support.tiny_models import (
     FAMILY_MODELS,
     pack_samples,
@@ -27,6 +29,7 @@ from support.tiny_models import (
     tiny_model,
     write_tiny_model,
 )
+from torch.overrides import TorchFunctionMode
 
 SHAPES = {
     "gqa": {},
@@ -62,6 +65,47 @@ def test_base_logits_equal_transformers(shape):
     theirs = model(tokens()).logits
     assert theirs.std() > 1  # far from uniform, so that a fault shows
     assert largest_error(oracle_logits(weights, config, None, tokens()), theirs) < 1e-5
+
+
+class Wide(TorchFunctionMode):
+    """Keeps what transformers rounds from fp64 to fp32: in norms and in the softmax."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if function is torch.Tensor.float:
+                return args[0]
+            if function is torch.Tensor.to:
+                args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+@torch.no_grad()
+def test_logits_of_every_family_equal_transformers_in_fp64(tmp_path: Path, name: str) -> None:
+    """Rows are longer than the windows; with positions that do not begin at 0."""
+    folder = write_tiny_model(tmp_path / "model", tokenizer=False, **{**FAMILY_MODELS[name], "num_layers": 5})
+    config = OracleConfig.from_folder(folder)
+    assert config.window < 10 and (not config.window or any(config.windowed))
+    model, weights = hf_model(folder, torch.float64, attn_implementation="eager"), load_weights(folder, torch.float64)
+    for place, theirs in model.named_buffers():
+        if place.endswith("inv_freq") and "vision" not in place:  # one rounding in fp32 is 1e-8 of the logits
+            rope = config.window_rope if "sliding" in place and config.window_rope else None
+            theta, scaling = rope or (config.rope_theta, config.rope_scaling)
+            frequencies = rope_frequencies(theta, int(config.head_dim * config.rotary_share), scaling)
+            torch.testing.assert_close(theirs, frequencies, rtol=2e-7, atol=0)
+            theirs.copy_(frequencies)
+    places = torch.arange(40) + 3
+    with Wide():
+        theirs = model(tokens(), position_ids=places.expand(2, 40)).logits
+    assert theirs.std() > 1 and theirs.dtype == torch.float64
+    ours = oracle_logits(weights, config, None, tokens(), positions=places.expand(2, 40))
+    assert largest_error(ours, theirs) < 1e-12
+    held = text_weights(model.state_dict(), config)  # the names in memory differ from those in the file
+    assert held.keys() - {"lm_head.weight"} == weights.keys() - {"lm_head.weight"}
+    assert all(torch.equal(held[key], weight) for key, weight in weights.items())
 
 
 @torch.no_grad()
@@ -294,7 +338,9 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("shape", ["llama dynamic", "qwen2", "qwen3", "phi3", "stablelm", "smollm3", "olmo2"])
+@pytest.mark.parametrize(
+    "shape", ["llama dynamic", "qwen2", "qwen3", "phi3", "stablelm", "smollm3", "olmo2", "gemma2", "glm4"]
+)
 @pytest.mark.parametrize("targets", TARGETS)
 @torch.no_grad()
 def test_logits_are_those_of_the_merged_weights_for_every_target(tmp_path: Path, targets: str, shape: str) -> None:

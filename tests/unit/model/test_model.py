@@ -28,7 +28,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.layer_specs import SwiGlu
+from megatron_tiedlora.model.layer_specs import GatedMlp
 from megatron_tiedlora.parallel import loss as loss_module
 
 # What tests/families does not have of llama.
@@ -116,7 +116,7 @@ def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pyte
         return lambda *arguments, **keywords: [calls.append(name), real(*arguments, **keywords)][1]
 
     monkeypatch.setattr(Attention, "steps", counting("attend", Attention.steps))
-    monkeypatch.setattr(SwiGlu, "steps", counting("feed", SwiGlu.steps))
+    monkeypatch.setattr(GatedMlp, "steps", counting("feed", GatedMlp.steps))
     recomputed = step_numbers(adapted_stage(folder, recompute="full"))
     assert calls.count("attend") == 2 * 3 and calls.count("feed") == 2 * 3 - 1
     assert plain.keys() == recomputed.keys()

@@ -102,11 +102,11 @@ def test_a_kernel_that_also_rounds_gives_the_bits_of_two(compiled: bool, keeps: 
         gradient = gradient[:, :width].contiguous()
         hidden[3, 5] = torch.nan
         weight, factors = drawn(3, width)[0].to(dtype), torch.rand(1, 2 * width) + 0.1
-        gated, gate_gradient = own.gate(gate_up), own.gate_gradient(gradient, gate_up)
+        gated, gate_gradient = own.gate(gate_up, "silu"), own.gate_gradient(gradient, gate_up, "silu")
         calls = [
-            (own.gate_rounded(gate_up, keeps), (gated, *kernels.round_rows(gated, width))),
+            (own.gate_rounded(gate_up, keeps, "silu"), (gated, *kernels.round_rows(gated, width))),
             (
-                own.gate_gradient_rounded(gradient, gate_up, factors, keeps),
+                own.gate_gradient_rounded(gradient, gate_up, factors, keeps, "silu"),
                 (gate_gradient, *kernels.round_scaled_rows(gate_gradient, factors)),
             ),
         ]

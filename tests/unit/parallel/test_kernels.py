@@ -25,9 +25,11 @@ from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
+from megatron_tiedlora.parallel import rows as by_rows
 from megatron_tiedlora.parallel.frozen_weight import wide_matmul
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_wide_rows, run_in_parts
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.rows import as_wide_rows, run_in_parts
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import compiled_kernels
 
@@ -80,11 +82,13 @@ def test_each_compiled_kernel_rounds_no_worse() -> None:
         "norm_gradient": lambda kernels, wide: kernels.norm_gradient(
             *(wide(more), wide(rows), wide(weight), None, root, wide(rows))
         ),
-        "gate": lambda kernels, wide: kernels.gate(wide(rows)),
-        "gate_gradient": lambda kernels, wide: kernels.gate_gradient(wide(more)[:, :48].contiguous(), wide(rows)),
-        "rotate": lambda kernels, wide: kernels.rotate(wide(heads), wide(cos), wide(sin), 3),
+        "gate": lambda kernels, wide: kernels.gate(wide(rows), "silu"),
+        "gate_gradient": lambda kernels, wide: kernels.gate_gradient(
+            wide(more)[:, :48].contiguous(), wide(rows), "silu"
+        ),
+        "rotate": lambda kernels, wide: kernels.rotate(wide(heads), wide(cos), wide(sin), 3, False),
         "rotate_gradient": lambda kernels, wide: kernels.rotate_gradient(
-            wide(heads), wide(heads[:, :2].contiguous()), wide(heads[:, 2:].contiguous()), wide(cos), wide(sin)
+            wide(heads), wide(heads[:, :2].contiguous()), wide(heads[:, 2:].contiguous()), wide(cos), wide(sin), False
         ),
     }
     for name, call in calls.items():
@@ -100,8 +104,8 @@ def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
     kernels = compiled_kernels(model_config(), dtype=torch.float32, device=HOST, tensor_parallel=halves)
     logits, total = torch.randn(8, 2500), torch.zeros(8)
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
-        kernels.row_log_sums(logits)
-        kernels.exp_logits_(logits, total)
+        kernels.row_log_sums(logits, None)
+        kernels.exp_logits_(logits, total, None)
 
 
 @needs_compiler
@@ -209,10 +213,13 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "norm_gradient with an addend": (drawn(ROWS, 24), rows, weight, None, root, drawn(ROWS, 24)),
         "add_and_normalise": (rows, drawn(ROWS, 24), weight, None, 1e-5, None),
         "add_and_normalise beside": (rows, drawn(ROWS, 24), weight, None, 1e-5, drawn(ROWS, 24)),
-        "gate": (rows,),
-        "gate_gradient": (drawn(ROWS, 12), rows),
-        "rotate": (heads, *table, 3),
-        "rotate_gradient": (heads, heads[:, :2], heads[:, 2:3], *table),
+        "gate": (rows, "silu"),
+        "gate_gradient": (drawn(ROWS, 12), rows, "silu"),
+        "gate of gelu": (rows, "gelu"),
+        "gate_gradient of gelu": (drawn(ROWS, 12), rows, "gelu"),
+        "rotate": (heads, *table, 3, False),
+        "rotate interleaved": (heads, *table, 3, True),
+        "rotate_gradient": (heads, heads[:, :2], heads[:, 2:3], *table, False),
         "rotate_normed": (heads, *table, drawn(3, 6), 1e-5),
         "rotate_normed_gradient": (
             *(heads[:, :2], heads[:, 2:3], heads[:, 3:]),
@@ -225,9 +232,42 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         ),
         "square_means": (heads, 2, 1),
         "product_means": (heads[:, :2], heads[:, 2:3], heads),
-        "row_log_sums": (rows,),
-        "exp_logits_": (rows, drawn(ROWS, wide=True)),
+        "row_log_sums": (rows, None),
+        "exp_logits_": (rows, drawn(ROWS, wide=True), None),
+        "exp_logits_ with a cap": (rows, drawn(ROWS, wide=True), 2.0),
     }
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gates_and_rotations_have_the_gradients_of_autograd(activation: str) -> None:
+    draw = torch.Generator().manual_seed(5)
+    numbers = (6 * torch.randn(ROWS, 40, generator=draw, dtype=torch.float64)).requires_grad_()
+    gated = module.gate(numbers, activation)
+    gates, up = numbers.detach().chunk(2, dim=1)
+    wanted = torch.nn.functional.gelu(gates, approximate="tanh") if activation == "gelu" else gates * gates.sigmoid()
+    torch.testing.assert_close(gated.detach(), wanted * up, rtol=1e-13, atol=1e-13)
+    gradient = torch.randn(gated.shape, generator=draw, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(gated, numbers, gradient)
+    found = module.gate_gradient(gradient, numbers.detach(), activation)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    heads = torch.randn(ROWS, 4, 10, generator=draw, dtype=torch.float64)
+    angles = torch.rand(ROWS, 1, 3, generator=draw, dtype=torch.float64)
+    turned = module.rotate(heads, angles.cos(), angles.sin(), 3, activation == "gelu")
+    first = heads[:, :3, :6]
+    pairs = first.unflatten(-1, (3, 2)) if activation == "gelu" else first.unflatten(-1, (2, 3)).mT
+    by_hand = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    wanted = torch.view_as_real(by_hand) if activation == "gelu" else torch.view_as_real(by_hand).mT
+    torch.testing.assert_close(turned[:, :3, :6], wanted.flatten(-2), rtol=1e-13, atol=1e-13)
+    assert torch.equal(turned[:, :3, 6:], heads[:, :3, 6:]) and torch.equal(turned[:, 3], heads[:, 3])
+    back = module.rotate_gradient(*turned.split((2, 1, 1), 1), angles.cos(), angles.sin(), activation == "gelu")
+    torch.testing.assert_close(back, heads, rtol=1e-13, atol=1e-13)  # a rotation's gradient turns back
+
+
+def test_a_wide_weight_of_a_norm_is_multiplied_before_the_rounding() -> None:
+    rows, weight = torch.randn(ROWS, 24).bfloat16(), 1 + 0.01 * torch.randn(24)
+    normed, root = module.normalise(rows, weight, None, 1e-6)
+    assert torch.equal(normed, (rows.float() * root * weight).bfloat16())
+    assert not torch.equal(normed, module.normalise(rows, weight.bfloat16(), None, 1e-6)[0])
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 49, 50])
@@ -236,7 +276,7 @@ def test_parts_give_what_the_whole_gives(
     dtype: torch.dtype, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kernel that a GPU runs, some rows at a time; the last part is shorter. None gets more rows than it may."""
-    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", rows_at_once * 24 + 5)
+    monkeypatch.setattr(by_rows, "NUMBERS_AT_ONCE", rows_at_once * 24 + 5)
     for name, arguments in arguments_of_kernels(dtype).items():
         kernel, calls = getattr(Kernels(), name.split()[0]), []
 
@@ -252,11 +292,11 @@ def test_parts_give_what_the_whole_gives(
 
 
 def test_a_gradient_is_scaled_in_parts_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 7 * 24)
-    sizes, upcast = [], module.upcast
-    monkeypatch.setattr(module, "upcast", lambda rows: sizes.append(len(rows)) or upcast(rows))
+    monkeypatch.setattr(by_rows, "NUMBERS_AT_ONCE", 7 * 24)
+    sizes, upcast = [], by_rows.upcast
+    monkeypatch.setattr(by_rows, "upcast", lambda rows: sizes.append(len(rows)) or upcast(rows))
     gradient, factor = torch.randn(1, ROWS, 24).bfloat16(), torch.tensor(1 / 3)
-    found = module.scaled(gradient, factor)
+    found = by_rows.scaled(gradient, factor)
     assert sizes == [7] * 7 + [1]
     assert torch.equal(found, (gradient.float() * factor).bfloat16())
     assert not torch.equal(found, gradient * factor.bfloat16())

@@ -67,23 +67,30 @@ def loss_inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.to(dtype), labels
 
 
-def try_loss(group: RankGroup) -> dict[torch.dtype, Any]:
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+CAPS = (None, 30.0)
+
+
+def try_loss(group: RankGroup) -> dict[tuple[torch.dtype, float | None], Any]:
     found = {}
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype, cap in product((torch.float64, torch.float32, torch.bfloat16), CAPS):
         logits, labels = loss_inputs(dtype)
         share = -(-VOCABULARY // group.size)
         # With rows of the identity for weights products are exact: a rank's logits, and their gradient in its place.
         here = slice(group.rank * share, (group.rank + 1) * share)
         rows, frozen = logits.clone().requires_grad_(), FrozenWeight(torch.eye(VOCABULARY, dtype=dtype)[here])
-        shard = VocabularyShard(frozen, here.start, group, rows_at_once=3)
+        shard = VocabularyShard(frozen, here.start, group, rows_at_once=3, cap=cap)
         loss = sum_token_losses(rows, labels, shard)
         (loss * 0.37).backward()
         assert rows.grad is not None
-        found[dtype] = loss.detach(), rows.grad[:, here].clone()
+        found[dtype, cap] = loss.detach(), rows.grad[:, here].clone()
         rows.grad[:, here] = 0
         assert not rows.grad.any()
         each = token_losses(rows.detach(), labels, shard)
-        expected = functional.cross_entropy(logits.double(), labels, reduction="none")
+        expected = functional.cross_entropy(capped(logits.double(), cap), labels, reduction="none")
         assert each.shape == expected.shape
         assert (each - expected).abs().max() <= 4 * torch.finfo(each.dtype).eps * expected.abs().max()
     return found
@@ -132,14 +139,17 @@ def test_parts_of_sequences_travel_without_a_copy(of_groups: dict[int, Any], siz
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1, *SIZES])
-def test_cross_entropy_equals_torch(of_groups: dict[int, Any], size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cap", CAPS)
+def test_cross_entropy_equals_torch(
+    of_groups: dict[int, Any], cap: float | None, size: int, dtype: torch.dtype
+) -> None:
     """In fp64 of the same, already rounded logits."""
     logits, labels = loss_inputs(dtype)
     logits = logits.double().requires_grad_()
-    expected = functional.cross_entropy(logits, labels, reduction="sum")
+    expected = functional.cross_entropy(capped(logits, cap), labels, reduction="sum")
     (expected * 0.37).backward()
     assert logits.grad is not None
-    found = [found["loss"][dtype] for found in of_groups[size]]
+    found = [found["loss"][dtype, cap] for found in of_groups[size]]
     losses = [loss for loss, _ in found]
     gradient = torch.cat([gradient for _, gradient in found], dim=1)
     assert all(torch.equal(loss, losses[0]) for loss in losses)  # the ranks' steps depend on it
