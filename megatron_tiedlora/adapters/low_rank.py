@@ -29,8 +29,8 @@ from torch import Tensor
 
 from megatron_tiedlora.base.methods import Sharing
 from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, padded, wide_matmul
-from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE, as_wide_rows
 from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, first_derivative_only, span_starts
+from megatron_tiedlora.parallel.rows import NUMBERS_AT_ONCE, as_wide_rows
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 # Factors --------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,15 @@ class AttentionKind(NamedTuple):
     window: int | None = None
 
 
+def squared_length(length: int, window: int | None = None) -> int:
+    """Return twice the number of pairs of a token and a token that it attends to, in a sequence of `length` tokens.
+
+    For s tokens the value is s^2, and with a window of w < s tokens s^2 - (s - w)^2. The pair of a token with itself
+    counts as a half, as is usual for FLOPs of causal attention, so the exact number of pairs is min(s, w) / 2 larger.
+    """
+    return length**2 - max(0, length - (window or length)) ** 2
+
+
 @dataclass(frozen=True)
 class NormShape:
     """A norm over `size` elements. RMS norm computes y = (offset + w) x / sqrt(mean(x^2) + eps).
@@ -363,6 +372,11 @@ class ModelShape:
     def kind_of(self, block: int) -> AttentionKind:
         """Return the kind of attention of a block (1-based)."""
         return self.kinds[block - 1] if self.kinds else AttentionKind(self.heads.rope)
+
+    @property
+    def window(self) -> int | None:
+        """Return the smallest window of attention, or None if no block has one."""
+        return min((kind.window for kind in self.kinds if kind.window is not None), default=None)
 
     @property
     def vocab_size(self) -> int:

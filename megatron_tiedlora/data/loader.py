@@ -39,7 +39,8 @@ class GlobalBatch:
 
     micro_batches: the rows of each micro-batch, as lists of sample indices. Unpacked rows are sorted by length.
     ordinals: the same rows, with each sample's position in the run (from 0) instead of its index in the data set.
-    num_supervised, num_tokens, squared_lengths: totals over all samples of the step.
+    num_supervised, num_tokens: totals over all samples of the step.
+    lengths: the number of tokens of each sample.
     consumed_samples: the number of samples used up to and including this step. A resumed run continues after them.
     """
 
@@ -47,7 +48,7 @@ class GlobalBatch:
     ordinals: Sequence[Rows]
     num_supervised: int
     num_tokens: int
-    squared_lengths: int
+    lengths: tuple[int, ...]
     consumed_samples: int
 
     def on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
@@ -61,7 +62,7 @@ class GlobalBatch:
 class TrainingStep:
     """One rank's micro-batches of a global batch.
 
-    num_supervised, num_tokens, squared_lengths: totals over the global batch.
+    num_supervised, num_tokens, lengths: as in `GlobalBatch`, for the samples of all ranks.
     num_positions: the number of token positions in the micro-batches of all ranks, including padding.
     largest: the largest number of positions on any data-parallel rank, for each accumulation step.
     consumed_samples: the number of samples used up to and including this step.
@@ -70,7 +71,7 @@ class TrainingStep:
     micro_batches: tuple[MicroBatch, ...]
     num_supervised: int
     num_tokens: int
-    squared_lengths: int
+    lengths: tuple[int, ...]
     num_positions: int
     largest: tuple[int, ...]
     consumed_samples: int
@@ -102,7 +103,7 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, con
         ordinals=[[[consumed_samples + index for index in row] for row in rows] for rows in micro_batches],
         num_supervised=int(dataset.num_supervised_of(indices).sum()),
         num_tokens=int(lengths.sum()),
-        squared_lengths=int((lengths**2).sum()),
+        lengths=tuple(lengths.tolist()),
         consumed_samples=consumed_samples + size,
     )
 
@@ -139,7 +140,7 @@ def training_steps(
             micro_batches=tuple(make(rows, ordinals=ordinals if numbered else None) for rows, ordinals in own),
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
-            squared_lengths=plan.squared_lengths,
+            lengths=plan.lengths,
             num_positions=sum(positions),
             largest=largest_positions(positions, dp_size=dp_size),
             consumed_samples=consumed_samples,

@@ -52,6 +52,7 @@ Queries are (tokens, heads, head_dim). Keys and values are (tokens, kv heads, he
 Installed = Callable[[str], bool]
 """A function that returns whether the Python module of a library is installed."""
 
+TILES = "tiles of queries"  # the name of `cpu_attention.attend_by_tiles`
 _CAUSAL = 1  # the memory-efficient kernel's mask type: a query attends to keys up to its own position
 
 
@@ -64,18 +65,15 @@ class AttentionRoute:
         reason: the reason why no earlier candidate was chosen.
         attend: the function; None for `cpu_attention.attend_by_tiles`.
         otherwise: the name of the kernel for rows that the first one does not support; "" if it supports all.
-        in_windows: the kernel for rows that are longer than the window, if it is another.
     """
 
     name: str
     reason: str
     attend: Attend | None
     otherwise: str = ""
-    in_windows: "AttentionRoute | None" = None
 
     def __str__(self) -> str:
-        text = f"{self.name}{self.otherwise and f', {self.otherwise} for other rows'} ({self.reason})"
-        return text if self.in_windows is None else f"{text}; in windows, {self.in_windows}"
+        return f"{self.name}{self.otherwise and f', {self.otherwise} for other rows'} ({self.reason})"
 
 
 @cache
@@ -89,15 +87,14 @@ def choose_attention(
         deterministic: whether gradients must be bit-equal in every run. flash_attn gets this as an argument and is not
             chosen if it rejects the argument. cuDNN is not chosen. PyTorch's other kernels follow
             torch.use_deterministic_algorithms, which the caller sets.
-        window: whether there are documents that are longer than the window of the scores.
-        cap: see `Scores`.
+        window, cap: whether some documents are longer than the window of the scores; their cap, see `Scores`.
     """
     if device.type == "cpu":
-        return AttentionRoute("tiles of queries", "a CPU", None)
+        return AttentionRoute(TILES, "a CPU", None)
     rejected: list[str] = []
     first: tuple[FusedKernel, Attend] | None = None  # a kernel that supports only some rows
     attend: Attend | None = None if window or cap is not None else one_by_one
-    name = "tiles of queries" if attend is None else "PyTorch's attention, one document after another"
+    name = TILES if attend is None else "PyTorch's attention, one document after another"
     for candidate in CANDIDATES if device.type == "cuda" else ():
         capability = torch.cuda.get_device_capability(device)
         obstacle = candidate.obstacle(capability, dtype, head_dim, deterministic=deterministic, window=window, cap=cap)
@@ -148,7 +145,6 @@ def attend_within(
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """Compute PyTorch's attention for one document at a time, or for all at once if their lengths are equal."""
-    assert scores.window is None and scores.cap is None, "such scores are computed by tiles"
     grouped = query.shape[1] != key.shape[1]
 
     def within(length: int, *rows: Tensor) -> Tensor:

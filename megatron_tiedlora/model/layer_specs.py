@@ -26,9 +26,10 @@ from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.regions import Needs, Recompute, RegionEntry, RegionExit, Steps, run_steps, steps_of
 from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.frozen_weight import RoundedRows
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, soft_capped
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped
 from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
+from megatron_tiedlora.parallel.rows import as_rows
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
 

@@ -26,8 +26,9 @@ from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.regions import Entered, Needs, RegionEntry, RegionExit, Steps, enter, run_steps
 from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, MatmulInput, RoundedRows, frozen_parameter, register
-from megatron_tiedlora.parallel.kernels import Kernels, as_rows, detached, upcast
+from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.parallel.loss import first_derivative_only
+from megatron_tiedlora.parallel.rows import as_rows, detached, upcast
 
 
 class Norm(nn.Module):

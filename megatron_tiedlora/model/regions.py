@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside
 from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, MatmulInput, RoundedRows
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, as_wide_rows, detached
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.loss import first_derivative_only
+from megatron_tiedlora.parallel.rows import as_rows, as_wide_rows, detached
 
 Result = TypeVar("Result")
 # The steps of a layer. A step can receive the message that the previous one has sent.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
+from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape, squared_length
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, bias_spec, weight_spec
 
@@ -24,17 +24,17 @@ def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) ->
     """Return the multiplications per token of each layer of the flat list, for the forward and backward pass together.
 
     The forward pass of a block costs P + A. P is the number of elements in its matrices, and A = s h is the cost of
-    causal attention over s tokens (h is the width of the queries). From the first adapted layer on, the backward pass
-    of a block costs P + 2A. The head costs V d in each pass, as if every position were supervised. The embedding costs
-    nothing.
+    causal attention over s tokens (h is the width of the queries), or less with a window; see `squared_length`. From
+    the first adapted layer on, the backward pass of a block costs P + 2A. The head costs V d in each pass, as if every
+    position were supervised. The embedding costs nothing.
 
     Args:
         first_adapted: the first adapted layer, 1-based; None if nothing is trained and no layer has a backward pass.
     """
     matmuls = shape.block.num_weights
-    attention = length * shape.heads.rows[0]
     costs = [0.0]
     for index in range(1, shape.num_layers + 1):
+        attention = squared_length(length, shape.kind_of(index).window) / length * shape.heads.rows[0]
         backward = matmuls + 2 * attention if first_adapted is not None and index >= first_adapted else 0.0
         costs.append(float(matmuls + attention + backward))
     return *costs, float((1 if first_adapted is None else 2) * shape.head.num_weights)

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, soft_capped, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped
+from megatron_tiedlora.parallel.rows import as_rows, scaled, upcast
 
 
 class RowSpan(NamedTuple):

@@ -29,7 +29,8 @@ from megatron_tiedlora.parallel.frozen_weight import (
     WeightMaker,
     frozen_parameter,
 )
-from megatron_tiedlora.parallel.kernels import EAGER, NUMBERS_AT_ONCE, Kernels, as_wide_rows
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.rows import NUMBERS_AT_ONCE, as_wide_rows
 
 # The number of elements that are processed at a time on a CPU, so that their temporaries stay in its cache.
 _AT_ONCE = 2**19

@@ -263,7 +263,7 @@ def counted_kernels(counts: Counts) -> Kernels:
             with counts.as_one():
                 # The results have as many rows as the arguments. Their other sizes do not depend on the number of rows.
                 few = [a[:1] if rows and a is not None else a for a, rows in zip(arguments, by_rows, strict=True)]
-                key = (name, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in few), few[0].dtype)
+                key = (name, *((a.shape, a.dtype) if isinstance(a, Tensor) else a for a in few))
                 if key not in known:
                     known[key] = _traced_kernel(name, kernel, few)
                 results, traced = known[key]

@@ -158,7 +158,7 @@ class MicroBatchShape(NamedTuple):
         adapters: the indices, in the layout, of the adapters with tokens in the micro-batch.
         tokens: the number of positions of each of these adapters, padding included.
         after: for each of these adapters, the positions that are computed after the last attention; see `Supervised`.
-        squared_lengths: the sum of s^2 over all documents of s tokens, which determines the FLOPs of attention.
+        lengths: the number of tokens of each document, which determine the FLOPs of attention.
         halves: the two halves of its rows, if they are computed alternately.
     """
 
@@ -166,7 +166,7 @@ class MicroBatchShape(NamedTuple):
     tokens: tuple[int, ...]
     after: tuple[int, ...]
     num_supervised: int
-    squared_lengths: int = 0
+    lengths: tuple[int, ...] = ()
     halves: "tuple[MicroBatchShape, ...]" = ()
 
     @property
@@ -303,11 +303,13 @@ class StagePlan:
         found: dict[Kind, list[int]] = {}
         for block in self.blocks:
             adapting = tuple(config if block in layers else None for layers, config in adapters)
+            rope, window = self.shape.kind_of(block)
             kind = Kind(
                 adapting,
                 earlier=everywhere or first < block,
                 ends=self.is_last and block == self.blocks[-1],
-                rotates=self.shape.kind_of(block).rope is not None,
+                rotates=rope is not None,
+                window=window,
             )
             found.setdefault(kind, []).append(block)
         return found

@@ -7,11 +7,11 @@ separately, because DeepSpeed uses buckets and prefetches. `engine_traffic` retu
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import ModelShape, squared_length
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS
 from megatron_tiedlora.parallel.frozen_weight import padded
@@ -27,6 +27,7 @@ class PassWork(dict[Hashable, float]):
     """The counts of one pass on a rank, or of the recomputation in a backward pass. Missing keys have the value 0.
 
     linears, head, low_rank, attention: the FLOPs of the blocks' frozen matmuls, the head, the adapter, and attention.
+    windowed: the part of `attention` in blocks whose window is shorter than the longest document.
     queries: the query elements that attention reads; twice as many in a backward pass.
     moved: the bytes that all other operations read and write.
     weights: the elements of the blocks' linears that matmuls read, and that a quantised base dequantises.
@@ -71,8 +72,7 @@ def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
     found = forward, backward, _ = StageWork(PassWork(), PassWork(), PassWork())
     parts = batch.halves or (batch,)
     for part in parts:
-        squared = batch.squared_lengths / len(parts)
-        for work, more in zip(found, _block_work(owned, _sizes(part, len(parts)), squared), strict=True):
+        for work, more in zip(found, _block_work(owned, _sizes(part, len(parts)), batch.lengths), strict=True):
             work.add(more, times=1 / len(parts))  # counts are affine functions of the sizes
         if stage.is_first:
             forward.add(tracer_of(stage.shape, stage.layout).embedding(part.num_tokens))
@@ -94,23 +94,31 @@ def _sizes(batch: MicroBatchShape, halves: int = 1) -> Sizes:
     return Sizes(tokens, after, halves * padded(batch.num_supervised), HEAD_ROWS, halves)
 
 
-def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: float) -> StageWork:
+def _block_work(stage: StagePlan, sizes: Sizes, lengths: Sequence[int]) -> StageWork:
     """Return the work of the stage's blocks, and of the head if the stage has it."""
     found = forward, backward, again = StageWork(PassWork(), PassWork(), PassWork())
+    units = Counter[tuple[int, int | None]]()  # a trace counts attention in units of a block's forward pass
     both = zip(traces(stage, sizes), traces(stage, sizes, "none"), strict=True)
     for (kind, blocks), (whole, plain) in zip(stage.kinds.items(), both, strict=True):
         number = len(blocks)
-        forward.add(whole.forward, times=number)
-        backward.add(plain.backward, times=number)
         more = {key: count - plain.backward.get(key, 0) for key, count in whole.backward.items()}
-        again.add(more, times=number)
+        for index, counts in enumerate((whole.forward, plain.backward, more)):
+            found[index].add(counts, times=number)
+            units[index, kind.window] += number * round(counts.get("attention", 0))
         number *= sizes.halves  # whose kernels the host launches
         forward["blocks"] += number
         # A block below the first adapted layer has no backward pass.
         backward["blocks"] += number * (kind.earlier or any(kind.adapters))
         again["blocks"] += number * round(more.get("attention", 0)) / sizes.halves
-    for work in found:  # a trace counts attention in units of a block's forward pass
-        work["attention"] *= 2 * squared_lengths * stage.shape.heads.rows[0] / stage.layout.tp_size
+    for work in found:
+        work["attention"] = 0.0
+    for window in {kind.window for kind in stage.kinds}:
+        squared = sum(squared_length(length, window) for length in lengths)
+        flops = 2 * squared * stage.shape.heads.rows[0] / (sizes.halves * stage.layout.tp_size)
+        for index, work in enumerate(found):
+            work["attention"] += units[index, window] * flops
+            if window is not None and window < max(lengths, default=0):
+                work["windowed"] += units[index, window] * flops
     return found
 
 
@@ -148,15 +156,15 @@ def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]])
 
 
 def saved_per_token(shape: ModelShape, layout: Layout) -> float:
-    """Return the bytes per token that a block in the middle of the model saves on a rank, without factors.
+    """Return the bytes that a block in the middle of the model saves on a rank for each further token.
 
     If there are several adapters, the largest value is returned.
     """
     tokens = PAD_MULTIPLE * layout.tp_size
-    sizes = Sizes((tokens,), (tokens,), tokens)
+    few, more = (Sizes((number,), (number,), number) for number in (tokens, 2 * tokens))
     kinds, tracer = {Kind((own.of_one_layer,), earlier=True) for own in layout.adapters}, tracer_of(shape, layout)
-    saved = (tracer.at(kind, sizes, recompute=layout.recompute).saved for kind in kinds)
-    return max(saved) / tokens
+    at = partial(tracer.at, recompute=layout.recompute)
+    return max(at(kind, more).saved - at(kind, few).saved for kind in kinds) / tokens
 
 
 # The model's operations ------------------------------------------------------------------------------------------
@@ -165,8 +173,7 @@ def saved_per_token(shape: ModelShape, layout: Layout) -> float:
 def step_flops(
     shape: ModelShape,
     adapter: AdapterConfig,
-    num_tokens: int,
-    squared_lengths: int,
+    lengths: Sequence[int],
     num_supervised: int,
     *,
     num_after: int | None = None,
@@ -177,13 +184,13 @@ def step_flops(
     packing and layouts do not change the result.
 
     Args:
-        squared_lengths: the sum of s^2 over sequences of s positions. Causal attention needs half of this sum.
+        lengths: the number of positions of each sequence.
         num_supervised: the number of positions for which the head computes logits.
         num_after: the number of positions that are computed after the last attention; None means `num_supervised`.
     """
-    sizes = Sizes((num_tokens,), (num_supervised if num_after is None else num_after,), num_supervised)
+    sizes = Sizes((sum(lengths),), (num_supervised if num_after is None else num_after,), num_supervised)
     (whole,) = plan_stages(shape, Layout((adapter,), length=1))
-    passes = _block_work(whole, sizes, squared_lengths)
+    passes = _block_work(whole, sizes, lengths)
     names = ("linears", "attention", "low_rank", "head")
     return Counter({name: round(sum(work[name] for work in passes)) for name in names})
 

@@ -12,6 +12,7 @@ micro-batches in flight.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -114,10 +115,10 @@ class StepPlan:
 
         @cache
         def batch_of(*some: tuple[str, int]) -> MicroBatchShape:
-            rows, squared = zip(*(own[name][index] for name, index in some), strict=True)
+            rows, lengths = zip(*(own[name][index] for name, index in some), strict=True)
             indices = (self._index_of[name] for name, _ in some)
             shape = shared_shape(self.layout, list(zip(indices, rows, strict=True)))
-            return shape._replace(squared_lengths=sum(squared))
+            return shape._replace(lengths=tuple(chain(*lengths)))
 
         alike = self.samples is None  # then all micro-batches of an adapter are equal
         return tuple(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
@@ -144,11 +145,11 @@ class StepPlan:
         for name in self._taking:
             plan = self.plans[name]
             length, number = plan.settings.max_length, plan.batches.global_batch_size
-            counts = number * length, number * length**2, number * (length - 1)  # all samples have the full length
+            counts = (length,) * number, number * (length - 1)  # all samples have the full length
             if self.samples is not None:
                 _, batch = self.samples[name]
-                counts = batch.num_tokens, batch.squared_lengths, batch.num_supervised
-            found[name] = Work(counts[0], step_flops(self.shape, plan.adapter, *counts).total())
+                counts = batch.lengths, batch.num_supervised
+            found[name] = Work(sum(counts[0]), step_flops(self.shape, plan.adapter, *counts).total())
         return found
 
     @property
@@ -195,20 +196,20 @@ class StepPlan:
         positions = num_positions(dataset, batch.micro_batches, pad_multiple=layout.pad_multiple)
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
-    def _own(self, name: str) -> list[tuple[list[SampleRow], int]]:
-        """Return, for each micro-batch of an adapter on this rank, its rows and the sum of squared sample lengths.
+    def _own(self, name: str) -> list[tuple[list[SampleRow], list[int]]]:
+        """Return, for each micro-batch of an adapter on this rank, its rows and the lengths of its samples.
 
         Without data, each row is one sample of the maximum length. No position predicts the first token of a sample.
         """
         layout, grid = self.plans[name].layout, self.shared.grid
         if self.samples is None:
             rows = [np.arange(layout.length) > 0] * layout.rows
-            return [(rows, layout.rows * layout.length**2)] * layout.micro_batches
+            return [(rows, [layout.length] * layout.rows)] * layout.micro_batches
         (dataset, batch), found = self.samples[name], []
         for samples in batch.on_rank(grid.dp_rank, dp_size=grid.dp_size):
             lengths = dataset.lengths_of([index for row in samples for index in row])
             rows = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in samples]
-            found.append((rows, int((lengths**2).sum())))
+            found.append((rows, lengths.tolist()))
         return found
 
 
@@ -366,8 +367,8 @@ class Planned:
         return sum(one.hours for one in alone)
 
     def changed(self, constants: dict[str, machines.Constant]) -> "Planned":
-        """Return this layout on a machine in which these constants are replaced."""
-        machine = self.machine.changed(constants)
+        """Return this layout on a machine in which these constants are replaced, those of windows included."""
+        machine = self.machine.changed(constants, windowed=None)
         return Planned(step=self.step, layout=self.layout, machine=machine, per_node=self.per_node)
 
     @property

@@ -114,19 +114,21 @@ class AdapterReading:
 
 @dataclass(frozen=True)
 class Kind:
-    """The properties of a block that determine its trace, in addition to the sizes of the micro-batch.
+    """The properties of a block that determine its work, in addition to the sizes of the micro-batch.
 
     Attributes:
         adapters: for each adapter with tokens in the micro-batch, its config if it adapts the block, else None.
         earlier: whether the block's input needs a gradient.
         ends: whether the head follows the block.
         rotates: whether the block applies rotary position embeddings.
+        window: the window of the block's attention. It determines the FLOPs of attention, but not the trace.
     """
 
     adapters: tuple[AdapterConfig | None, ...]
     earlier: bool
     ends: bool = False
     rotates: bool = True
+    window: int | None = None
 
 
 class Tracer:
@@ -175,6 +177,7 @@ class Tracer:
         With one adapter, all values are affine functions of `_features`, so one trace per feature is enough. With
         several adapters, each combination of sizes is traced.
         """
+        kind = replace(kind, window=None)  # blocks with different windows have one trace
         if len(sizes.tokens) > 1:
             return self.trace(kind, sizes, recompute=recompute)
         first, coefficients = self._solved(kind, recompute, sizes.halves)

@@ -147,8 +147,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
         for name, step in taken.items()
     ]
     if settings.adapters is None:
-        counts = first.num_tokens, first.squared_lengths, first.num_supervised
-        flops = step_flops(source.shape, plan.adapter, *counts).total()
+        flops = step_flops(source.shape, plan.adapter, first.lengths, first.num_supervised).total()
         return {OURS: Side(stage, in_turn, forward, device, flops, chosen.description)}
     rounds = loader.shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
     only, *_ = adapters

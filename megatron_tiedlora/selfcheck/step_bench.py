@@ -351,8 +351,8 @@ def _report(
 ) -> dict[str, Any]:
     """Return the report of a layout: its parallel sizes, and the measurements of the step on all ranks."""
     plan, settings, grid, device = run.plan, run.plan.settings, run.plan.grid, run.runner.device
-    counts, middle = (step.num_tokens, step.squared_lengths, step.num_supervised), median(seconds)
-    flops = step_flops(plan.source.shape, plan.adapter, *counts).total()
+    flops = step_flops(plan.source.shape, plan.adapter, step.lengths, step.num_supervised).total()
+    middle = median(seconds)
     matmul, on_gpu = sum(member["matmul_flops_per_second"] for member in ranks), device.type == "cuda"
     return {
         "model": settings.model,

@@ -83,7 +83,7 @@ def measure_layer(model: str, tp_size: int, flags: tuple[str, ...], device: torc
         stage = compare.random_stage(shape, plan.adapter, make_weight=plan.weight_maker(device, kernels), **given)
         step = partial(take_passes, stage, length, shape.vocab_size, device)
         taken.append(timing.seconds_of_call(step, device))
-        flops.append(step_flops(shape, plan.adapter, length, length**2, length).total() / tp_size)
+        flops.append(step_flops(shape, plan.adapter, (length,), length).total() / tp_size)
     layer = (taken[1] - taken[0]) / (DEPTHS[1] - DEPTHS[0])
     tell("ms of a layer", 1e3 * layer)
     tell("ms of embedding and head", 1e3 * (taken[0] - DEPTHS[0] * layer))

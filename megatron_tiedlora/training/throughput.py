@@ -87,8 +87,7 @@ class Meter:
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
         """Add step `number`, which took `seconds`. Return the rates of this step by their keys in metrics.jsonl."""
-        counts = step.num_tokens, step.squared_lengths, step.num_supervised
-        flops = step_flops(self.config, self.adapter, *counts).total()
+        flops = step_flops(self.config, self.adapter, step.lengths, step.num_supervised).total()
         if flops > seconds * self.peak.flops_per_second and self.peak.source != DATA_SHEET:
             self.peak = Peak(flops / seconds, FASTEST_STEP)
         work = {

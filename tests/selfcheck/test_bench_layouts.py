@@ -120,7 +120,7 @@ def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
     settings = validate_settings({**values, "model": str(folder / "shape"), "random_weights": True}, BenchSettings)
     plan = plan_benchmark(settings, world_size=2)
     row = np.arange(64) >= 32
-    batches = [shared_shape(plan.layout, [(0, [row, row])])._replace(squared_lengths=2 * 64**2)] * 4
+    batches = [shared_shape(plan.layout, [(0, [row, row])])._replace(lengths=(64, 64))] * 4
     (seconds,) = step_seconds([step_parts(plan.stages, batches, Links(plan.layout, 2), constants)])
     assert report["planned"]["seconds"] == pytest.approx(seconds._asdict()) and seconds.outside == 1000
     for member, stage in zip(report["ranks"], plan.stages, strict=True):

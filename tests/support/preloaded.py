@@ -92,7 +92,7 @@ if torch.version.cuda is None:  # else a backward pass starts threads for GPUs, 
     for method in ("tl6", "lora"):
         targets = tied_adapter.targets_of(shape, ("qkv",))
         adapter = tied_adapter.make_adapter_config(method, rank=3, layers=(1, 2, 3), targets=targets, seed=0)
-        step_flops(shape, adapter, num_tokens=8, squared_lengths=64, num_supervised=8)
+        step_flops(shape, adapter, lengths=(8,), num_supervised=8)
 
 gc.enable()
 gc.set_threshold(20_000)  # ranks make many objects and few cycles: their collections took 5 % of all tests' time

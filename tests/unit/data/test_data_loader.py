@@ -85,7 +85,7 @@ def test_layout_does_not_change_the_samples(dp_size):
             assert step.num_tokens == sum(b.num_tokens for s in steps for b in s.micro_batches)
             assert step.num_positions == sum(b.labels.numel() for s in steps for b in s.micro_batches)
             lengths = [int(length) for s in steps for b in s.micro_batches for length in b.lengths]
-            assert step.squared_lengths == sum(length**2 for length in lengths)
+            assert sorted(step.lengths) == sorted(lengths)
         for number, expected in enumerate(whole):
             batch = steps[number % dp_size].micro_batches[number // dp_size]
             assert sample_numbers(batch) == expected
@@ -191,7 +191,7 @@ def test_packed_steps_hold_the_same_samples_on_equally_many_micro_batches(micro,
         assert len({len(step.micro_batches) for step in steps}) == 1
         batches = [batch for step in steps for batch in step.micro_batches]
         assert {step.num_supervised for step in steps} == {expected.num_supervised}
-        assert {step.squared_lengths for step in steps} == {expected.squared_lengths}
+        assert {step.lengths for step in steps} == {expected.lengths}
         assert {step.num_positions for step in steps} == {sum(batch.labels.numel() for batch in batches)}
         assert sum(batch.num_supervised for batch in batches) == expected.num_supervised
         assert sum(batch.num_samples for batch in batches) == 12

@@ -25,9 +25,11 @@ from megatron_tiedlora.model.attention import KeyValueCache
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
+from megatron_tiedlora.parallel import rows as by_rows
 from megatron_tiedlora.parallel.frozen_weight import wide_matmul
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_wide_rows, run_in_parts
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.rows import as_wide_rows, run_in_parts
 from megatron_tiedlora.training import throughput
 from megatron_tiedlora.training.throughput import compiled_kernels
 
@@ -274,7 +276,7 @@ def test_parts_give_what_the_whole_gives(
     dtype: torch.dtype, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kernel that a GPU runs, some rows at a time; the last part is shorter. None gets more rows than it may."""
-    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", rows_at_once * 24 + 5)
+    monkeypatch.setattr(by_rows, "NUMBERS_AT_ONCE", rows_at_once * 24 + 5)
     for name, arguments in arguments_of_kernels(dtype).items():
         kernel, calls = getattr(Kernels(), name.split()[0]), []
 
@@ -290,11 +292,11 @@ def test_parts_give_what_the_whole_gives(
 
 
 def test_a_gradient_is_scaled_in_parts_and_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 7 * 24)
-    sizes, upcast = [], module.upcast
-    monkeypatch.setattr(module, "upcast", lambda rows: sizes.append(len(rows)) or upcast(rows))
+    monkeypatch.setattr(by_rows, "NUMBERS_AT_ONCE", 7 * 24)
+    sizes, upcast = [], by_rows.upcast
+    monkeypatch.setattr(by_rows, "upcast", lambda rows: sizes.append(len(rows)) or upcast(rows))
     gradient, factor = torch.randn(1, ROWS, 24).bfloat16(), torch.tensor(1 / 3)
-    found = module.scaled(gradient, factor)
+    found = by_rows.scaled(gradient, factor)
     assert sizes == [7] * 7 + [1]
     assert torch.equal(found, (gradient.float() * factor).bfloat16())
     assert not torch.equal(found, gradient * factor.bfloat16())

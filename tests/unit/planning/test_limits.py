@@ -4,6 +4,7 @@ planned for one adapter more."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,17 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     targets_of,
 )
-from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.shapes import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
+    TARGET_NAMES,
+    AttentionKind,
+    ModelShape,
+    NormShape,
+    RopeShape,
+)
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.model.batch import Supervised, find_supervised
@@ -50,6 +61,22 @@ SHAPE: ModelShape = shape_from_hf(
 EVERY = (1, 2, 3, 4)
 
 
+def _as_in_gemma(shape: ModelShape) -> ModelShape:
+    """The model with all that a block and a head can have: four norms and head norms of 1 + w, windows, factors."""
+    parts = dict.fromkeys(("attention_norm", "output_norm", "mlp_norm", "down_norm"), shape.hidden_size)
+    norms = {part: NormShape(part, size, 1e-6, part, offset=1.0) for part, size in parts.items()}
+    of_head = NormShape("norm", shape.heads.dim, 1e-6, "norm", offset=1.0)
+    heads = replace(shape.heads, query_norm=of_head, key_norm=of_head, multiplier=0.2)
+    block = replace(shape.block, heads=heads, **norms, activation="gelu", multiplier=0.5)  # type: ignore[arg-type]
+    others: dict[str, Any] = {"final_norm": norms["mlp_norm"], "logit_divisor": 2.0, "logit_cap": 30.0}
+    local = RopeShape(theta=100.0)
+    kinds = tuple(AttentionKind(heads.rope if block % 2 else local, None if block % 2 else 32) for block in EVERY)
+    return replace(shape, block=block, kinds=kinds, embedding_multiplier=9.8, **others)
+
+
+GEMMA = _as_in_gemma(SHAPE)
+
+
 def adapter(
     method: str, rank: int, layers: tuple[int, ...] = EVERY, targets: tuple[str, ...] = (QKV,)
 ) -> AdapterConfig:
@@ -57,14 +84,14 @@ def adapter(
 
 
 def random_stage(
-    *adapters: AdapterConfig, dtype: torch.dtype = torch.bfloat16, recompute: str = "none"
+    *adapters: AdapterConfig, shape: ModelShape = SHAPE, dtype: torch.dtype = torch.bfloat16, recompute: str = "none"
 ) -> tuple[Stage, AdapterGroup]:
     """The model with random weights and these adapters, and the adapters."""
     adapter_group = AdapterGroup(
         {str(number): TiedAdapter(AdapterShard.whole(own)) for number, own in enumerate(adapters)}
     )
     held = adapter_group if len(adapters) > 1 else adapter_group.adapters["0"]
-    specs = layer_specs(SHAPE, dtype=dtype)
+    specs = layer_specs(shape, dtype=dtype)
     stage, generator = Stage(specs, held, recompute=recompute), torch.Generator().manual_seed(1)
     for parameter in (*stage.parameters(), *(parameter for _, parameter in adapter_group.named_parameters())):
         parameter.data.normal_(0.0, 0.05, generator=generator)
@@ -121,13 +148,17 @@ def positions_after(supervised: Supervised, num_owners: int) -> list[int]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_saved_bytes_are_those_of_the_plan(name: str, recompute: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*(pytest.param(name, SHAPE, id=name) for name in ADAPTERS)]
+    + [pytest.param(name, GEMMA, id=f"{name}, as in Gemma") for name in ("methods", "one of all")],
+)
+def test_saved_bytes_are_those_of_the_plan(name: str, shape: ModelShape, recompute: str, dtype: torch.dtype) -> None:
     """To the byte: each token has A x of its own adapter's rank, and the factors of its adapters are there once."""
     adapters = ADAPTERS[name]
     shares = SHARES[: len(adapters)]
     given = shares if len(shares) > 1 else ()
-    stage, adapter_group = random_stage(*adapters, dtype=dtype, recompute=recompute)
+    stage, adapter_group = random_stage(*adapters, shape=shape, dtype=dtype, recompute=recompute)
     size = (1, sum(share.num_tokens for share in shares)) if len(shares) > 1 else shares[0][1:]
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(512, size, generator=generator)
@@ -142,7 +173,7 @@ def test_saved_bytes_are_those_of_the_plan(name: str, recompute: str, dtype: tor
     counted = {key: tensor for key, tensor in others.items() if tensor.shape[-2:] != rotations}
     after, sizes = positions_after(supervised, len(shares)), tuple(share.num_tokens for share in shares)
     planned = MicroBatchShape(tuple(range(len(shares))), sizes, tuple(after), sum(after))
-    stage_plan = plan_stages(SHAPE, layout_of(*adapters, dtype=dtype, recompute=recompute))[0]
+    stage_plan = plan_stages(shape, layout_of(*adapters, dtype=dtype, recompute=recompute))[0]
     assert storage_bytes(counted) == saved_bytes(stage_plan, planned)
 
 
@@ -161,6 +192,28 @@ def test_a_token_s_bytes_by_hand(method: str, targets: tuple[str, ...], recomput
     if recompute == "none":
         numbers, scalars = numbers + 2 * f, scalars + 1
     assert saved_per_token(SHAPE, layout_of(own, recompute=recompute)) == 2 * numbers + 4 * scalars
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_bytes_of_norms_by_hand(recompute: str) -> None:
+    """A norm of outputs saves its input and a root, and head norms a root for each head, if a block is not recomputed.
+
+    A norm of 1 + w also saves this weight in fp32, once for a micro-batch.
+    """
+    layout = layout_of(adapter("tl6", 8), recompute=recompute)
+    plans = [plan_stages(shape, layout)[0] for shape in (GEMMA, SHAPE)]
+    batches = [MicroBatchShape((0,), (tokens,), (8,), 8) for tokens in (96, 104)]
+    once, more = (saved_bytes(plans[0], some) - saved_bytes(plans[1], some) for some in batches)
+    d, dim, roots = SHAPE.hidden_size, SHAPE.heads.dim, 4 * (SHAPE.heads.num + SHAPE.heads.num_kv)
+    of_block, of_last, wide = 2 * (2 * d + 4) + roots, roots, (LAST - 1) * (4 * d + 2 * dim) + 2 * d + 2 * dim
+    if recompute == "full":
+        of_block, of_last, wide = 0, 0, d
+    elif recompute == "selective":
+        wide += (LAST - 1) * d  # of the MLP's norm, to compute gate and up again
+    assert more - once == 8 * ((LAST - 1) * of_block + of_last)
+    assert once - 12 * (more - once) == 4 * wide + 8 * (2 * d + 4)  # after the last attention, one norm of 8 outputs
+    by_token = [saved_per_token(shape, layout) for shape in (GEMMA, SHAPE)]
+    assert by_token[0] - by_token[1] == of_block
 
 
 def test_one_more_token_saves_what_its_own_adapter_does() -> None:
@@ -205,26 +258,33 @@ def operation_cases() -> Iterator[Any]:
         *map(enumerate, (("tl6", "lora", "vera", "tl1", "tl3"), SUBSETS, (EVERY, (2, 4), (4,))))
     ):
         name = f"{method}-{'+'.join(names)}-{''.join(map(str, layers))}"
-        yield pytest.param(method, names, layers, id=name, marks=[pytest.mark.slow] if (i + j + k) % 3 else [])
+        marks = [pytest.mark.slow] if (i + j + k) % 3 else []
+        yield pytest.param(SHAPE, method, names, layers, id=name, marks=marks)
+    yield pytest.param(GEMMA, "tl6", TARGET_NAMES, (2, 4), id="as in Gemma")
 
 
-@pytest.mark.parametrize(("method", "names", "layers"), list(operation_cases()))
-def test_operations_are_those_of_the_plan(method: str, names: tuple[str, ...], layers: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("shape", "method", "names", "layers"), list(operation_cases()))
+def test_operations_are_those_of_the_plan(
+    shape: ModelShape, method: str, names: tuple[str, ...], layers: tuple[int, ...]
+) -> None:
     """Attention on a CPU makes 7 products of tiles where the plan has 6: its scores anew, going back."""
     own = adapter(method, 5, layers, names)
-    stage, _ = random_stage(own)
+    stage, _ = random_stage(own, shape=shape)
     tokens, positions, labels = batch()
     rows = find_supervised(labels)
     with FlopCounterMode(display=False) as counter:
         stage(tokens, positions, labels).backward()
-    flops = step_flops(SHAPE, own, tokens.numel(), ROWS * LENGTH**2, padded(len(rows.labels)), num_after=len(rows.rows))
+    flops = step_flops(shape, own, (LENGTH,) * ROWS, padded(len(rows.labels)), num_after=len(rows.rows))
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert sum(counted.values()) == pytest.approx(flops.total() - flops["attention"], rel=1e-3)
-    tiles = find_query_tiles(None, LENGTH, size=64)
-    pairs = ROWS * sum((tile.stop - tile.start) * (tile.stop - tile.first) for tile in tiles)
-    with_backward = LAST - layers[0] + (QKV in names)  # else the first adapted block's attention has none
-    assert attention == (2 * LAST + 5 * with_backward) * 2 * pairs * SHAPE.heads.rows[0]
+    products = 0
+    for block in EVERY:
+        tiles = find_query_tiles(None, LENGTH, size=64, window=shape.kind_of(block).window)
+        # The first adapted block's attention has a backward pass if QKV is adapted.
+        factor = 7 if block >= layers[0] + (QKV not in names) else 2
+        products += factor * ROWS * sum((tile.stop - tile.start) * (tile.stop - tile.first) for tile in tiles)
+    assert attention == products * 2 * SHAPE.heads.rows[0]
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -249,13 +309,15 @@ def most_allocated(profiled: Any) -> int:
         {"vocab_size": 320, "length": 512, "recompute": "full", "dtype": "fp32"},
         {"vocab_size": 320, "length": 512, "intermediate_size": 64},  # tiles of attention
         {"vocab_size": 16384, "length": 128},  # logits
+        {"vocab_size": 320, "length": 512, "intermediate_size": 64, "family": "gemma2"},  # capped tiles
+        {"vocab_size": 320, "length": 512, "intermediate_size": 64, "family": "mistral", "sliding_window": 40},
     ],
     ids=lambda flags: " ".join(f"{name} {value}" for name, value in flags.items()),
 )
 def test_a_step_allocates_what_is_planned(flags: dict[str, Any], tmp_path: Path) -> None:
     changes = dict(flags)
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 4, "max_positions": 512}
-    sizes |= {name: changes.pop(name) for name in ("vocab_size", "intermediate_size") if name in changes}
+    sizes |= {name: changes.pop(name) for name in tuple(changes) if name not in ("length", "recompute", "dtype")}
     model = write_tiny_model(tmp_path / "model", tokenizer=False, **sizes)
     values = {"model": str(model), "random_weights": True, "rows": 8, "supervised": 1.0, "compile": "false", **changes}
     settings = validate_settings(values, BenchSettings)
@@ -355,8 +417,8 @@ def test_the_work_of_a_shared_micro_batch_is_that_of_its_parts(recompute: str) -
     rows = [np.arange(96) % 3 > 0] * 2
     parts = [shared_shape(stage.layout, [(number, rows)]) for number in range(3)]
     shape = shared_shape(stage.layout, [(number, rows) for number in range(3)])
-    apart = [stage_work(stage, part._replace(squared_lengths=2 * 96**2)) for part in parts]
-    together = stage_work(stage, shape._replace(squared_lengths=3 * 2 * 96**2))
+    apart = [stage_work(stage, part._replace(lengths=(96,) * 2)) for part in parts]
+    together = stage_work(stage, shape._replace(lengths=(96,) * 6))
     for index, whole in enumerate(together):
         singles = [work[index] for work in apart]
         for name in ("linears", "head", "attention"):

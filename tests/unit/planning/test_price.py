@@ -109,7 +109,7 @@ def test_products_and_attention_are_those_of_the_samples() -> None:
     """Without recompute they are the FLOPs of MFU, divided by the rates."""
     one = priced(*ONE, "--global_batch_size=4")
     adapter, tokens = one.layout.adapters[0], 4 * 4096
-    flops = step_flops(SOURCE.shape, adapter, tokens, 4 * 4096**2, 4 * 4095, num_after=tokens)
+    flops = step_flops(SOURCE.shape, adapter, (4096,) * 4, 4 * 4095, num_after=tokens)
     products = (flops["linears"] + flops["low_rank"] + flops["head"]) / (989.4e12 * 0.68)
     assert one.seconds.matmuls == pytest.approx(products, rel=1e-3)
     assert one.seconds.attention == pytest.approx(flops["attention"] / (989.4e12 * 0.41), rel=1e-9)

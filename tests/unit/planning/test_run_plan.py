@@ -58,14 +58,14 @@ def test_the_largest_packed_micro_batch_is_that_of_any_rank() -> None:
     """Rank 1 has most documents: three samples and the padding of their row."""
     plan = plan_of(2, packing=True, micro_batch_size=1, max_length=64)
     rows = [[[0]], [[1, 2, 3]]]
-    batch = GlobalBatch(rows, rows, num_supervised=40, num_tokens=100, squared_lengths=0, consumed_samples=4)
+    batch = GlobalBatch(rows, rows, num_supervised=40, num_tokens=100, lengths=(100,), consumed_samples=4)
     largest = StepPlan({"": plan}, samples={"": (samples_of(40, 20, 20, 20), batch)}).largest
     assert largest.tokens == 64 and largest.documents == 4 and largest.longest == 40
 
 
 def test_the_longest_document_is_that_of_any_adapter() -> None:
     plan = plan_of(packing=True, micro_batch_size=1, max_length=64)
-    batch = GlobalBatch([[[0]]], [[[0]]], num_supervised=8, num_tokens=9, squared_lengths=0, consumed_samples=1)
+    batch = GlobalBatch([[[0]]], [[[0]]], num_supervised=8, num_tokens=9, lengths=(9,), consumed_samples=1)
     samples = {name: (samples_of(size), batch) for name, size in (("a", 24), ("b", 40), ("c", 8))}
     assert StepPlan(dict.fromkeys(samples, plan), samples=samples).largest.longest == 40
 
@@ -77,7 +77,8 @@ def test_the_micro_batches_of_all_ranks_have_the_samples_of_the_step() -> None:
     for rank in range(2):
         own = replace(plan, grid=Grid(rank, 2))
         shapes += StepPlan({"": own}, samples={"": (dataset, batch)}).batches
-    assert sum(shape.squared_lengths for shape in shapes) == batch.squared_lengths == (dataset.lengths**2).sum()
+    lengths = sorted(length for shape in shapes for length in shape.lengths)
+    assert lengths == sorted(batch.lengths) == sorted(dataset.lengths.tolist())
     assert sum(shape.num_supervised for shape in shapes) == batch.num_supervised
 
 

@@ -72,7 +72,7 @@ def test_a_few_traces_give_all_sizes(tp_size: int, sequence_parallel: bool, reco
 @pytest.mark.parametrize("name", [name for name, config in ADAPTERS.items() if config is not None])
 def test_recompute_adds_what_it_computes_again(name: str, tp_size: int, sequence_parallel: bool) -> None:
     """Nothing else: both passes without it are the same, and it never takes anything away."""
-    batch = MicroBatchShape((0,), (512,), (224,), 200, 512**2)
+    batch = MicroBatchShape((0,), (512,), (224,), 200, (512,))
     config = ADAPTERS[name]
     assert config is not None
     layout = Layout((config,), length=512, tp_size=tp_size, shards_sequences=sequence_parallel)
