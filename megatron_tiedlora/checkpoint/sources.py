@@ -92,7 +92,7 @@ class ModelSource:
 
     @property
     def attention_in_transformers(self) -> str:
-        """Return the name of the attention with which transformers can run the model. Its "sdpa" does not cap scores."""
+        """Return the name of an attention of transformers that can run the model. Its "sdpa" does not cap scores."""
         return "sdpa" if self.shape.heads.cap is None else "eager"
 
     @property

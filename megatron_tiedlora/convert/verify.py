@@ -311,7 +311,7 @@ def transformers_logits(folder: Path, tokens: Tensor, source: ModelSource, wrap:
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation=source.attention_in_transformers,  # ignore the config's, which may name code on the hub
+                attn_implementation=source.attention_in_transformers,  # the config's own may name code on the hub
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many types; users of transformers could not load it either
