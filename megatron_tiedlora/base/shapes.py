@@ -292,6 +292,11 @@ class BlockShape:
         """
         return (self.module or self.source).format(index=layer - 1)
 
+    @property
+    def is_tower(self) -> bool:
+        """Return whether the model is the text tower of a multimodal model."""
+        return not self.module_name(1).startswith("model.layers.")
+
     def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
         """Return a copy of this block with different heads and a different MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)

@@ -125,8 +125,11 @@ def sample_hash(weights: "BaseWeights | WeightsInMemory") -> str:
     """Return a hash of the names, the shapes and a sample of the values of all tensors in `weights`."""
     digest = hashlib.sha256()
     shapes = stored_shapes(weights.rules)
-    for name in sorted(shapes):
-        digest.update(f"{name} {list(shapes[name])}\n".encode())
+    # A text tower has other prefixes in some files and in memory. The names are hashed as those of a text model.
+    tower = weights.rules[0].hf_names[0].removesuffix("embed_tokens.weight")
+    hashed = {name.replace(tower, "model.", 1).removeprefix("language_model."): name for name in shapes}
+    for as_text, name in sorted(hashed.items()):
+        digest.update(f"{as_text} {list(shapes[name])}\n".encode())
         # Below 2^-17, fp16 is coarser than bf16. Values are also rounded to fp16, so that a copy in fp16 has this hash.
         digest.update(_bits(weights.sample(name).to(torch.bfloat16).to(torch.float16)))
     return digest.hexdigest()
@@ -254,7 +257,11 @@ def model_source(model: Any, name: str | None = None) -> ModelSource:
     fields.pop("quantization_config", None)  # it affects only the frozen weights, and not the adapter
     name = name or config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
-    return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
+    held = dict(getattr(model, "named_parameters", dict)())
+    if "text_config" in fields and (head := held.get("lm_head.weight")) is not None and not head.is_meta:
+        fields["tie_word_embeddings"] = False  # transformers does not tie a head that is stored with other values
+    shape = shape_from_hf(fields, source=f"the config of {name}", names=held)
+    return ModelSource(name, folder, shape, stored=stored)
 
 
 def base_layer_of(module: Any) -> Any:

@@ -104,6 +104,7 @@ class BaseWeights(WeightFiles):
 
     Attributes:
         rules: the name table: a `WeightRule` for each weight of the model.
+        others: the names of the tensors outside of the text tower, such as those of a vision tower.
         bytes_read: the number of bytes of stored tensors that this process has read so far.
     """
 
@@ -113,6 +114,8 @@ class BaseWeights(WeightFiles):
         """Open the files of `folder`. `stored` is the storage format of the blocks' linears if they are quantised."""
         super().__init__(folder)
         self.rules = weight_rules(shape)
+        own = shape.block.source.removesuffix("layers.{index}"), shape.head.sources[0].module
+        self.others = [name for name in self.file_of if not name.startswith(own)]
         self.bytes_read = 0
         self._stored = None if stored is None else tensor_files.StoredWeights(stored, self.stored)
         self._quantised = {} if stored is None else stored_shapes(quantised_rules(shape))

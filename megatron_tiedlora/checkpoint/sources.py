@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,16 @@ class ModelSource:
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     @property
+    def auto_class(self) -> str:
+        """Return the name of the class of transformers that loads the model, with the other towers if it has any."""
+        return f"AutoModelFor{'ImageTextToText' if self.shape.block.is_tower else 'CausalLM'}"
+
+    @property
+    def attention_in_transformers(self) -> str:
+        """Return the name of an attention of transformers that can run the model. Its "sdpa" does not cap scores."""
+        return "sdpa" if self.shape.heads.cap is None else "eager"
+
+    @property
     def stored_base(self) -> str | None:
         """Return the storage format of the blocks' linears in the folder, a key of `BASE_FORMATS`, or None."""
         return None if self.stored is None else self.stored.base_format
@@ -144,9 +155,19 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
         except Exception as error:  # the Hub's client raises many types; each means that the model cannot be found
             said = f"--model {name}: no such folder, and it cannot be downloaded from the Hub ({first_line(error)})"
             raise UserError(f"{said}; check the name and the network") from None
-    values, file = read_hf_config(folder), str(folder / "config.json")
-    stored = stored_format(values, source=file)
-    return ModelSource(name, folder, shape_from_hf(values, source=file), from_hub=local is None, stored=stored)
+    values = read_hf_config(folder)
+    stored = stored_format(values, source=str(folder / "config.json"))
+    return ModelSource(name, folder, read_shape(folder, values), from_hub=local is None, stored=stored)
+
+
+def read_shape(folder: Path, values: Mapping[str, Any]) -> ModelShape:
+    """Return the shape of the model in `folder`, whose config has the fields `values` (see `shape_from_hf`)."""
+    names: Collection[str] = ()
+    if {"text_config", "vision_config"} & values.keys():  # only a text tower has different names in some folders
+        from megatron_tiedlora.checkpoint.tensor_files import stored_names  # imports torch
+
+        names = stored_names(folder)
+    return shape_from_hf(values, source=str(folder / "config.json"), names=names)
 
 
 def demo_model_path() -> Path:

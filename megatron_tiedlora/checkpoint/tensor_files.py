@@ -13,9 +13,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from megatron_tiedlora.base.files import check_file, sync_path, write_json
+from megatron_tiedlora.base.files import check_file, read_json_object, sync_path, write_json
 from megatron_tiedlora.base.messages import UserError, as_given, os_errors, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
@@ -40,6 +40,7 @@ _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+_KIND_NAMES = TYPE_NAMES | {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # dtypes by their names in flags
 SHARD_BYTES = 2 * 10**9
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # number and length of the runs of consecutive values that identify a tensor
@@ -175,6 +176,15 @@ def run_starts(size: int) -> tuple[list[int], int]:
     return [index * (size - RUN_LENGTH) // (SAMPLED_RUNS - 1) for index in range(SAMPLED_RUNS)], RUN_LENGTH
 
 
+def stored_names(folder: Path) -> Collection[str]:
+    """Return the names of the tensors in a model's folder, from its index or single file, or () without them."""
+    with suppress(UserError):
+        index = folder / INDEX_FILE
+        found = read_json_object(index, kind="an index").get("weight_map") if index.is_file() else None
+        return found if isinstance(found, dict) else read_header(folder / SINGLE_FILE).entries
+    return ()
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     if not file.is_file():
@@ -256,7 +266,7 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
     files = []
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        head = file_head((tensor.name, TYPE_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
+        head = file_head((tensor.name, _KIND_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
         files.append(StreamedFile(name, head, shard))
     return files
 

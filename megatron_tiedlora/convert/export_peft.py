@@ -9,6 +9,7 @@ without a path of this host, and the export's record has the path.
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -47,13 +48,14 @@ def peft_tensors(
 
     They are computed in fp32 and cast to `dtype` once.
     """
-    pad = rank - adapter.config.rank
+    pad, block = rank - adapter.config.rank, source.shape.block
     tensors = {}
     for rule, a, b in adapter.updates(source.shape):
         a = torch.nn.functional.pad(a, (0, 0, 0, pad))
         b = torch.nn.functional.pad(b, (0, pad))
         for hf_name, rows in rule.by_stored_tensor(b).items():
-            module = f"base_model.model.{hf_name.removesuffix('.weight')}"
+            inside = hf_name.removeprefix(block.source.format(index=rule.layer - 1)).removesuffix(".weight")
+            module = f"base_model.model.{block.module_name(rule.layer)}{inside}"
             # safetensors rejects tensors that share storage, and the parts of a fused linear share A'
             tensors[f"{module}.lora_A.weight"] = a.to(dtype, copy=True)
             tensors[f"{module}.lora_B.weight"] = rows.contiguous().to(dtype, copy=True)
@@ -78,6 +80,11 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
     """Return the fields of PEFT's adapter_config.json. `base` is the base's name. The scale is 1: lora_alpha is r."""
+    block, adapted = source.shape.block, [layer - 1 for layer in adapter.config.layers]
+    modules = target_modules(block, [target.name for target in adapter.config.targets])
+    # Other towers of a multimodal model have modules of the same names. PEFT allows no list of layers with a pattern.
+    layers = rf"{re.escape(block.module_name(1).removesuffix('0'))}(?:{'|'.join(map(str, adapted))})"
+    pattern = rf"{layers}\.(?:self_attn|mlp)\.(?:{'|'.join(modules)})"
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -86,15 +93,15 @@ def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, r
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": target_modules(source.shape.block, [target.name for target in adapter.config.targets]),
+        "target_modules": pattern if block.is_tower else modules,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,
     }
-    if len(adapter.config.layers) < source.shape.num_layers:
-        config["layers_to_transform"] = [layer - 1 for layer in adapter.config.layers]
+    if len(adapted) < source.shape.num_layers and not block.is_tower:
+        config["layers_to_transform"] = adapted
         config["layers_pattern"] = "layers"
     return config
 

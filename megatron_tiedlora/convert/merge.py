@@ -30,7 +30,7 @@ from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
 # Files that are copied from the base in addition to its weights. Its other files are not part of the model.
-_MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
+_MODEL_FILES = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja"),
@@ -58,8 +58,8 @@ def merge_adapter(
 ) -> None:
     """Write a merged Hugging Face checkpoint folder atomically.
 
-    File names, the index, and the bytes of tensors that the adapter does not change are copied from the base. If
-    `dtype` is given, the values of all tensors are cast once.
+    File names, the index, and the bytes of tensors that the adapter does not change are copied from the base, including
+    the other towers of a multimodal model. If `dtype` is given, the values of all tensors are cast once.
 
     Args:
         dtype: dtype of the written weights (default: the stored dtype of each tensor).
@@ -202,6 +202,7 @@ class _MergedFiles:
 
         The tensors are written to files with new names, because the folder's tensors have different sizes and names.
         Without `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
+        Raise UserError if a tensor outside of the text tower is quantised.
         """
         weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
         embedding = weights.rules[0].hf_names[0]
@@ -209,6 +210,12 @@ class _MergedFiles:
         for name, shape in stored_shapes(weights.rules).items():
             dtype = self.dtype or weights.dtype(embedding if name in quantised else name)
             found.append(self._streamed(weights.file_of[name], name, shape, dtype, weights.read, checked=True))
+        for name in weights.others:
+            file, stored = weights.file_of[name], weights.stored(name)
+            if (kind := stored.get_dtype()) in tensor_files.BYTE_TYPES:
+                said = f"{name} is {kind}, and only the text tower's linears are dequantised"
+                raise UserError(f"{file}: {said}; give the original model with --model ORIGINAL --base_differs")
+            found.append(self._of_stored(file, name, stored))
         return found
 
     def _streamed(

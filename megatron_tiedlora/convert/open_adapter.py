@@ -266,7 +266,7 @@ def _unlike_export(
         return ("its targets, layers, rank or scale differ from the adapter's",)
     found: dict[str, torch.Tensor] = {}
     for (layer, module), pair in lora.items():
-        name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
+        name = f"base_model.model.{block.module_name(layer)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
     exported = export_peft.peft_tensors(source, native, rank=rank, dtype=dtype)
     differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]

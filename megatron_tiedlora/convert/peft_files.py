@@ -23,6 +23,8 @@ For one-line ASCII names the result is the same as with `re`.
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -72,6 +74,7 @@ class Module(NamedTuple):
     name: str
 
 
+_OTHER_TOWER = re.compile(r"\.(?:vision_tower|multi_modal_projector)\.")
 Shapes = Mapping[str, Callable[[Module], tuple[int, ...]]]  # shapes of a module's tensors, by their names inside it
 
 
@@ -82,6 +85,17 @@ def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
         for linear in block.adaptable.values()
         for stored, size in zip(linear.sources, linear.blocks, strict=True)
     }
+
+
+def named_as_in(folder: Path, source: ModelSource) -> ModelSource:
+    """Return `source` with the names that its blocks have in the PEFT adapter in `folder`."""
+    # A text tower has other names in multimodal models of transformers before 4.52, and in a model of its own.
+    with suppress(UserError):
+        keys = "\n".join(read_header(folder / WEIGHTS_FILE).entries)
+        if found := re.search(r"(?m)^base_model\.model\.((?:language_model\.|model\.){1,2}layers\.)\d", keys):
+            block = replace(source.shape.block, module=found[1] + "{index}")
+            return replace(source, shape=replace(source.shape, block=block))
+    return source
 
 
 def adapted_linears(adapted: Collection[Module], source: ModelSource) -> dict[str, LinearShape]:
@@ -146,7 +160,7 @@ def read_by_pattern(
 
 
 def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, Module]:
-    """Return the modules that a config adapts according to PEFT's rules, by their full names.
+    """Return the modules of `source` that a config adapts according to PEFT's rules, by their full names.
 
     Raises:
         UserError: the config names unsupported modules or layers that `source` does not have, or adapts no module.
@@ -155,7 +169,7 @@ def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) 
     words = target_modules(block, block.adaptable)
     targets, layers = content.get("target_modules"), content.get("layers_to_transform")
     if isinstance(targets, list) and targets:
-        for name in targets:
+        for name in targets if not block.is_tower else ():  # names may also be of modules of other towers
             if not isinstance(name, str) or name.rpartition(".")[2] not in words:
                 supported = ", ".join(words)
                 raise UserError(f"{file}: target module {as_given(name)} is not supported. Supported: {supported}")
@@ -177,7 +191,7 @@ def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) 
         name: Module(layer + 1, module)
         for layer in range(source.shape.num_layers)
         for module in modules
-        if is_target(name := f"{block.source.format(index=layer)}.{module}")
+        if is_target(name := f"{block.module_name(layer + 1)}.{module}")
         and not is_excluded(name)
         # layers_to_transform does not apply to a module that is named in full.
         and (name in whole_names or layer in of_chosen)
@@ -214,6 +228,7 @@ def read_factors(
     for module, names in keys.items():
         shapes |= zip(names, (shape(module) for shape in of_module.values()), strict=True)
     found = read_header(file).shapes
+    shapes |= (others := {key: shape for key, shape in found.items() if _OTHER_TOWER.search(key)})
     for key, shape in found.items():
         if key not in shapes:
             raise UserError(f"{file}: {_why_not_read(key, of_module, source, kind=kind)}")
@@ -229,6 +244,10 @@ def read_factors(
                 f"{file}: {key} is missing, but {user}; copy the adapter again, or give its own base with --model"
             )
     values = read_tensors(file, shapes)
+    for key in others:  # B is zero after training on text
+        if not key.endswith(".lora_A.weight") and values[key].any():
+            why = "is of another tower, whose adapter a native adapter cannot have"
+            raise UserError(f"{file}: {key} {why}; train the adapter with target_modules of the text tower only")
     of_modules = {module: tuple(values[key] for key in names) for module, names in keys.items()}
     return of_modules, [values[key] for key in shared]
 
@@ -238,7 +257,7 @@ def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, ki
     if kind == "VeRA" and key in ("base_model.vera_A", "base_model.vera_B"):
         return f"{key} is present, but {CONFIG_FILE} has save_projection = false; set it to true to use the tensor"
     block, num_layers = source.shape.block, source.shape.num_layers
-    layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
+    layers = re.escape(block.module_name(1).removesuffix("0")) + r"(\d+)"
     names, ends = ("|".join(map(re.escape, words)) for words in (modules_of(block), factors))
     match = re.fullmatch(rf"base_model\.model\.{layers}\.(?:{names})\.(?:{ends})", key)
     if match is None:
@@ -334,7 +353,7 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     Raises:
         UserError: it is not a plain LoRA, adapts unsupported modules, or its tensors do not fit.
     """
-    file = folder / CONFIG_FILE
+    file, source = folder / CONFIG_FILE, named_as_in(folder, source)
     if (start := content.get("init_lora_weights")) not in _PLAIN_STARTS:
         raise UserError(
             f"{file}: init_lora_weights = {shown(start)} changes the base weights too; convert it to a plain LoRA with"

@@ -49,7 +49,7 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     Raises:
         UserError: it is not a plain VeRA, adapts unsupported modules, has no valid key, or its tensors do not fit.
     """
-    file = folder / CONFIG_FILE
+    file, source = folder / CONFIG_FILE, peft_files.named_as_in(folder, source)
     peft_files.reject_other_fields(file, content, kind="VeRA", harmless=_HARMLESS)
     rank = peft_files.read_rank(content.get("r"), f"{file}: r")
     chosen = peft_files.chosen_modules(file, content, source)

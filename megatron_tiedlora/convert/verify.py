@@ -26,11 +26,12 @@ from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_sh
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, Weights, layerwise_logits, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.checkpoint.sources import ModelSource, read_shape
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert import inputs, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
-from megatron_tiedlora.model import families, hf_config, weights
+from megatron_tiedlora.model import weights
+from megatron_tiedlora.model.hf_config import read_hf_config
 
 _PROBED = (2, 48)  # rows of the input, and tokens per row
 LARGEST_WHOLE = 8_000_000_000  # maximum bytes of a model in fp32 that transformers and PEFT load by default
@@ -234,7 +235,7 @@ def verify_export(
     if merged is not None:
         compare_both("merged" if onto is None else f"merged onto {onto}", found["merged"])
         if "transformers" in runtimes:
-            compare_both("merged, in transformers", transformers_logits(merged, tokens))
+            compare_both("merged, in transformers", transformers_logits(merged, tokens, source))
     if peft is not None:
         read = found["peft"]
         exact = exported is None or stored_dtype(peft).itemsize >= 4  # for 16 bits, the bit comparison decides
@@ -243,7 +244,7 @@ def verify_export(
             from peft import PeftModel
 
             wrap = partial(PeftModel.from_pretrained, model_id=str(peft))
-            logits = transformers_logits(source.weights_folder(), tokens, wrap)
+            logits = transformers_logits(source.weights_folder(), tokens, source, wrap)
             rows.append(compare_logits("PEFT adapter, in peft", native if exact else read, logits, "equal"))
     return Verification(tuple(bits), tuple(rows), tuple(notes))
 
@@ -251,7 +252,7 @@ def verify_export(
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """Return {name: dtype} of the tensors in the merged folder. Raise UserError if the base has a different shape."""
     file = merged / "config.json"
-    found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
+    found = replace(source, shape=read_shape(merged, read_hf_config(merged)))
     if found.shape != source.shape:
         here, there = (identify_shape(model, "fp32", weights_hash="") for model in (found, source))
         sizes = ((name, getattr(here, name), getattr(there, name)) for name in SHAPE_FIELDS)
@@ -289,9 +290,13 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
     return "\n".join(map(printable, messages.aligned_lines([heading, *rows], align="<>>>><")))
 
 
-def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any] = lambda model: model) -> Tensor:
-    """Return logits (b, s, V) of `wrap` applied to the model in `folder`. Raise UserError if it does not load."""
-    from transformers import AutoModelForCausalLM
+def transformers_logits(folder: Path, tokens: Tensor, source: ModelSource, wrap: Any = lambda model: model) -> Tensor:
+    """Return logits (b, s, V) of `wrap` applied to the model in `folder`, which has the shape of `source`.
+
+    Raises:
+        UserError: the model does not load.
+    """
+    import transformers
     from transformers.utils import logging
 
     # Hide transformers' progress bars, because our own bar counts models, and the FutureWarnings about PEFT's calls.
@@ -301,12 +306,12 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
             quiet.callback(logging.enable_progress_bar)
         quiet.enter_context(warnings.catch_warnings(action="ignore", category=FutureWarning))
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = getattr(transformers, source.auto_class).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",  # ignore the config's, which may name code on the hub
+                attn_implementation=source.attention_in_transformers,  # the config's own may name code on the hub
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many types; users of transformers could not load it either
@@ -339,7 +344,7 @@ def compare_merged(
         base = opened.enter_context(MergedWeights(source, adapter, base_format=base_format))
         written = opened.enter_context(WeightFiles(merged))
         names = weights.stored_shapes(base.rules)
-        dtype = None if source.stored is not None else _merge_dtype(base, written, names)
+        dtype = _merge_dtype(base, written, names)
         tensors = [
             (file, *item)
             for file in sorted(set(written.file_of.values()))
@@ -349,7 +354,7 @@ def compare_merged(
         bar = opened.enter_context(progress_bar("merged files", "B", total=total, shows=progress))
         for file, name, entry in tensors:
             counts[name in base.changed] += 1
-            if source.stored is None:
+            if source.stored is None or name in base.others:
                 why = _why_unlike(entry, _entry(base, name), dtype, of_model=name in names)
             else:  # its stored tensors have different sizes and dtypes than the merged ones
                 why = None if name in names else "is not in the base"
@@ -358,6 +363,8 @@ def compare_merged(
                 why = _compare_values(base, written.reader(file), name, entry, like, bar.update)
             if why is not None:
                 differences.append(one_line(f"{file}: {name} {why}"))
+        missing = [name for name in base.others if name not in written.file_of]
+    differences += [one_line(f"{merged}: {name}, which is in the base, is missing") for name in missing]
     compared = f"{count_text(counts[True], 'tensor')} with the adapter, {counts[False]} as in the base"
     return BitComparison(f"merged files, bit by bit: {compared}", tuple(differences))
 

@@ -65,12 +65,13 @@ def load_base(
     Raises:
         UserError: the base model cannot be found, or its model family is not supported.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     trained = adapter.base_identity
-    folder = sources.find_model(model or trained.base_model).weights_folder()
-    keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
-    return AutoModelForCausalLM.from_pretrained(
+    folder = (source := sources.find_model(model or trained.base_model)).weights_folder()
+    # The config's own may name code on the hub.
+    keywords.setdefault("attn_implementation", source.attention_in_transformers)
+    return getattr(transformers, source.auto_class).from_pretrained(
         folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
     ).eval()
 

@@ -158,11 +158,9 @@ class Attention(nn.Module):
         if cache is not None and cache.filled:
             mask = partial(self._cache_mask, positions, cache)
             return replace(context, mask=_by_window(windows, cache.num_read(length), mask))
-        device = positions.device
+        device, size = positions.device, cpu_attention.tile_size(heads.num, heads.num_kv)
         segments = segments or (AdapterSegment(ONLY, num_rows, length),)
-        if device.type == "cpu":
-            found = None
-        elif len(segments) == 1 and documents is None:
+        if len(segments) == 1 and documents is None:
             found = whole_rows(num_rows, length, device)
         else:
             ids = torch.zeros(positions.shape) if documents is None else documents
@@ -170,15 +168,14 @@ class Attention(nn.Module):
 
         def function(window: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             route, scores = self.route(device, dtype, window), cpu_attention.Scores(heads.scale, window, heads.cap)
-            if found is not None and route.attend is not None:
+            if route.attend is not None:
                 return partial(attend_within, documents=found, scores=scores, attend=route.attend)
-            size = cpu_attention.tile_size(heads.num, heads.num_kv)
             find = partial(cpu_attention.find_query_tiles, size=size, window=window, device=device)
             parts = _tiled_rows(segments, documents, find)
-            kernels = self.kernels if found is None else EAGER  # a GPU's are compiled for each number of keys
+            kernels = self.kernels if device.type == "cpu" else EAGER  # a GPU's are compiled for each number of keys
             return partial(cpu_attention.attend_by_tiles, parts=parts, scores=scores, kernels=kernels)
 
-        return replace(context, attend=_by_window(windows, length if found is None else found.longest, function))
+        return replace(context, attend=_by_window(windows, found.longest, function))
 
     def route(self, device: torch.device, dtype: torch.dtype, window: int | None = None) -> AttentionRoute:
         """Return the kernel for attention among the tokens of one call, on `device` and in the activations' dtype."""

@@ -6,8 +6,7 @@ sum of dO * O of each query,
 
     dV = P^T dO        dS = P (dO V^T - delta)        dQ = scale dS K        dK = scale dS^T Q
 
-Capped scores are C = cap tanh(S / cap), with P = softmax(C) and dS = (1 - (C / cap)^2) P (dO V^T - delta).
-
+With a cap, C = cap tanh(S / cap) is in the place of S in P, and dS has another factor, 1 - (C / cap)^2.
 The forward pass saves Q, K, V, O and log sum exp(S), one element per query and head, like fused kernels on GPUs. S, the
 operands and exponentials of S, and the sums dK and dV are in max(fp32, input dtype). Operands of the other matmuls are
 in the input dtype. Query heads that share a key head are stacked as queries of one head, so that keys are not copied.

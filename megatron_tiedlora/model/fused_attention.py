@@ -65,18 +65,15 @@ class AttentionRoute:
         reason: the reason why no earlier candidate was chosen.
         attend: the function; None for `cpu_attention.attend_by_tiles`.
         otherwise: the name of the kernel for rows that the first one does not support; "" if it supports all.
-        in_windows: the kernel for rows that are longer than the window, if it is another.
     """
 
     name: str
     reason: str
     attend: Attend | None
     otherwise: str = ""
-    in_windows: "AttentionRoute | None" = None
 
     def __str__(self) -> str:
-        text = f"{self.name}{self.otherwise and f', {self.otherwise} for other rows'} ({self.reason})"
-        return text if self.in_windows is None else f"{text}; in windows, {self.in_windows}"
+        return f"{self.name}{self.otherwise and f', {self.otherwise} for other rows'} ({self.reason})"
 
 
 @cache
@@ -90,8 +87,7 @@ def choose_attention(
         deterministic: whether gradients must be bit-equal in every run. flash_attn gets this as an argument and is not
             chosen if it rejects the argument. cuDNN is not chosen. PyTorch's other kernels follow
             torch.use_deterministic_algorithms, which the caller sets.
-        window: whether there are documents that are longer than the window of the scores.
-        cap: see `Scores`.
+        window, cap: whether some documents are longer than the window of the scores; their cap, see `Scores`.
     """
     if device.type == "cpu":
         return AttentionRoute(TILES, "a CPU", None)
@@ -149,7 +145,6 @@ def attend_within(
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scores: Scores) -> Tensor:
     """Compute PyTorch's attention for one document at a time, or for all at once if their lengths are equal."""
-    assert scores.window is None and scores.cap is None, "such scores are computed by tiles"
     grouped = query.shape[1] != key.shape[1]
 
     def within(length: int, *rows: Tensor) -> Tensor:

@@ -249,10 +249,11 @@ class Stage(nn.Module):
         return cast(Attention, block.attention)
 
     def attention_route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
-        """Return the kernels for attention in this stage's blocks; see `Attention.route`."""
+        """Return the kernel for attention to all tokens in this stage's blocks. The reason names that for windows."""
         windows = [None, *filter(None, (kind.window for kind in self._kinds))]
         whole, *others = (self.attention.route(device, dtype, window) for window in windows)
-        return replace(whole, in_windows=next((other for other in others if other != whole), None))
+        in_windows = dict.fromkeys(str(other) for other in others if other != whole)
+        return replace(whole, reason="; in windows, ".join([whole.reason, *in_windows]))
 
     @property
     def _kinds(self) -> list[AttentionKind]:

@@ -204,12 +204,14 @@ def faster_attention(capability: tuple[int, int], name: str, *, head_dim: int, *
     return next(fits, None)  # the fastest is the first
 
 
-def attention_in_words(route: AttentionRoute, device: torch.device, *, heads: shapes.HeadShape, packing: bool) -> str:
+def attention_in_words(
+    route: AttentionRoute, device: torch.device, *, heads: shapes.HeadShape, packing: bool, windowed: bool = False
+) -> str:
     """Return a run's attention kernel, its expected share of the peak, and how to install a faster one, as text."""
     if device.type != "cuda":
         return str(route)
     capability, name = torch.cuda.get_device_capability(device), (packing and route.otherwise) or route.name
-    known, options = ATTENTION.get(capability, {}), {"window": route.in_windows is not None, "cap": heads.cap}
+    known, options = ATTENTION.get(capability, {}), {"window": windowed, "cap": heads.cap}
     faster = faster_attention(capability, name, head_dim=heads.dim, **options)
     words = f"{route}; {known[name].value} of the peak in bf16 is expected" if name in known else str(route)
     if route.otherwise in known and name != route.otherwise:

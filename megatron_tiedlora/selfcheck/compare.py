@@ -196,6 +196,7 @@ def whole_adapter(config: AdapterConfig, device: torch.device, *, tp_size: int =
 
 
 def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
+    import transformers
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -206,8 +207,8 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
         with device:  # makes no copy in another dtype or on another device, whose freed pages a step would reuse
             base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=plan.dtype)
     else:
-        folder = plan.source.weights_folder()
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=plan.dtype, trust_remote_code=False)
+        kind: Any = getattr(transformers, plan.source.auto_class)
+        base = kind.from_pretrained(plan.source.weights_folder(), dtype=plan.dtype, trust_remote_code=False)
     targets = target_modules(plan.source.shape.block, settings.targets)
     lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     model: Any = get_peft_model(base.to(device), lora)
@@ -353,7 +354,7 @@ def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, 
 
 def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     """Measure greedy decoding of this package and of transformers on the same prompts. End tokens are ignored."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
@@ -365,7 +366,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     base_format = source.base_format(settings.base)
     stage = load_model(source, None, dtype=dtype, base_format=base_format, device=device)
     decoder = Decoder(stage, groups.ParallelGroups(), source.shape)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    theirs: Any = getattr(transformers, source.auto_class).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     steps: dict[str, Callable[[], TokenRows]] = {
         "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
         "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),

@@ -111,8 +111,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | Non
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     positions = torch.arange(length)
     sees = (ids[:, :, None] == ids[:, None, :]) & (positions[:, None] >= positions)
-    if how.window is not None:
-        sees &= positions[:, None] - positions < how.window
+    sees &= positions[:, None] - positions < (how.window or length)
     scores = _wide(query @ key.transpose(-1, -2)) * how.scale
     scores = scores if how.cap is None else (scores / how.cap).tanh() * how.cap
     probs = scores.masked_fill(~sees[:, None].to(scores.device), float("-inf")).softmax(-1).to(query.dtype)

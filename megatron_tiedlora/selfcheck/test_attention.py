@@ -55,7 +55,7 @@ class Heads(NamedTuple):
     head_dim: int
 
 
-HEADS = Heads("7B", 32, 32, 128)  # whose time is measured
+HEADS, PLAIN = Heads("7B", 32, 32, 128), Scores(128**-0.5)  # whose time is measured
 CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4, 64), Heads("GQA d80", 4, 2, 80))
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
@@ -64,9 +64,7 @@ LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
-def test_routes(
-    dtype: torch.dtype, case: Heads, packed: bool, kind: tuple[Any, Any], device: torch.device, tell: Tell
-) -> None:
+def test_routes(dtype: torch.dtype, case: Heads, packed: bool, kind: Any, device: torch.device, tell: Tell) -> None:
     """Compare every kernel with plain attention in fp64. The package's choice is last: only its errors fail a test."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("a CPU may have no fast bf16")
@@ -86,9 +84,7 @@ def test_control(device: torch.device, tell: Tell) -> None:
     assert error >= LEAST_SEEN, "this check computes wrong errors here: report this with the versions of part env"
 
 
-def compare(
-    tell: Tell, name: str, route: AttentionCall, drawn: Drawn, lengths: Sequence[int], how: Scores | None = None
-) -> None:
+def compare(tell: Tell, name: str, route: AttentionCall, drawn: Drawn, lengths: Sequence[int], how: Scores) -> None:
     """Compare the output and the gradients of a kernel with fp64, on rows of documents with these `lengths`."""
     heads, weight = drawn
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(len(weight), -1)
@@ -140,7 +136,7 @@ def test_time(packed: bool, length: int, gpu: torch.device, tell: Tell) -> None:
     """Measure each kernel with 32 heads, as in a 7B model, and record which one is chosen and why."""
     tell("chosen", choose_attention(gpu, compute_dtype(gpu), HEADS.head_dim))
     peak = find_peak(gpu, torch.bfloat16).flops_per_second
-    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim).items():
+    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim, PLAIN).items():
         with optional(tell, name, gpu):
             tell(name, speed(route, length, DOCUMENT_LENGTH if packed else length, peak, gpu))
 
@@ -166,7 +162,7 @@ def speed(route: AttentionCall, length: int, document: int, peak: float, device:
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
     """Measure how much longer the first call on a length takes than the second, as the median over several lengths."""
-    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim).items():
+    for name, route in attention_routes(gpu, compute_dtype(gpu), HEADS.head_dim, PLAIN).items():
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []
             for length in range(1000, 1144, 24):
@@ -180,14 +176,11 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
             warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
 
 
-def attention_routes(
-    device: torch.device, dtype: torch.dtype, head_dim: int, how: Scores | None = None
-) -> dict[str, AttentionCall]:
+def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int, how: Scores) -> dict[str, AttentionCall]:
     """Return every attention kernel that works on the device, by name. The package's choice is the first."""
-    how = how or Scores(head_dim**-0.5)
     needs: dict[str, Any] = {"window": how.window is not None, "cap": how.cap}
     chosen, tiles = choose_attention(device, dtype, head_dim, **needs), partial(_by_tiles, how=how)
-    others = {} if needs["window"] else {ONE_BY_ONE: _within(one_by_one, how)}
+    others = {} if any(how[1:]) else {ONE_BY_ONE: _within(one_by_one, how)}
     if chosen.attend is None:
         return {CHOSEN: tiles, **others}
     routes, capability = {CHOSEN: _within(chosen.attend, how)}, torch.cuda.get_device_capability(device)

@@ -133,7 +133,7 @@ VALUES: dict[str, list[Any]] = {
     "rope_theta": [10000.0, 500000, 77.0, None, 0, 1],
     "attention_bias": [True, False, None],
     "mlp_bias": [True, False, None],
-    "hidden_act": ["silu", "swish", "gelu", "relu", None],
+    "hidden_act": ["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", None],
     "max_position_embeddings": [8, 64, 256, 4096, None],
     "vocab_size": [320, 319, 1000],
     "model_type": [*FAMILIES, None],
@@ -149,10 +149,23 @@ VALUES: dict[str, list[Any]] = {
     "no_rope_layer_interval": [1, 2, 3, 0, None],
     "layer_norm_eps": [1e-5, 0.1, None],
     "original_max_position_embeddings": [8, 64, None],
-    "layer_types": [None, [], ["full_attention"] * 2, ["sliding_attention"] * 2, "full_attention"],
+    "layer_types": [None, [], ["full_attention"] * 2, ["sliding_attention"] * 2, "full_attention"]
+    + [["full_attention", "sliding_attention"], ["sliding_attention", "full_attention"], ["chunked_attention"] * 2],
     "use_cache": [True, False],
     "partial_rotary_factor": [None, 1.0, 0.5],
     "logits_scaling": [None, 1.0, 2.0],
+    "embedding_multiplier": [None, 1, 2.5, 0, float("inf")],
+    "attention_multiplier": [None, 0.5, -1.0, "1"],
+    "residual_multiplier": [None, 1.0, 0.3],
+    "query_pre_attn_scalar": [None, 5, 256, 0],
+    "attn_logit_softcapping": [None, 2.0, 0, 50.0],
+    "final_logit_softcapping": [None, 3.0, 0, True],
+    "hidden_activation": [None, "gelu", "gelu_pytorch_tanh", "silu"],
+    "use_bidirectional_attention": [None, False, True],
+    "sliding_window_pattern": [None, 1, 2, 3],
+    "rope_local_base_freq": [None, 77.0, 10000.0],
+    "max_window_layers": [None, 0, 1, 28],
+    "text_config": [None, {}, 7, {"model_type": "llama"}],
     "initializer_range": [0.02, 1.0],
     "pad_token_id": [None, 0, 3, -1, 5000],
     "eos_token_id": [2, [2, 5], None],
@@ -169,19 +182,20 @@ def changed_head(draw: Draw, folder: Path, content: dict[str, Any]) -> None:
     """Whether the head is tied, and what the files hold of it: nothing, a copy of the embedding, or its own."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    embedding = tensors["model.embed_tokens.weight"]
+    tower = "language_model." if "text_config" in content else ""
+    embedding, name = tensors[f"{tower}model.embed_tokens.weight"], f"{tower}lm_head.weight"
     content["tie_word_embeddings"] = draw.choice([True, True, False])
     match draw.say(draw.choice(["no head", "copied head", "own head", "head of one other bit"])):
         case "no head":
-            tensors.pop("lm_head.weight", None)
+            tensors.pop(name, None)
         case "copied head":
-            tensors["lm_head.weight"] = embedding.clone()
+            tensors[name] = embedding.clone()
         case "own head":
-            tensors["lm_head.weight"] = embedding.flip(0).contiguous()
+            tensors[name] = embedding.flip(0).contiguous()
         case "head of one other bit":
             head = embedding.clone()
             head[7, 3] += 1.0
-            tensors["lm_head.weight"] = head
+            tensors[name] = head
     save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -36,7 +36,7 @@ def native_adapter(source: ModelSource, adapter: OracleAdapter) -> NativeAdapter
         targets=targets_of(source.shape, adapter.targets),
         seed=5,
     )
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
+    with BaseWeights(source.weights_folder(), source.shape, source.stored) as weights:
         base = identify_base(source, weights, "fp32")
     return NativeAdapter(config, base, adapter.tensors)
 

@@ -64,11 +64,9 @@ def write_adapter(
 def peft_model(base: Path, config: Any) -> Any:
     """PEFT's model of an adapter config, whose update is not zero and whose vectors differ from entry to entry."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    peft = get_peft_model(model, config).eval()
+    peft = get_peft_model(hf_model(base), config).eval()
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:

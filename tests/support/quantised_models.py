@@ -129,12 +129,13 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor], tuple[Tenso
 }
 
 
-def quantised_folder(plain: Path, into: Path, kind: str) -> tuple[Path, Path]:
-    """(a copy of the folder `plain` quantised in the way `kind`, a folder of the copy's values in fp32)."""
+def quantised_folder(plain: Path, into: Path, kind: str, chosen: Callable[[str], bool] = bool) -> tuple[Path, Path]:
+    """(a copy of the folder `plain` quantised in the way `kind`, a folder of the copy's values in fp32), of the linears
+    whose names are `chosen`, by default all."""
     config, made = KINDS[kind]
     stored, values = {}, {}
     for name, value in load_file(plain / "model.safetensors").items():
-        if ".layers." in name and value.ndim == 2:
+        if ".layers." in name and value.ndim == 2 and chosen(name):
             tensors, values[name] = made(name, value)
             stored |= tensors
         else:
@@ -142,6 +143,8 @@ def quantised_folder(plain: Path, into: Path, kind: str) -> tuple[Path, Path]:
     file = with_tensors(plain, into / "quantised", stored) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
     return file.parent, with_tensors(plain, into / "values", values)
+
+
 def dequantised(weight: QuantisedWeight) -> torch.Tensor:
     """D(W) in fp32."""
     found = torch.empty(weight.local_shape, device=weight.tensor.device)

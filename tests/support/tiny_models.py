@@ -213,6 +213,19 @@ def write_tiny_model(
     return folder
 
 
+def with_both_signs(folder: Path) -> Path:
+    """Give the last norm of a Gemma model in `folder` weights of both signs, and return `folder`.
+
+    Gemma's embeddings are scaled, and its head too: as it is, a tiny model says the same token for ever.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    noise = torch.randn(tensors["model.norm.weight"].shape, generator=torch.Generator().manual_seed(3))
+    save_file(tensors | {"model.norm.weight": 1.5 * noise - 1}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def write_tiny_tokenizer(folder: str | Path, *, vocab_size: int = 320) -> Path:
     """A byte-level BPE without merges: one token a byte, any text round-trips. Like LLaMA's it puts <s> in front."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

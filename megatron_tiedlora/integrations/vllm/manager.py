@@ -42,7 +42,7 @@ def serving_mode(vllm_config: Any) -> bool | str:
 
 def _source_of(vllm_config: Any) -> ModelSource:
     model = vllm_config.model_config
-    return model_source(model.hf_config.get_text_config(), model.model)
+    return model_source(model.hf_config, model.model)
 
 
 class TiedLoRAModel(LoRAModel):
@@ -79,14 +79,13 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         tensors = served.lora_tensors() if tied is None else {}
         names = {*target_modules(served.source.shape.block, tied or ()), *(name.split(".")[-3] for name in tensors)}
         parts = (part for fused in manager.packed_modules.values() for part in fused)
-        here = {name.rpartition(".")[2] for name in (*manager.modules, *parts)}
+        own = (name for name in manager.modules if tied is not None or name not in manager.packed_modules)
+        here = {name.rpartition(".")[2] for name in (*own, *parts)}
         if missing := sorted(names - here):
-            said = f"{folder}: adapts {', '.join(missing)}, for which the server has no slots"
-            raise UserError(f"{said}; start it with --lora-target-modules {' '.join(sorted(names | here))}")
+            said = f"{folder}: adapts {', '.join(missing)}, for which the server has no slots; serve the merged model"
+            raise UserError(f"{said}, or start it with --lora-target-modules {' '.join(sorted(names | here))}")
         if tied is not None:
             return manager.tied_model(adapter_id, rank, tied)
-        if manager.supports_mm:
-            raise UserError(f"{folder}: multimodal models have only plain LoRAs; serve an export of this adapter")
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         # Until vLLM 0.28 the method has the second name.
         renames = getattr(mapper, "get_rename_mapper", None) or getattr(mapper, "get_unstacked_mapper", None)
@@ -163,7 +162,7 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
                 groups[name][int(index)] = layer
         for name, layers in groups.items():
             folder, _, last = name.rpartition(".")
-            modules = {f"{folder}.{part}" for part in self.packed_modules_mapping.get(last) or [last]}
+            modules = {f"{folder}.{part}" for part in (last, *self.packed_modules_mapping.get(last, ()))}
             for target, linear in self._source.shape.block.adaptable.items():
                 if covered := [block for block, rows in enumerate(linear.sources) if rows.module in modules]:
                     yield LinearSlots(name, layers, self.tokens, target, linear.blocks, covered, self.lora_config)

@@ -165,7 +165,7 @@ def test_constants_are_what_plan_measures_and_can_be_read(
 
 def test_attention_is_counted_as_the_planner_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_attention, "seconds_of_call", lambda step, _: (step(), 1e-6)[1])
-    route = test_attention.attention_routes(CPU, torch.float32, 128)[test_attention.CHOSEN]
+    route = test_attention.attention_routes(CPU, torch.float32, 128, test_attention.PLAIN)[test_attention.CHOSEN]
     flops = 2 * 64**2 * 32 * 128  # of one matmul over the scores below the diagonal, twice
     said = test_attention.speed(route, 64, 64, 1e12, CPU)
     assert said.startswith(

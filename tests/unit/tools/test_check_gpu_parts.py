@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT
 
+from megatron_tiedlora.model.cpu_attention import Scores
 from megatron_tiedlora.model.fused_attention import AttentionRoute, one_by_one
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight
@@ -239,14 +240,27 @@ def test_a_device_that_is_too_fast_has_computed_nothing_and_a_plan_that_is_too_l
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def compared(route: Any, *, name: str = test_attention.CHOSEN, lengths: Sequence[int] = (1, 30, 64, 7)) -> str:
+def compared(
+    route: Any,
+    *,
+    name: str = test_attention.CHOSEN,
+    lengths: Sequence[int] = (1, 30, 64, 7),
+    how: Scores = test_attention.PLAIN,
+) -> str:
     drawn = test_attention.random_heads(test_attention.CASES[1], 2, sum(lengths), CPU, torch.float32)
-    return outcome_of(test_attention.compare, name=name, route=route, drawn=drawn, lengths=lengths)
+    given: dict[str, Any] = {"name": name, "route": route, "drawn": drawn, "lengths": lengths, "how": how}
+    return outcome_of(test_attention.compare, **given)
 
 
 def test_every_route_here_is_right_packed_or_not() -> None:
-    for route in test_attention.attention_routes(CPU, torch.float32, 128).values():
+    for route in test_attention.attention_routes(CPU, torch.float32, 128, test_attention.PLAIN).values():
         assert compared(route) == compared(route, lengths=(130,)) == "passed"
+    for how in (Scores(0.3, 20), Scores(0.3, 20, 2.0), Scores(0.3, None, 2.0)):
+        routes = test_attention.attention_routes(CPU, torch.float32, 128, how)
+        assert test_attention.CHOSEN in routes and (test_attention.ONE_BY_ONE in routes) == (how[1:] == (None, None))
+        for route in routes.values():
+            assert compared(route, how=how) == compared(route, lengths=(130,), how=how) == "passed"
+            assert compared(route, how=how._replace(window=19)) == "failed", "a window that is off by one is seen"
 
 
 def test_a_mask_that_is_off_is_seen() -> None:
@@ -283,7 +297,7 @@ def test_every_kernel_that_can_run_here_is_tried(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     chosen = AttentionRoute("PyTorch's flash kernel", "a reason", one_by_one)
     monkeypatch.setattr(test_attention, "choose_attention", lambda *_, **__: chosen)
-    found = list(test_attention.attention_routes(torch.device("cuda"), torch.float32, 128))
+    found = list(test_attention.attention_routes(torch.device("cuda"), torch.float32, 128, test_attention.PLAIN))
     assert found == [test_attention.CHOSEN, "PyTorch's memory-efficient kernel", test_attention.ONE_BY_ONE]
 
 
