@@ -41,7 +41,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.shape == theirs.shape and theirs.std() > 1  # far from uniform, so that a fault shows
+    assert ours.shape == theirs.shape and theirs.std() > 0.8  # far from uniform, so that a fault shows
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 

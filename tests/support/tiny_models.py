@@ -174,16 +174,16 @@ def tiny_model(*, seed: int = 0, **shape: Any) -> Any:
     """A transformers model in fp32, in eval mode, with eager attention; `shape` as in `tiny_config`."""
     config = tiny_config(**shape)
     model = auto_class(config).from_config(config, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator, gemma = torch.Generator().manual_seed(seed), config.model_type.startswith("gemma")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if name.endswith("bias"):
                 draw = 0.3 * draw
             elif "norm" in name:  # Gemma adds 1 to what it stores
-                draw = 0.2 * draw if model.config.model_type.startswith("gemma") else 1 + 0.2 * draw
-            elif "embed_tokens" in name:  # also the head, where tied
-                draw = 0.6 * draw
+                draw = 0.2 * draw if gemma else 1 + 0.2 * draw
+            elif "embed_tokens" in name:  # also the head, where tied; Gemma multiplies by sqrt(d)
+                draw = (0.15 if gemma else 0.6) * draw
             elif any(part in name for part in ("lm_head", "q_proj", "k_proj", "qkv_proj")):
                 draw = 2.0 * draw / math.sqrt(parameter.shape[-1])
             else:

@@ -100,7 +100,7 @@ def test_logits_of_every_family_equal_transformers_in_fp64(tmp_path: Path, name:
     places = torch.arange(40) + 3
     with Wide():
         theirs = model(tokens(), position_ids=places.expand(2, 40)).logits
-    assert theirs.std() > 1 and theirs.dtype == torch.float64
+    assert theirs.std() > 0.8 and theirs.dtype == torch.float64
     ours = oracle_logits(weights, config, None, tokens(), positions=places.expand(2, 40))
     assert largest_error(ours, theirs) < 1e-12
     held = text_weights(model.state_dict(), config)  # the names in memory differ from those in the file

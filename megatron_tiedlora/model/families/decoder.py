@@ -230,12 +230,12 @@ def text_tower(config: HfConfig, kind: str, absent: Mapping[str, Any] | None = N
     towers = (tower for tower in _TOWERS if any(name.startswith(tower[0]) for name in config.names))
     prefix, head = next(towers, _TOWERS[0])
     # Without the field, transformers ties the head, unless the files have a different one.
-    ties = f"{head}.weight" not in config.names if config.get("tie_word_embeddings") is None else None
+    tied = config.flag("tie_word_embeddings", f"{head}.weight" not in config.names)
     return replace(
         shape,
         embedding=replace(shape.embedding, sources=(shapes.StoredRows(f"{prefix}embed_tokens"),)),
         block=replace(shape.block, source=f"{prefix}layers.{{index}}", module=f"{_TOWERS[0][0]}layers.{{index}}"),
         final_norm=replace(shape.final_norm, source=f"{prefix}norm"),
         head=replace(shape.head, sources=(shapes.StoredRows(head),)),
-        tied_embeddings=config.flag("tie_word_embeddings") if ties is None else ties,
+        tied_embeddings=tied,
     )

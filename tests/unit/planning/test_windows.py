@@ -122,6 +122,17 @@ def test_windows_take_the_time_of_their_kernel() -> None:
     assert line.endswith(f" it would do {rate:,.0f} tokens/s"), "in windows too"
 
 
+def test_a_run_with_capped_scores_is_planned_by_tiles() -> None:
+    """Without flash_attn no kernel has caps: a thirtieth of the peak, and FlashAttention 3 is named as the faster."""
+    source = short("llama2-7b", 8)
+    block = replace(source.shape.block, heads=replace(source.shape.heads, cap=50.0))
+    step = group_of(replace(source, shape=replace(source.shape, block=block)), 1, max_length=4096, global_batch_size=1)
+    one = Planned(step=step, layout=step.layout, machine=step.shared.machine)
+    assert one.machine["attention.bf16"] == 0.03
+    (line,) = attention_lines(one, "it")
+    assert "by tiles of queries (0.03 of the peak)" in line and "with FlashAttention 3 (0.45;" in line
+
+
 @pytest.mark.parametrize("windows", [(None,) * 8, (32,) * 8, (32, None) * 4, (500,) * 8])
 def test_tiles_of_windows_are_small(windows: tuple[int | None, ...]) -> None:
     """A tile of 128 queries has as many keys as its longest row of them: 127 more than the window."""
