@@ -130,7 +130,7 @@ class OracleConfig:
             rotary_share=float(rope.get("partial_rotary_factor", 1.0)),
             rope_scaling=scaling,
             rotates=hf.get("no_rope_layers"),
-            interleaved=family == "glm4",
+            interleaved=family in ("glm", "glm4"),
             windowed=tuple(kind == "sliding_attention" for kind in kinds),
             window=window or 0,
             window_rope=window_rope,
