@@ -149,6 +149,9 @@ class OracleConfig:
         return cls.from_hf(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
 
 
+_AMPLITUDES = {"mscale": 1, "mscale_all_dim": 0}  # of YaRN: the amplitude is a ratio where the second is given
+
+
 def _rope(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
     """The base of the frequencies, and the fields of their scaling."""
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -272,7 +275,8 @@ def rope_amplitude(scaling: Mapping[str, Any] | None, max_positions: int) -> flo
     if scaling.get("attention_factor"):
         return float(scaling["attention_factor"])
     if scaling["rope_type"] == "yarn":
-        return 0.1 * math.log(scaling["factor"]) + 1
+        by = [0.1 * scaling.get(name, own) * math.log(scaling["factor"]) + 1 for name, own in _AMPLITUDES.items()]
+        return by[0] / by[1]
     original = scaling["original_max_position_embeddings"]
     return math.sqrt(1 + math.log(max_positions / original) / math.log(original))
 

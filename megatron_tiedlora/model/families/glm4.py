@@ -19,7 +19,7 @@ GLM_DEFAULTS: dict[str, Any] = {
 
 
 def glm_decoder(config: HfConfig, **features: Any) -> shapes.ModelShape:
-    """Return the shape of layers with a fused gate and up, and rotation of neighbouring elements in a part of a head."""
+    """Return the shape of layers with a fused gate and up, which rotate neighbouring elements in a part of a head."""
     rope, limit = read_rope(config, partial=True)
     rope, bias = replace(rope, interleaved=True), config.flag("attention_bias")
     return gated_decoder(config, rope=(rope, limit), qkv_bias=bias, fused=(shapes.GATE_UP,), **features)
