@@ -374,6 +374,11 @@ class ModelShape:
         return self.kinds[block - 1] if self.kinds else AttentionKind(self.heads.rope)
 
     @property
+    def window(self) -> int | None:
+        """Return the smallest window of attention, or None if no block has one."""
+        return min((kind.window for kind in self.kinds if kind.window is not None), default=None)
+
+    @property
     def vocab_size(self) -> int:
         """Return the number of token ids in the vocabulary."""
         return self.embedding.out_size

@@ -257,11 +257,10 @@ def model_source(model: Any, name: str | None = None) -> ModelSource:
     fields.pop("quantization_config", None)  # it affects only the frozen weights, and not the adapter
     name = name or config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
-    held = dict(getattr(model, "named_parameters", dict)())
-    if "text_config" in fields and (head := held.get("lm_head.weight")) is not None and not head.is_meta:
+    head = dict(getattr(model, "named_parameters", dict)()).get("lm_head.weight")  # None if it is tied
+    if "text_config" in fields and head is not None and not head.is_meta:
         fields["tie_word_embeddings"] = False  # transformers does not tie a head that is stored with other values
-    shape = shape_from_hf(fields, source=f"the config of {name}", names=held)
-    return ModelSource(name, folder, shape, stored=stored)
+    return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
 
 
 def base_layer_of(module: Any) -> Any:

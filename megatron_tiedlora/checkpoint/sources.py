@@ -91,6 +91,11 @@ class ModelSource:
         return f"AutoModelFor{'ImageTextToText' if self.shape.block.is_tower else 'CausalLM'}"
 
     @property
+    def attention_in_transformers(self) -> str:
+        """Return the name of an attention of transformers that can run the model. Its "sdpa" does not cap scores."""
+        return "sdpa" if self.shape.heads.cap is None else "eager"
+
+    @property
     def stored_base(self) -> str | None:
         """Return the storage format of the blocks' linears in the folder, a key of `BASE_FORMATS`, or None."""
         return None if self.stored is None else self.stored.base_format

@@ -235,7 +235,7 @@ def verify_export(
     if merged is not None:
         compare_both("merged" if onto is None else f"merged onto {onto}", found["merged"])
         if "transformers" in runtimes:
-            compare_both("merged, in transformers", transformers_logits(merged, tokens, source.auto_class))
+            compare_both("merged, in transformers", transformers_logits(merged, tokens, source))
     if peft is not None:
         read = found["peft"]
         exact = exported is None or stored_dtype(peft).itemsize >= 4  # for 16 bits, the bit comparison decides
@@ -244,7 +244,7 @@ def verify_export(
             from peft import PeftModel
 
             wrap = partial(PeftModel.from_pretrained, model_id=str(peft))
-            logits = transformers_logits(source.weights_folder(), tokens, source.auto_class, wrap)
+            logits = transformers_logits(source.weights_folder(), tokens, source, wrap)
             rows.append(compare_logits("PEFT adapter, in peft", native if exact else read, logits, "equal"))
     return Verification(tuple(bits), tuple(rows), tuple(notes))
 
@@ -290,8 +290,12 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
     return "\n".join(map(printable, messages.aligned_lines([heading, *rows], align="<>>>><")))
 
 
-def transformers_logits(folder: Path, tokens: Tensor, auto_class: str, wrap: Any = lambda model: model) -> Tensor:
-    """Return logits (b, s, V) of `wrap` applied to the model in `folder`. Raise UserError if it does not load."""
+def transformers_logits(folder: Path, tokens: Tensor, source: ModelSource, wrap: Any = lambda model: model) -> Tensor:
+    """Return logits (b, s, V) of `wrap` applied to the model in `folder`, which has the shape of `source`.
+
+    Raises:
+        UserError: the model does not load.
+    """
     import transformers
     from transformers.utils import logging
 
@@ -302,12 +306,12 @@ def transformers_logits(folder: Path, tokens: Tensor, auto_class: str, wrap: Any
             quiet.callback(logging.enable_progress_bar)
         quiet.enter_context(warnings.catch_warnings(action="ignore", category=FutureWarning))
         try:
-            loaded = getattr(transformers, auto_class).from_pretrained(
+            loaded = getattr(transformers, source.auto_class).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",  # ignore the config's, which may name code on the hub
+                attn_implementation=source.attention_in_transformers,  # the config's own may name code on the hub
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many types; users of transformers could not load it either

@@ -314,7 +314,7 @@ def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> 
         encoding.task.name,
         reading.template,
         encoding.max_length,
-        sorted(encoding.end_ids),
+        *(sorted(encoding.end_ids), encoding.vocab_size),
         *(list((reading.columns or {}).items()), reading.train_on, reading.add_bos, reading.special_tokens),
         *(template_fields(reading.template), content, first_only, source_hash(_CODE)),
     ]

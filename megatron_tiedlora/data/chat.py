@@ -14,10 +14,11 @@ from typing import Any
 from megatron_tiedlora.base.files import read_small_text
 from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.data.chat_template import ChatTemplate, TemplateNames, has_marks
-from megatron_tiedlora.data.task import Reading, Segment, join_answer
-from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
+from megatron_tiedlora.data.task import Example, Reading, Segment, join_answer
+from megatron_tiedlora.data.turns import ASSISTANT, CALLS, REASONING, TOOL, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template can write these
+_TOOL_ROLES = (TOOL, "observation", "environment")  # names of one role in different templates
 _WORD = re.compile(r"\w+")
 
 
@@ -61,7 +62,9 @@ class Chat:
         assert self._template is not None
         turns = conversation.turns
         wanted = [index for index, turn in enumerate(turns) if turn.trained or turn is turns[-1]]
-        messages, names = [turn.message for turn in turns], [turn.name for turn in turns]
+        tool = next((role for role in _TOOL_ROLES if role in self._names[bool(conversation.tools)].constants), TOOL)
+        messages = [{**turn.message, "role": tool} if turn.message["role"] == TOOL else turn.message for turn in turns]
+        names = [turn.name for turn in turns]
         tools = conversation.tools or ()
         text, spans = self._template.render(messages, source, answers=wanted, names=names, tools=tools)
         self._check_written(conversation, text, source)
@@ -145,15 +148,15 @@ class Chat:
             raise UserError(f"{source}: 'tools' is not read by {self._name}; {self._fix}, or remove the field")
         for turn in conversation.turns:
             message, where = turn.message, f"{source}, {turn.name}"
-            for field in ("tool_calls", *REASONING):
+            for field in (*CALLS, *REASONING):
                 if field in message and field not in names.fields:
                     other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
                     rename = "" if other is None else f"rename it {other!r}, "  # the template's name for a thought
                     said = f"{where}: {field!r} is not read by {self._name}"
                     raise UserError(f"{said}; {self._fix}, {rename}or remove the field")
             role, calls = message["role"], "tool_calls" in names.fields  # such a template also writes answers of tools
-            known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
-            if not known and self.reading.special_tokens == "refuse":
+            written = (*_PLAIN_ROLES, *names.constants, *((TOOL,) if calls or names.constants & {*_TOOL_ROLES} else ()))
+            if role not in written and self.reading.special_tokens == "refuse":
                 said = f"{where}: role {shown(role)} is not known to {self._name}"
                 raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write this role unchanged")
 
@@ -228,6 +231,18 @@ def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
     found = {str(token) for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", ()))
     longest_first = sorted((token for token in found if token.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def template_end_ids(tokenizer: Any, examples: Iterable[Example]) -> frozenset[int]:
+    """Return the ids of the control tokens that the chat template writes at the end of the last answers."""
+    control, found = _control_tokens(tokenizer, "plain"), set[str]()
+    last = control and re.compile(rf"({control.pattern})\s*\Z")
+    for example in (example for example in examples if example.conversation and tokenizer.chat_template):
+        text = "".join(segment.text for segment in example.segments[example.num_prompt :] if not segment.plain)
+        while last and (token := last.search(text)):
+            found.add(token[1])
+            text = text[: token.start()]
+    return frozenset(map(int, tokenizer.convert_tokens_to_ids(sorted(found))))
 
 
 def with_marks(segments: Iterable[Segment]) -> str:

@@ -308,8 +308,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
     until = render(messages[: index + 1])
     if whole.startswith(until):
         return start, len(until)
-    ended = until.endswith(eos) and render(messages[:index]).endswith(eos)
-    if ended and whole.startswith(until.removesuffix(eos)):  # the template ends every text with EOS
+    if until.endswith(eos) and whole.startswith(until.removesuffix(eos)):  # the template ends the last turn with EOS
         return start, len(until) - len(eos)
     # A template may write an empty thought before the last answer only, so the text after the thought is compared.
     text = str(messages[index].get("content") or "").strip()

@@ -282,7 +282,7 @@ class RowEncoder(Encoder):
 
     def __init__(self, encoding: Encoding) -> None:
         super().__init__(encoding.tokenizer, encoding.reading, encoding.max_length)
-        self._task, self._ends = encoding.task, encoding.end_ids
+        self._task, self._ends, self._check = encoding.task, encoding.end_ids, encoding.check
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, RowShapes]:
         """Return the samples of a chunk of rows as the arrays that `encoded_rows` yields, and the shapes of the rows.
@@ -292,6 +292,8 @@ class RowEncoder(Encoder):
         made = [make_example(self._task, self.chat, [row]) for _, _, row in rows]
         of_rows = list(self.samples(made))
         samples = [sample for parts in of_rows for sample in parts]
+        for example, parts in zip(made, of_rows, strict=True):
+            self._check(chain.from_iterable(sample.tokens for sample in parts), example.source)
         arrays = joined(samples)
         facts, counts = arrays["facts"], [len(parts) for parts in of_rows]
         facts["chat"] = np.repeat([example.conversation is not None for example in made], counts)

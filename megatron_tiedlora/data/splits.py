@@ -78,6 +78,7 @@ class Encoding:
     """All inputs that determine the token ids of a row.
 
     end_ids: the token ids that end an answer.
+    vocab_size: the number of rows of the model's embedding.
     """
 
     task: Task
@@ -85,6 +86,12 @@ class Encoding:
     reading: Reading
     max_length: int
     end_ids: frozenset[int]
+    vocab_size: int
+
+    def check(self, ids: Iterable[int], source: str) -> None:
+        """Raise UserError, with `source`, if the embedding has no row for one of these token ids."""
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            raise UserError(f"{source}: no embedding for {self.tokenizer.convert_ids_to_tokens(largest)!r}; remove it")
 
 
 def open_encoding(settings: DataSettings, model_folder: Path, *, vocab_size: int, max_length: int) -> Encoding:
@@ -99,7 +106,7 @@ def open_encoding(settings: DataSettings, model_folder: Path, *, vocab_size: int
         tokenizer.chat_template = read_chat_template(settings.chat_template)
     check_vocabulary(tokenizer, vocab_size)
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
-    return Encoding(get_task(settings.task), tokenizer, Reading.of(settings), max_length, ends)
+    return Encoding(get_task(settings.task), tokenizer, Reading.of(settings), max_length, ends, vocab_size)
 
 
 def files_of(settings: DataSettings) -> Files:

@@ -47,12 +47,12 @@ def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
             raise _rejection(name, "is neither a folder nor a SentencePiece .model file")
         _check_size(path)
         tokenizer = _load_sentencepiece(path, config_folder=None)
-    elif path.is_dir():
-        tokenizer = _load_folder(path)
-    elif name.startswith(("/", ".", "~")) or name.endswith(".model"):
+    elif not path.is_dir() and (name.startswith(("/", ".", "~")) or name.endswith(".model")):
         raise _rejection(name, "does not exist")
     else:
-        tokenizer = _load_folder(download_tokenizer(name))
+        folder = path if path.is_dir() else download_tokenizer(name)
+        tokenizer = _load_folder(folder)
+        tokenizer.chat_template = tokenizer.chat_template or _processor_template(folder)
     tokenizer.name_or_path = name
     return tokenizer
 
@@ -84,17 +84,19 @@ def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
 
 
 def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
-    """Return the ids that end a sequence: the tokenizer's EOS, and the ids in the model's generation_config.json (chat
-    models have several). As in transformers, ids outside the `vocab_size` rows of the embedding are ignored. Raises
-    UserError if the tokenizer has no EOS, or if the ids in the file are not integers."""
+    """Return the ids that end a sequence: the tokenizer's EOS, and the model's ids (chat models have several). As in
+    transformers, these are in generation_config.json, or else in config.json or its text_config, and ids outside the
+    `vocab_size` rows of the embedding are ignored. Raises UserError if there is no EOS, or if an id is not an int."""
     if tokenizer.eos_token_id is None:
         raise _rejection(tokenizer.name_or_path, "has no end-of-sequence token")
-    file = model_folder / "generation_config.json"
-    found = read_json_object(file, kind="a generation config").get("eos_token_id") if file.is_file() else None
-    more = found if isinstance(found, list) else [] if found is None else [found]
-    for token in more:
-        if type(token) is not int:
-            raise UserError(f"{file}: eos_token_id = {shown(found)} is neither an id nor a list of ids; correct it")
+    files = [file for name in ("generation_config.json", "config.json") if (file := model_folder / name).is_file()]
+    read = ((file, read_json_object(file, kind="a model's config")) for file in files)
+    parts = ((file, part) for file, values in read for part in (values, values.get("text_config")))
+    known = ((file, part["eos_token_id"]) for file, part in parts if isinstance(part, dict) and "eos_token_id" in part)
+    file, found = next((pair for pair in known if pair[1] is not None), (model_folder, []))
+    more = found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in more):
+        raise UserError(f"{file}: eos_token_id = {shown(found)} is neither an id nor a list of ids; correct it")
     return frozenset(token for token in (int(tokenizer.eos_token_id), *more) if 0 <= token < vocab_size)
 
 
@@ -146,10 +148,12 @@ def padding_id(tokenizer: Tokenizer) -> int:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError if an id of the tokenizer is too large for the model's embedding of `vocab_size` rows."""
-    vocabulary = tokenizer.get_vocab()
-    ids = [(token_id, token) for token, token_id in vocabulary.items()]
-    ids += zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    """Raise UserError if an id of the tokenizer is too large for the model's embedding of `vocab_size` rows. Control
+    tokens other than BOS, EOS, UNK and padding may be larger, such as Gemma 3's token of images; see `Encoding.check`.
+    """
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token}
+    unused = {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special} - named
+    ids = ((number, token) for token, number in tokenizer.get_vocab().items() if token not in unused)
     largest_id, token = max(ids, default=(-1, ""))
     if largest_id >= vocab_size:
         raise UserError(
@@ -178,6 +182,15 @@ def _load_folder(folder: Path) -> Tokenizer:
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
         raise _rejection(str(folder), "contains no tokenizer (no tokenizer.json and no tokenizer.model)")
     return _guarded(folder, lambda: AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
+
+
+def _processor_template(folder: Path) -> str | None:
+    """Return the chat template of a multimodal model's processor. It is read if the tokenizer itself has none."""
+    file = folder / "chat_template.json"
+    text = read_json_object(file, kind="a chat template").get("chat_template") if file.is_file() else None
+    if not isinstance(text, str | None):
+        raise _rejection(str(file), f"chat_template = {shown(text)} is not a text")
+    return text
 
 
 def check_conversion(source: str | Path) -> None:
@@ -283,10 +296,10 @@ def _id_settings(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             found |= read_json_object(folder / name, kind="a tokenizer's config")
     template = folder / "chat_template.jinja"
-    chat = read_small_text(template) if template.is_file() else found.get("chat_template")
+    own = read_small_text(template) if template.is_file() else found.get("chat_template")
     tokens = {role: found.get(role) for role in ("bos_token", "eos_token")}
     texts = {role: token.get("content") if isinstance(token, dict) else token for role, token in tokens.items()}
-    return {**texts, "chat_template": chat, "added": _added(folder, found)}
+    return {**texts, "chat_template": own or _processor_template(folder), "added": _added(folder, found)}
 
 
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:

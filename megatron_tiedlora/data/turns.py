@@ -21,7 +21,8 @@ _SAME_ROLE = {"function": TOOL, "observation": TOOL, "function_response": TOOL, 
 _CALL_ROLES = ("function_call", "tool_call")  # an assistant's turn whose text is the call, as JSON
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-_PASSED_ON = ("name", "tool_calls", "tool_call_id", *REASONING)
+CALLS = ("tool_calls", "functions", "function_calls")  # the last two are texts, in OLMo 3's data
+_PASSED_ON = ("name", "tool_call_id", *CALLS, *REASONING)
 _UNREAD = ("images", "image", "videos", "video", "audios", "audio", "documents", "refusal")
 _FLAGS = ("train", "weight", "loss")
 # Other tools' names for the flags in `_FLAGS`. If a flag were ignored, turns could be supervised that should not be.
@@ -117,10 +118,10 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     calls = passed.get("tool_calls", [item["function_call"]] if item.get("function_call") else None)
     if calls is not None:
         passed["tool_calls"] = _calls(calls, where)
-    elif content_field not in item:
+    elif content_field not in item and "function_calls" not in passed:
         said = f"{where}: {content_field!r} is missing; the message has {describe_fields(item)}"
         raise UserError(f"{said}; add its text, or remove the row")
-    may_be_empty = calls is not None or role in (TOOL, *_OPENING)
+    may_be_empty = calls is not None or "function_calls" in passed or role in (TOOL, *_OPENING)
     return {"role": role, "content": _content(content, content_field, where, may_be_empty=may_be_empty), **passed}
 
 

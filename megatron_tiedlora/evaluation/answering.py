@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.config.fields import marked
-from megatron_tiedlora.data.chat import chat_writer
+from megatron_tiedlora.data.chat import chat_writer, template_end_ids
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
 from megatron_tiedlora.data.splits import Encoding, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, join_answer
@@ -94,9 +94,11 @@ def encode_scored(
     ]
     ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts], plain=plain))
     endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
-    for example, of_example in zip(examples, endings, strict=True):
+    for example, prompt, of_example in zip(examples, prompts, endings, strict=True):
+        encoding.check([*prompt.tolist(), *sum(of_example, ())], example.source)
         if not all(of_example):
             raise UserError(f"{example.source}: a choice has no tokens; remove the row")
+    encoding = replace(encoding, end_ids=encoding.end_ids | template_end_ids(tokenizer, examples))
     note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
     samples = tuple(examples), tuple(prompts), tuple(endings), num_truncated
     return ScoredSet(encoding, *samples, max_new_tokens, batch_size, note)

@@ -69,7 +69,8 @@ def load_base(
 
     trained = adapter.base_identity
     folder = (source := sources.find_model(model or trained.base_model)).weights_folder()
-    keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
+    # The config's own may name code on the hub.
+    keywords.setdefault("attn_implementation", source.attention_in_transformers)
     return getattr(transformers, source.auto_class).from_pretrained(
         folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
     ).eval()

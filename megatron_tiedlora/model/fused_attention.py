@@ -52,6 +52,7 @@ Queries are (tokens, heads, head_dim). Keys and values are (tokens, kv heads, he
 Installed = Callable[[str], bool]
 """A function that returns whether the Python module of a library is installed."""
 
+TILES = "tiles of queries"  # the name of `cpu_attention.attend_by_tiles`
 _CAUSAL = 1  # the memory-efficient kernel's mask type: a query attends to keys up to its own position
 
 
@@ -89,11 +90,11 @@ def choose_attention(
         window, cap: whether some documents are longer than the window of the scores; their cap, see `Scores`.
     """
     if device.type == "cpu":
-        return AttentionRoute("tiles of queries", "a CPU", None)
+        return AttentionRoute(TILES, "a CPU", None)
     rejected: list[str] = []
     first: tuple[FusedKernel, Attend] | None = None  # a kernel that supports only some rows
     attend: Attend | None = None if window or cap is not None else one_by_one
-    name = "tiles of queries" if attend is None else "PyTorch's attention, one document after another"
+    name = TILES if attend is None else "PyTorch's attention, one document after another"
     for candidate in CANDIDATES if device.type == "cuda" else ():
         capability = torch.cuda.get_device_capability(device)
         obstacle = candidate.obstacle(capability, dtype, head_dim, deterministic=deterministic, window=window, cap=cap)

@@ -65,10 +65,10 @@ class HfConfig:
         self._defaults = defaults
         self._read = {"model_type"}
 
-    def get(self, name: str) -> Any:
-        """Return the value of a field. If it is absent, return the family's default, or None if there is none."""
+    def get(self, name: str, otherwise: Any = None) -> Any:
+        """Return the value of a field. If it is absent, return the family's default, or `otherwise` without one."""
         self._read.add(name)
-        return self._values.get(name, self._defaults.get(name))
+        return self._values.get(name, self._defaults.get(name, otherwise))
 
     def size(self, name: str, otherwise: int | None = None) -> int:
         """Return a positive integer, or `otherwise` for null. Raise UserError for any other value."""
@@ -86,9 +86,9 @@ class HfConfig:
             raise self._wrong(name, value, "is not a number from 0 to 1")
         return float(value)
 
-    def flag(self, name: str) -> bool:
-        """Return true or false; null counts as false. Raise UserError for any other value."""
-        value = self.get(name)
+    def flag(self, name: str, otherwise: bool = False) -> bool:
+        """Return true or false, or `otherwise` (see `get`); null counts as false. Raise UserError for other values."""
+        value = self.get(name, otherwise)
         if value is not None and not isinstance(value, bool):
             raise self._wrong(name, value, "is neither true nor false")
         return bool(value)

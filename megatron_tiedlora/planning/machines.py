@@ -15,7 +15,14 @@ import torch
 from megatron_tiedlora.base import files, shapes
 from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
 from megatron_tiedlora.config.settings import GPU_NAMES
-from megatron_tiedlora.model.fused_attention import CANDIDATES, AttentionRoute, FusedKernel, Installed, is_installed
+from megatron_tiedlora.model.fused_attention import (
+    CANDIDATES,
+    TILES,
+    AttentionRoute,
+    FusedKernel,
+    Installed,
+    is_installed,
+)
 
 _KNOWN = files.read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
 _BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in shapes.BASE_NAMES]}
@@ -45,6 +52,7 @@ class Machine:
         on_gpu: whether ranks run on GPUs; False for CPUs.
         capability: the CUDA compute capability, such as (9, 0); None for CPUs.
         constants: the constant for each name in `CONSTANTS`.
+        windowed: the `attention.bf16` of rows that are longer than the window, if another kernel computes them.
     """
 
     name: str
@@ -52,14 +60,16 @@ class Machine:
     on_gpu: bool
     constants: Mapping[str, Constant] = field(repr=False)
     capability: tuple[int, int] | None = None
+    windowed: Constant | None = None
 
     def __getitem__(self, name: str) -> float:
         """Return the value of a constant."""
         return self.constants[name].value
 
-    def rate(self, what: str, dtype: str) -> float:
+    def rate(self, what: str, dtype: str, *, windowed: bool = False) -> float:
         """Return the FLOP/s that `matmul` or `attention` reaches in a dtype: bf16, fp8 or fp32."""
-        return self[f"peak.{dtype}"] * self[f"{what}.{dtype}"]
+        other = self.windowed if windowed and dtype == "bf16" else None
+        return self[f"peak.{dtype}"] * (other or self.constants[f"{what}.{dtype}"]).value
 
     def record(self) -> dict[str, Any]:
         """Return the machine as a dictionary in the JSON format that --constants reads."""
@@ -137,18 +147,18 @@ def attention_kernel(
     *,
     whole: bool = True,
     here: Installed | None = ().__contains__,
-    deterministic: bool = False,
-) -> FusedKernel:
-    """Return the attention kernel that a run in 16 bits uses on a GPU of this capability.
+    **options: Any,
+) -> str:
+    """Return the name of the attention kernel that a run in 16 bits uses on a GPU of this capability.
 
     Args:
         whole: whether each row is one document, of a length that every kernel supports.
-        here, deterministic: see `FusedKernel.obstacle`. By default no library is installed, as after `pip install` of
-            this project.
+        here, options: see `FusedKernel.obstacle`. By default no library is installed, as after `pip install` of this
+            project.
     """
-    given: dict[str, Any] = {"here": here, "deterministic": deterministic}
+    given = capability, torch.bfloat16, head_dim
     able = (one for one in CANDIDATES if whole or one.multiple is None)
-    return next(one for one in able if one.obstacle(capability, torch.bfloat16, head_dim, **given) is None)
+    return next((one.name for one in able if one.obstacle(*given, here=here, **options) is None), TILES)
 
 
 def attention_of(machine: Machine) -> str | None:
@@ -157,40 +167,52 @@ def attention_of(machine: Machine) -> str | None:
     return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
 
 
-def attending(machine: Machine, *, head_dim: int, length: int | None, deterministic: bool = False) -> Machine:
-    """Return a machine of `GPUS` with the constant of the attention kernel that a run uses; others as they are.
+def attending(
+    machine: Machine, *, head_dim: int, length: int | None, window: int | None = None, **options: Any
+) -> Machine:
+    """Return a machine of `GPUS` with the constants of the attention kernels that a run uses; others as they are.
 
     Libraries count as installed only if they are installed on this computer, and if it has such a GPU.
 
     Args:
         length: the tokens of each row, if a row is one document; None for packed samples and rows of many lengths.
-        deterministic: see `choose_attention`.
+        window: the smallest window of the model's blocks.
+        options: `deterministic` and `cap`, see `choose_attention`.
     """
     preset = GPUS.get(machine.name)
     if preset is None or machine.constants["attention.bf16"] != preset.constants["attention.bf16"]:
         return machine
     assert machine.capability is not None, "a GPU has a capability"
     whole = length is not None and all(length % one.multiple == 0 for one in CANDIDATES if one.multiple is not None)
-    options: dict[str, Any] = {"here": None} if is_here(machine) else {}
-    kernel = attention_kernel(machine.capability, head_dim, whole=whole, deterministic=deterministic, **options)
-    share = ATTENTION[machine.capability].get(kernel.name)
-    return machine if share is None else machine.changed({"attention.bf16": share})
+    options |= {"here": None} if is_here(machine) else {}
+    in_windows = [False, *([True] if window is not None and (length is None or window < length) else [])]
+    names = [attention_kernel(machine.capability, head_dim, whole=whole, window=w, **options) for w in in_windows]
+    share, *others = map(ATTENTION[machine.capability].get, names)
+    windowed = next((other for other in others if other != share), None)
+    return machine if share is None else machine.changed({"attention.bf16": share}, windowed=windowed)
 
 
-def faster_attention(capability: tuple[int, int], name: str, *, head_dim: int) -> FusedKernel | None:
-    """Return the fastest attention kernel, which one command installs; None if the kernel `name` is as fast."""
+def faster_attention(capability: tuple[int, int], name: str, *, head_dim: int, **options: Any) -> FusedKernel | None:
+    """Return the fastest attention kernel, which one command installs; None if the kernel `name` is as fast.
+
+    Args:
+        options: see `FusedKernel.obstacle`.
+    """
     shares = {key: share.value for key, share in ATTENTION.get(capability, {}).items()}
     faster = (one for one in CANDIDATES if shares.get(one.name, 0.0) > shares.get(name, _MOST_SHARE))
-    fits = (one for one in faster if one.obstacle(capability, torch.bfloat16, head_dim, here=bool) is None)
+    fits = (one for one in faster if one.obstacle(capability, torch.bfloat16, head_dim, here=bool, **options) is None)
     return next(fits, None)  # the fastest is the first
 
 
-def attention_in_words(route: AttentionRoute, device: torch.device, *, head_dim: int, packing: bool) -> str:
+def attention_in_words(
+    route: AttentionRoute, device: torch.device, *, heads: shapes.HeadShape, packing: bool, windowed: bool = False
+) -> str:
     """Return a run's attention kernel, its expected share of the peak, and how to install a faster one, as text."""
     if device.type != "cuda":
         return str(route)
     capability, name = torch.cuda.get_device_capability(device), (packing and route.otherwise) or route.name
-    known, faster = ATTENTION.get(capability, {}), faster_attention(capability, name, head_dim=head_dim)
+    known, options = ATTENTION.get(capability, {}), {"window": windowed, "cap": heads.cap}
+    faster = faster_attention(capability, name, head_dim=heads.dim, **options)
     words = f"{route}; {known[name].value} of the peak in bf16 is expected" if name in known else str(route)
     if route.otherwise in known and name != route.otherwise:
         words += f" ({known[route.otherwise].value} for other rows)"
@@ -227,7 +249,7 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
     constants = _BY_BYTES | {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
     constants |= {key: Constant(float(value), "data sheet") for key, value in of_sheet.items()}
     constants["memory"] = Constant(facts["gib"] * 2**30, "total capacity in PyTorch's messages on this card")
-    constants["attention.bf16"] = ATTENTION[major, minor][attention_kernel((major, minor)).name]
+    constants["attention.bf16"] = ATTENTION[major, minor][attention_kernel((major, minor))]
     return Machine(name, facts["title"], True, {key: constants[key] for key in CONSTANTS}, (major, minor))
 
 

@@ -215,7 +215,8 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
     per head. The second value counts the temporary bytes of the backward pass.
 
     On GPUs the values are for PyTorch 2.11: flash attention in 16 bits, and the memory-efficient kernel in fp32. The
-    package flash_attn needs the same memory. On a CPU the values are for the tiles of `model/cpu_attention.py`.
+    package flash_attn needs the same memory. On a CPU the values are for the tiles of `model/cpu_attention.py`, which
+    GPUs use too if no kernel has the window or the cap of the scores.
     """
     shape, layout, (tokens, documents, longest, _) = stage.shape, stage.layout, largest
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
@@ -234,12 +235,17 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
             copies = -(-MULTIPROCESSORS // (documents * heads))
         workspace = FP32 * heads * rows * (copies * padded(shape.heads.dim, 32) + 1)
         workspace += 2 * query * tokens * itemsize * grouped
-    else:
+    windowed = shape.window is not None and layout.dtype == torch.float32  # the fp32 kernel has no windows
+    if not layout.on_gpu or shape.heads.cap is not None or windowed:
         # The scores of a tile, their exponentials, both gradients and temporary values; fp32 keys and two sums.
         queries = min(cpu_attention.tile_size(shape.heads.num, shape.heads.num_kv), longest)
-        scores = layout.rows * heads * queries * longest
-        workspace = scores * (FP32 + 2 * itemsize + FP32 * (1 if layout.compiled else 3))
-        workspace += tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))
+        windows = (shape.kind_of(block).window for block in stage.blocks)
+        keys = max(min((window or longest) + queries - 1, longest) for window in windows)
+        tile = layout.rows * heads * queries * keys
+        eager = not layout.compiled or layout.on_gpu
+        tile *= FP32 + 2 * itemsize + FP32 * (1 + eager * (2 if shape.heads.cap is None else 4))
+        sums = tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))
+        workspace = max(workspace, tile + sums)
     return saved, float(workspace)
 
 

@@ -27,6 +27,7 @@ class PassWork(dict[Hashable, float]):
     """The counts of one pass on a rank, or of the recomputation in a backward pass. Missing keys have the value 0.
 
     linears, head, low_rank, attention: the FLOPs of the blocks' frozen matmuls, the head, the adapter, and attention.
+    windowed: the part of `attention` in blocks whose window is shorter than the longest document.
     queries: the query elements that attention reads; twice as many in a backward pass.
     moved: the bytes that all other operations read and write.
     weights: the elements of the blocks' linears that matmuls read, and that a quantised base dequantises.
@@ -116,6 +117,8 @@ def _block_work(stage: StagePlan, sizes: Sizes, lengths: Sequence[int]) -> Stage
         flops = 2 * squared * stage.shape.heads.rows[0] / (sizes.halves * stage.layout.tp_size)
         for index, work in enumerate(found):
             work["attention"] += units[index, window] * flops
+            if window is not None and window < max(lengths, default=0):
+                work["windowed"] += units[index, window] * flops
     return found
 
 

@@ -367,8 +367,8 @@ class Planned:
         return sum(one.hours for one in alone)
 
     def changed(self, constants: dict[str, machines.Constant]) -> "Planned":
-        """Return this layout on a machine in which these constants are replaced."""
-        machine = self.machine.changed(constants)
+        """Return this layout on a machine in which these constants are replaced, those of windows included."""
+        machine = self.machine.changed(constants, windowed=None)
         return Planned(step=self.step, layout=self.layout, machine=machine, per_node=self.per_node)
 
     @property

@@ -367,7 +367,11 @@ def attention_lines(planned: Planned, name: str) -> Iterator[str]:
     known, where = machines.ATTENTION[machine.capability], "pip install of this project gives"
     where = "this computer has" if machines.is_here(machine) else where
     words = f"attention is planned by {kernel} ({known[kernel].value} of the peak), which {where}"
-    faster = machines.faster_attention(machine.capability, kernel, head_dim=planned.step.shape.heads.dim)
+    if (other := machine.windowed) is not None:
+        words += f", and in windows by {other.source.split(': ')[0]} ({other.value})"
+    shape = planned.step.shape
+    options = {"window": shape.window is not None, "cap": shape.heads.cap}
+    faster = machines.faster_attention(machine.capability, kernel, head_dim=shape.heads.dim, **options)
     if faster is not None:
         share = known[faster.name]
         rate = f"{planned.changed({'attention.bf16': share}).tokens_per_second:,.0f} tokens/s"

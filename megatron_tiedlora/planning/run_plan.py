@@ -105,10 +105,15 @@ class RunPlan:
 
     def machine_for(self, *, packed: bool) -> Machine:
         """Return `machine` with the attention kernel of rows that hold several samples (`packed`) or one each."""
-        settings, gpu = self.settings, GPUS[self.settings.gpu or DEFAULT_GPU]
-        length, head_dim = None if packed else settings.max_length, self.source.shape.heads.dim
-        own = attending(gpu, head_dim=head_dim, length=length, deterministic=settings.deterministic)
-        return own if self.on_gpu else CPU
+        gpu = GPUS[self.settings.gpu or DEFAULT_GPU]
+        return self.with_attention(gpu, packed=packed) if self.on_gpu else CPU
+
+    def with_attention(self, machine: Machine, *, packed: bool) -> Machine:
+        """Return a machine with the attention kernels that this run uses on it; `packed` as in `machine_for`."""
+        settings, shape = self.settings, self.source.shape
+        length, options = None if packed else settings.max_length, {"deterministic": settings.deterministic}
+        heads = shape.heads
+        return attending(machine, head_dim=heads.dim, length=length, window=shape.window, cap=heads.cap, **options)
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """Return the global batch of the step that follows `consumed_samples` samples."""

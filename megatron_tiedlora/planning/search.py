@@ -276,9 +276,7 @@ def search(plan: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
     first, *_ = accepted[0]
     if any(own.reads_data for own in first.values()):
         plan.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
-    head_dim, length = plan.source.shape.heads.dim, None if plan.data else settings.max_length
-    given: dict[str, Any] = {"head_dim": head_dim, "length": length, "deterministic": settings.deterministic}
-    plan.machine = machines.attending(plan.machine, **given)
+    plan.machine = next(iter(first.values())).with_attention(plan.machine, packed=bool(plan.data))
     same: dict[str, Any] = {"machine": plan.machine, "per_node": plan.per_node, "known": {}}
     plan.candidates = tuple(
         Candidate(**variant, **same, engine_file=engine_file, storage=storage)

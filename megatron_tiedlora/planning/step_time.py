@@ -234,10 +234,12 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
     dtype, moved = DTYPES[layout.dtype.itemsize], machine["bandwidth"] * machine["elementwise"]
     of_linears = dtype if products is None else DTYPES[1]
     of_blocks, in_dtype = machine.rate("matmul", of_linears), machine.rate("matmul", dtype)
+    windowed, in_windows = work["windowed"], machine.rate("attention", dtype, windowed=True)
     found = [
         Term("matmuls", f"matmuls of blocks in {of_linears}", work["linears"], of_blocks, "FLOP"),
         Term("matmuls", f"head, adapter in {dtype}", work["head"] + work["low_rank"], in_dtype, "FLOP"),
-        Term("attention", "attention", work["attention"], machine.rate("attention", dtype), "FLOP"),
+        Term("attention", "attention", work["attention"] - windowed, machine.rate("attention", dtype), "FLOP"),
+        Term("attention", "attention in windows", windowed, in_windows, "FLOP"),
         # The time to read inputs that computation does not hide.
         Term("attention", f"queries in {dtype} read", work["queries"], machine[f"queries.{dtype}"], "numbers"),
         Term("elementwise", "norms, gate, rotation, residuals, loss", work["moved"], moved, "B"),

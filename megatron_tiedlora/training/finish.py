@@ -201,7 +201,9 @@ def run_headline(
 ) -> list[str]:
     """Return the lines that a run prints before the progress bar: shared settings, and a summary of each adapter."""
     plan, stage, run = shared_plan(start.plans), built.runner.stage, trainer.only
-    settings, route, head_dim = plan.settings, stage.attention_route(device, plan.dtype), plan.source.shape.heads.dim
+    settings, route, shape = plan.settings, stage.attention_route(device, plan.dtype), plan.source.shape
+    windowed = any(kind.window for kind in shape.kinds)
+    used: dict[str, Any] = {"heads": shape.heads, "windowed": windowed, "packing": settings.packing}
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
     model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
@@ -221,7 +223,7 @@ def run_headline(
         *([("layout", layout)] if plan.grid.tp_size * plan.grid.pp_size > 1 else []),
         ("read", f"{read} of base weights per rank{stored}"),
         ("kernels", chosen.description),
-        ("attention", attention_in_words(route, device, head_dim=head_dim, packing=settings.packing)),
+        ("attention", attention_in_words(route, device, **used)),
         *(_all_starts(start, trainer, built) if run is None else _one_start(run, start, built)),
     ]
     return aligned_lines(rows, align="<")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.folders import ROOT
-from support.tiny_models import FAMILY_MODELS, tiny_config
+from support.tiny_models import FAMILY_MODELS, tiny_config, tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import AttentionKind, HeadShape, LinearScaling, ModelShape, RopeShape
@@ -22,6 +22,7 @@ from megatron_tiedlora.model import hf_config
 from megatron_tiedlora.model.attention import amplitude, inverse_frequencies
 from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
 from megatron_tiedlora.model.hf_config import HfConfig, read_rope
+from megatron_tiedlora.model.weights import weight_rules
 
 SIZES = {
     "vocab_size": 320,
@@ -104,6 +105,28 @@ def test_each_field_that_is_deleted_means_what_transformers_means(name: str, tmp
                 assert field in {"num_attention_heads", "hidden_size", "num_hidden_layers"}, field
                 continue
             assert ours == _shape_or_error(theirs), field
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_the_factors_and_windows_of_layers_are_those_in_transformers_layers(name: str) -> None:
+    model = tiny_model(**FAMILY_MODELS[name])
+    values, text = model.config.to_dict(), model.config.get_text_config()
+    shape, decoder = shape_from_hf(values), getattr(model.model, "language_model", model.model)
+    for block, layer in enumerate(decoder.layers, start=1):
+        attention = layer.self_attn
+        assert shape.heads.scale == attention.scaling
+        assert shape.heads.cap == getattr(attention, "attn_logit_softcapping", None)
+        assert shape.kind_of(block).window == getattr(
+            attention, "sliding_window", getattr(text, "sliding_window", None)
+        )
+        assert shape.block.multiplier == getattr(layer, "residual_multiplier", 1.0)
+    factor = getattr(decoder.embed_tokens, "scalar_embed_scale", getattr(decoder, "embedding_multiplier", 1.0))
+    assert (shape.embedding_multiplier, shape.rounds_embedding) == (factor, "gemma" in name)
+    assert shape.logit_divisor == getattr(text, "logits_scaling", 1.0)
+    assert shape.logit_cap == getattr(text, "final_logit_softcapping", None)
+    stored = {rule.hf_names[0] for rule in weight_rules(shape) if rule.offset}
+    assert stored == {one for one, _ in model.named_parameters() if "gemma" in name and "vision" not in one
+                      and "norm" in one and "projector" not in one}  # fmt: skip
 
 
 def _shape_or_error(values: dict[str, Any]) -> ModelShape | str:

@@ -20,7 +20,7 @@ from support.folders import ROOT
 from support.native_files import with_adapter
 from support.oracle import rope_amplitude, rope_frequencies
 from support.peft_models import greedy_tokens, hf_model
-from support.tiny_models import BOS_ID, LONGROPE, write_tiny_model
+from support.tiny_models import BOS_ID, LONGROPE, with_both_signs, write_tiny_model
 
 from megatron_tiedlora.convert.merge import merge_adapter
 
@@ -90,8 +90,20 @@ def ctranslate2_tokens(folder: Path, prompt: list[int], count: int, *, scratch: 
 
 # GGUF files -----------------------------------------------------------------------------------------------------------
 
-# Model types that llama.cpp rotates so.
-NEIGHBOURS = ("llama", "mistral", "smollm3")
+# Model types that llama.cpp rotates so, and in whose files it does not.
+NEIGHBOURS = ("llama", "mistral", "smollm3", "granite")
+# llama.cpp's names of model types, where they are others.
+ARCHITECTURES = {"mistral": "llama", "olmo3": "olmo2", "gemma3_text": "gemma3"}
+# A config's fields of numbers by which activations and scores are scaled or capped, and of windows.
+NUMBERS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention_scale",
+    "logits_scaling": "logit_scale",
+    "sliding_window": "sliding_window",
+}
 # GGUF's names of sizes, and those in a config.
 SIZES = {
     "vocab_size": "vocab_size",
@@ -107,8 +119,9 @@ SIZES = {
 def write_gguf(folder: Path, file: Path) -> Path:
     """Write the model in `folder`, whose weights are in one file, to `file` in fp32, and return that."""
     config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(file, architecture)
     for name, of_config in SIZES.items():
         getattr(writer, f"add_{name}")(config[of_config])
@@ -120,14 +133,21 @@ def write_gguf(folder: Path, file: Path) -> Path:
         writer.add_parallel_residual(config["use_parallel_residual"])
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    for name in filter(config.get, NUMBERS):
+        getattr(writer, f"add_{NUMBERS[name]}")(config[name])
     _add_rope(writer, config, head_dim)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], config["num_hidden_layers"])
     for name, tensor in load_file(folder / "model.safetensors").items():
+        if any(part in name for part in ("vision", "projector")):
+            continue
+        if config["model_type"].startswith("gemma") and "norm" in name:  # the file has the whole weight
+            tensor = tensor + 1
         if config["model_type"] in NEIGHBOURS and ("q_proj" in name or "k_proj" in name):
             # The rows of each head so that elements which are rotated together, i and i + head_dim / 2, are neighbours.
             halves = tensor.unflatten(0, (-1, 2, head_dim // 2))
             tensor = halves.transpose(1, 2).flatten(0, 2).contiguous()
+        name = name.replace("language_model.", "").replace("model.model.", "model.")
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, f"GGUF has no name for {name}"
         writer.add_tensor(stored, tensor.float().numpy())
@@ -140,6 +160,9 @@ def write_gguf(folder: Path, file: Path) -> Path:
 
 def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], head_dim: int) -> None:
     rope = config["rope_parameters"]
+    if "full_attention" in rope:  # the layers with a window have the default rotation
+        writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+        rope = rope["full_attention"]
     kind, theta = rope["rope_type"], rope["rope_theta"]
     size = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     writer.add_rope_dimension_count(size)
@@ -165,14 +188,21 @@ def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], head_dim: int) ->
 # llama.cpp makes room for this many tokens at least, and chooses longrope's factors by that.
 LONG = 256
 PROMPT, NEW_TOKENS = [BOS_ID, 5, 77, 250, 42], 24
-# Of families that CTranslate2 reads too: default rope and no window, which it would read wrongly, and heads that divide
-# the hidden size.
+# Layers of which the last of so many has no window.
+WINDOWS = {period: ("sliding_attention",) * (period - 1) + ("full_attention",) for period in (4, 6)}
+# Of families that CTranslate2 reads too: default rope and no window in LLaMA's, which it would read wrongly, and heads
+# that divide the hidden size. Of Gemma 2 it leaves out caps and windows; llama.cpp's caps of 50 and 30 bend nothing.
 BOTH: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
     "qwen2 tied": {"family": "qwen2", "tied": True, "num_kv_heads": 4, "seed": 5},
     "qwen3": {"family": "qwen3", "head_dim": 32},
+    "gemma": {"family": "gemma", "hidden_size": 40, "head_dim": 12, "tied": True},
+    "gemma3": {"family": "gemma3_text", "hidden_size": 40, "head_dim": 12, "sliding_window": 7, "tied": True}
+    | {"seed": 4, "rope_theta": 1e6, "query_pre_attn_scalar": 12, "num_layers": 7, "layer_kinds": WINDOWS[6]},
+    "gemma2 plain": {"family": "gemma2", "hidden_size": 40, "head_dim": 12, "sliding_window": 64, "tied": True}
+    | {"query_pre_attn_scalar": 12, "attn_logit_softcapping": None, "final_logit_softcapping": None},
 }
 LLAMA_CPP: dict[str, dict[str, Any]] = BOTH | {
     "llama llama3": {"llama3_rope": True, "head_dim": 12, "attention_bias": True},
@@ -189,7 +219,31 @@ LLAMA_CPP: dict[str, dict[str, Any]] = BOTH | {
     # llama.cpp leaves the rotation out in every fourth layer, whatever the interval
     "smollm3": {"family": "smollm3", "no_rope_layer_interval": 4, "num_layers": 5},
     "olmo2": {"family": "olmo2"},
+    "gemma2": {"family": "gemma2", "hidden_size": 40, "head_dim": 12, "sliding_window": 7, "tied": True}
+    | {"query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "granite": {"family": "granite", "head_dim": 12, "embedding_multiplier": 3.1, "residual_multiplier": 0.6}
+    | {"attention_multiplier": 0.37, "logits_scaling": 1.7},
+    "glm4": {"family": "glm4", "head_dim": 12, "attention_bias": True, "rope": {"partial_rotary_factor": 0.5}},
+    "olmo3": {"family": "olmo3", "sliding_window": 7, "num_layers": 5, "layer_kinds": WINDOWS[4]},
+    "mistral3": {"family": "mistral3", "head_dim": 12, "sliding_window": None},
 }
+
+
+# Theta of the layers with a window: llama.cpp has one theta for all layers of OLMo 3, as OLMo 3 itself, and CTranslate2
+# with transformers 5 has those of Gemma 3 whatever the config says, 1e6 and 1e4.
+THETAS = {"olmo3": 10000.0, "gemma3": 10000.0}
+
+
+def written(folder: Path, name: str) -> Path:
+    """Write a tiny model that other programs can decode, and that does not repeat itself."""
+    write_tiny_model(folder, **LLAMA_CPP[name])
+    if name.startswith("gemma"):
+        with_both_signs(folder)
+    if name in THETAS:
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"]["sliding_attention"]["rope_theta"] = THETAS[name]
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 class Merged(NamedTuple):
@@ -206,7 +260,7 @@ def merged_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Merge
 
     def make(name: str) -> Merged:
         folder = tmp_path_factory.mktemp("merged")
-        base = write_tiny_model(folder / "base", **LLAMA_CPP[name])
+        base = written(folder / "base", name)
         source, native, _ = with_adapter(base, "tl6")
         merge_adapter(source, native, folder / "merged")
         tokens = greedy_tokens(hf_model(folder / "merged"), PROMPT, NEW_TOKENS)

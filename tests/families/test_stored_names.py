@@ -100,15 +100,17 @@ def test_the_text_tower_s_tensors_are_found_by_the_names_in_the_folder(
 
 
 @pytest.mark.parametrize(("ties", "stored", "tied"), [
-    (None, "language_model.lm_head.weight", False), (None, "vision_tower.x.weight", True),
-    (True, "language_model.lm_head.weight", True), (False, "language_model.lm_head.weight", False),
+    ({}, "language_model.lm_head.weight", False), ({}, "vision_tower.x.weight", True),
+    ({"tie_word_embeddings": True}, "language_model.lm_head.weight", True),
+    ({"tie_word_embeddings": False}, "language_model.lm_head.weight", False),
+    ({"tie_word_embeddings": None}, "vision_tower.x.weight", False),
 ])  # fmt: skip
 def test_a_head_in_the_files_is_not_tied_unless_the_outer_config_says_so(
-    ties: bool | None, stored: str, tied: bool
+    ties: dict[str, Any], stored: str, tied: bool
 ) -> None:
     """Mistral Small 3.1 has a head in its files, and no field; the field of the text model is not used."""
     values = {"model_type": "mistral3", "text_config": {**SIZES, "tie_word_embeddings": not tied}}
-    values |= {} if ties is None else {"tie_word_embeddings": ties}
+    values |= ties
     names = {stored, "language_model.model.layers.0.mlp.up_proj.weight"}
     shape = shape_from_hf(values, names=names)
     assert shape.tied_embeddings == tied
@@ -119,7 +121,7 @@ def test_a_head_in_the_files_is_not_tied_unless_the_outer_config_says_so(
 
 
 @pytest.mark.parametrize(("model_type", "fields", "said"), [
-    ("mistral3", {"text_config": {"model_type": "ministral3"}}, "text_config has model_type 'ministral3', which"),
+    ("mistral3", {"text_config": {"model_type": "mistral4"}}, "text_config has model_type 'mistral4', which"),
     ("gemma3", {"text_config": {"model_type": "gemma2"}}, "text_config has model_type 'gemma2', which is not"),
     ("gemma3", {"text_config": []}, "text_config is [], not an object. Correct this field"),
     ("gemma3", {"text_config": {"final_logit_softcapping": 30.0}}, "text_config: final_logit_softcapping is not impl"),

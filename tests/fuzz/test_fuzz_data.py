@@ -184,7 +184,7 @@ def test_a_broken_parquet_file(tokenizer: Any, area: Path, examples: int) -> Non
 @cases("cache")
 def test_a_broken_cache_file_is_made_again(tokenizer: Any, area: Path, examples: int) -> None:
     rows = write_rows(area / "rows.jsonl", [{"prompt": f"{number} + 2 =", "completion": "4"} for number in range(5)])
-    how = Encoding(get_task("custom"), tokenizer, Reading(), 64, frozenset([tokenizer.eos_token_id]))
+    how = Encoding(get_task("custom"), tokenizer, Reading(), 64, frozenset([tokenizer.eos_token_id]), len(tokenizer))
 
     def tokens() -> Any:
         return tokenised_once(how, files={"train": rows}, seed=0, cache_dir=area / "cache").train

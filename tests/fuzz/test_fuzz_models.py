@@ -182,19 +182,20 @@ def changed_head(draw: Draw, folder: Path, content: dict[str, Any]) -> None:
     """Whether the head is tied, and what the files hold of it: nothing, a copy of the embedding, or its own."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    embedding = tensors["model.embed_tokens.weight"]
+    tower = "language_model." if "text_config" in content else ""
+    embedding, name = tensors[f"{tower}model.embed_tokens.weight"], f"{tower}lm_head.weight"
     content["tie_word_embeddings"] = draw.choice([True, True, False])
     match draw.say(draw.choice(["no head", "copied head", "own head", "head of one other bit"])):
         case "no head":
-            tensors.pop("lm_head.weight", None)
+            tensors.pop(name, None)
         case "copied head":
-            tensors["lm_head.weight"] = embedding.clone()
+            tensors[name] = embedding.clone()
         case "own head":
-            tensors["lm_head.weight"] = embedding.flip(0).contiguous()
+            tensors[name] = embedding.flip(0).contiguous()
         case "head of one other bit":
             head = embedding.clone()
             head[7, 3] += 1.0
-            tensors["lm_head.weight"] = head
+            tensors[name] = head
     save_file(tensors, file, metadata={"format": "pt"})
 
 

@@ -52,6 +52,11 @@ def main() -> None:
     print("kernels of two rows of 2,048 tokens, heads of 70B, forward and backward")
     for candidate in CANDIDATES:
         print(f"  {candidate.name}: {', '.join(kernel_names(candidate)) or 'none'}")
+    print("the same with a window of 1,024 tokens, and with a cap")
+    for how in (PLAIN._replace(window=1024), PLAIN._replace(cap=50.0)):
+        for candidate in CANDIDATES:
+            print(f"  {candidate.name}: {', '.join(kernel_names(candidate, how)) or 'none'}")
+        print(f"  chosen: {choose_attention(GPU, torch.bfloat16, 128, window=how.window is not None, cap=how.cap)}")
     print("launches of a token of an answer, four layers of 7B, uncaptured")
     print(f"  mask as it is {_decoding()}, its rows without a gap {_decoding(contiguous=True)}")
     print("bytes beside q, k, v and the result: kept, and at most in the backward pass beside the gradients of q, k, v")
@@ -114,10 +119,10 @@ class NothingLaunched(torch.autograd.Function):
         return tuple(map(torch.empty_like, context.saved_tensors))
 
 
-def kernel_names(candidate: FusedKernel) -> list[str]:
+def kernel_names(candidate: FusedKernel, how: Scores = PLAIN) -> list[str]:
     """The kernels that a candidate launches, beside cuDNN's own; or why it is not chosen."""
     capability, name = torch.cuda.get_device_capability(), "_scaled_dot_product_cudnn_attention"
-    if obstacle := candidate.obstacle(capability, torch.bfloat16, 128):
+    if obstacle := candidate.obstacle(capability, torch.bfloat16, 128, window=how.window is not None, cap=how.cap):
         return [obstacle]
     parts = [torch.zeros(1, n, 4096, 128, device=GPU, dtype=torch.bfloat16, requires_grad=True) for n in (64, 8, 8)]
     parts = [part.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for part in parts]
@@ -125,7 +130,7 @@ def kernel_names(candidate: FusedKernel) -> list[str]:
     gradient = torch.zeros(1, 4096, 64 * 128, device=GPU, dtype=torch.bfloat16)
     with patch.object(torch.ops.aten, name, lambda *heads, **_: (NothingLaunched.apply(*heads[:3]),)):
         nullgpu.reset()
-        torch.autograd.grad(attend_within(*parts, documents, PLAIN, candidate.make(False)), parts, gradient)
+        torch.autograd.grad(attend_within(*parts, documents, how, candidate.make(False)), parts, gradient)
     found = {name: count for name, count in nullgpu.report().items() if re.match("kernel:|gemm:|memcpy", name)}
     names = nullgpu.demangle([name.removeprefix("kernel:") for name in found])
     short = (re.sub(r"^(void )?(\w+::|\(anonymous namespace\)::)*", "", name) for name in names)

@@ -82,8 +82,11 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     | {**_SCORES, "layer_kinds": ("sliding_attention", "full_attention")},
     "granite": {"family": "granite", "head_dim": 12, **_MULTIPLIERS},
     "granite mha": {"family": "granite", "num_kv_heads": 4, "attention_bias": True, "tied": True, **_MULTIPLIERS},
+    "glm": {"family": "glm", "head_dim": 12, "attention_bias": True, "rope": {"partial_rotary_factor": 0.5}},
     "glm4": {"family": "glm4", "head_dim": 12, "attention_bias": True, "rope": {"partial_rotary_factor": 0.5}},
     "glm4 mha": {"family": "glm4", "num_kv_heads": 4, "attention_bias": False, "tied": True},
+    "ministral3": {"family": "ministral3", "head_dim": 12, "sliding_window": 7}
+    | {"rope": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
     "mistral3": {"family": "mistral3", "head_dim": 12, "sliding_window": None},
     "mistral3 mha": {"family": "mistral3", "num_kv_heads": 4, "sliding_window": 7, "tied": True},
 }
@@ -210,6 +213,19 @@ def write_tiny_model(
     model.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
     if tokenizer:
         write_tiny_tokenizer(folder, vocab_size=model.config.get_text_config().vocab_size)
+    return folder
+
+
+def with_both_signs(folder: Path) -> Path:
+    """Give the last norm of a Gemma model in `folder` weights of both signs, and return `folder`.
+
+    Gemma's embeddings are scaled, and its head too: as it is, a tiny model says the same token for ever.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    noise = torch.randn(tensors["model.norm.weight"].shape, generator=torch.Generator().manual_seed(3))
+    save_file(tensors | {"model.norm.weight": 1.5 * noise - 1}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -95,7 +95,9 @@ class TokenStore:
 
     def encoding(self, task: str = "custom", *, max_length: int = 40, template: str | None = None) -> Encoding:
         ends = frozenset([self.tokenizer.eos_token_id])
-        return Encoding(get_task(task), self.tokenizer, Reading(template=template), max_length, ends)
+        return Encoding(
+            get_task(task), self.tokenizer, Reading(template=template), max_length, ends, len(self.tokenizer)
+        )
 
     def start(
         self, files: str | Mapping[str, str], how: Encoding | None = None, *, seed: int = 0, **keywords: Any

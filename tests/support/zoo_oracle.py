@@ -15,9 +15,11 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from support.family_templates import CONTROL_TOKENS
+
 START, END = "\ue000", "\ue001"  # in place of the generation marks
 BOS, EOS = "<s>", "<|im_end|>"
-SPECIAL = ["<unk>", BOS, EOS, "<|im_start|>", "<|tool|>"]
+SPECIAL = ["<unk>", BOS, EOS, "<|im_start|>", "<|tool|>", *CONTROL_TOKENS]
 CORPUS = [
     "user assistant system tool\n", "Hello. How are you? I am fine, thanks.\n\n", "What is 2 + 2? It is 4.\n",
     "Once upon a time there was a tokenizer. The end.\n", "### Instruction: Below is an instruction Response:\n\n",

@@ -79,10 +79,11 @@ class TiedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         tensors = served.lora_tensors() if tied is None else {}
         names = {*target_modules(served.source.shape.block, tied or ()), *(name.split(".")[-3] for name in tensors)}
         parts = (part for fused in manager.packed_modules.values() for part in fused)
-        here = {name.rpartition(".")[2] for name in (*manager.modules, *parts)}
+        own = (name for name in manager.modules if tied is not None or name not in manager.packed_modules)
+        here = {name.rpartition(".")[2] for name in (*own, *parts)}
         if missing := sorted(names - here):
-            said = f"{folder}: adapts {', '.join(missing)}, for which the server has no slots"
-            raise UserError(f"{said}; start it with --lora-target-modules {' '.join(sorted(names | here))}")
+            said = f"{folder}: adapts {', '.join(missing)}, for which the server has no slots; serve the merged model"
+            raise UserError(f"{said}, or start it with --lora-target-modules {' '.join(sorted(names | here))}")
         if tied is not None:
             return manager.tied_model(adapter_id, rank, tied)
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
@@ -125,7 +126,7 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         self._wrapper = self.punica_wrapper_mapping.get(DEFAULT_LANGUAGE_WRAPPER_KEY)
         if self._wrapper is None:
-            raise ValueError("tied_lora: multimodal models have only plain LoRAs; start the server without it")
+            raise ValueError("tied_lora: this multimodal model has no tied slots in vLLM; start the server without it")
         if self._keeps_plain:  # vLLM's own slots have a wrapper of their own
             super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         if self.device.type == "cpu":
@@ -161,7 +162,7 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
                 groups[name][int(index)] = layer
         for name, layers in groups.items():
             folder, _, last = name.rpartition(".")
-            modules = {f"{folder}.{part}" for part in self.packed_modules_mapping.get(last) or [last]}
+            modules = {f"{folder}.{part}" for part in (last, *self.packed_modules_mapping.get(last, ()))}
             for target, linear in self._source.shape.block.adaptable.items():
                 if covered := [block for block, rows in enumerate(linear.sources) if rows.module in modules]:
                     yield LinearSlots(name, layers, self.tokens, target, linear.blocks, covered, self.lora_config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import family_templates as families
 from support.task_files import refusal, write_rows
 from support.zoo_oracle import (
     CHATML,
@@ -37,6 +38,10 @@ THREE = [SYSTEM, *ONE, user("What is 2 + 2?"), answer("It is 4."), user("thanks"
 SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 CALLED = [user("Add 1 and 2."), answer("", tool_calls=[CALL]), {"role": "tool", "content": "3"}, answer("It is 3.")]
+RESULT: Row = {"role": "tool", "content": "3"}
+OBSERVED = [user("Add 1 and 2."), answer("add"), {**RESULT, "role": "observation"}, answer("It is 3.")]
+FUNCTIONS: Row = {**SYSTEM, "functions": "[add]"}
+CALLS: Row = {"role": "assistant", "content": None, "function_calls": "add(1, 2)"}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nSay hello.\n\n### Response:"
@@ -167,6 +172,34 @@ ZOO = {
     "alpaca, empty history": Animal(
         {"instruction": "What is", "input": "2 + 2?", "output": "It is 4.", "history": []},
         chat([user("What is\n2 + 2?"), answer("It is 4.")]),
+    ),
+    "Gemma 2": Animal({"messages": SAME_AS_SHAREGPT}, chat(SAME_AS_SHAREGPT), families.GEMMA2, bos=True),
+    "Gemma 3": Animal({"messages": THREE}, chat(THREE), families.GEMMA3, bos=True),
+    "Gemma 3, content parts": Animal(
+        {"messages": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in THREE]},
+        chat(THREE),
+        families.GEMMA3,
+        bos=True,
+    ),
+    "GLM-4": Animal({"messages": THREE}, chat(THREE), families.GLM4, bos=True),
+    "GLM-4, an observation": Animal({"messages": OBSERVED}, chat(OBSERVED), families.GLM4),
+    "GLM-4, a tool": Animal({"messages": [*OBSERVED[:2], RESULT, OBSERVED[3]]}, chat(OBSERVED), families.GLM4),
+    "Granite": Animal({"messages": THREE}, chat(THREE), families.GRANITE),
+    "Granite, no system turn": Animal({"messages": ONE}, chat(ONE), families.GRANITE),
+    "Granite, tools and calls": Animal(
+        {"messages": CALLED, "tools": [SCHEMA]}, chat(CALLED, tools=[SCHEMA]), families.GRANITE
+    ),
+    "Mistral Small": Animal({"messages": THREE}, chat(THREE), families.MISTRAL_SMALL, bos=True),
+    "OLMo 2": Animal({"messages": THREE}, chat(THREE), families.OLMO2, bos=True),
+    "OLMo 3": Animal({"messages": ONE}, chat(ONE), families.OLMO3),
+    "OLMo 3, functions": Animal(
+        {"messages": [FUNCTIONS, ONE[0], CALLS, RESULT, answer("It is 3.")]},
+        chat(
+            [FUNCTIONS, ONE[0], {**CALLS, "content": ""}, {**RESULT, "role": "environment"}, answer("It is 3.")],
+            learned=[4],
+        ),
+        families.OLMO3,
+        Reading(train_on="last_turn"),
     ),
     "no template": Animal({"messages": THREE}, lambda oracle: oracle.lines(THREE), template=None),
     "no template, BOS": Animal({"messages": THREE}, lambda oracle: oracle.lines(THREE), template=None, bos=True),

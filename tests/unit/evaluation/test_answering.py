@@ -51,7 +51,7 @@ def scored_of(
     """The samples for a tokenizer in `folder` and a generation config in `config`, by default the same folder."""
     tokenizer = load_tokenizer(folder)
     ends = end_ids(tokenizer, config or folder, vocab_size=320)
-    return encode_scored(rows, Encoding(task(stop), tokenizer, Reading(), 60, ends), **{**SIZE, **changes})
+    return encode_scored(rows, Encoding(task(stop), tokenizer, Reading(), 60, ends, 320), **{**SIZE, **changes})
 
 
 def answers(
@@ -163,7 +163,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
 def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: Path) -> None:
     """A reference without its number, and answers that nothing ends."""
     sample, tokenizer = Example("How many?", " 18", "test.jsonl:3"), load_tokenizer(folder)
-    encoding = Encoding(get_task("gsm8k"), tokenizer, Reading(), 60, frozenset())
+    encoding = Encoding(get_task("gsm8k"), tokenizer, Reading(), 60, frozenset(), 320)
     message = refusal(lambda: encode_scored([sample], encoding, **SIZE))
     assert message.startswith("test.jsonl:3") and "#### NUMBER" in message
     tokenizer.eos_token = None

@@ -314,8 +314,13 @@ def test_folders_that_are_not_adapters_are_rejected(bases: dict[str, Path], tmp_
 def test_the_config_of_a_server_gives_the_model_that_its_folder_gives(tmp_path: Path, name: str) -> None:
     base = write_tiny_model(tmp_path / "base", tokenizer=False, **FAMILY_MODELS[name])
     found, expected = config_source(base), find_model(str(base))
-    assert (found.name, found.folder, found.shape) == (expected.name, expected.folder, expected.shape)
-    assert found.base_hash == expected.base_hash
+    assert (found.name, found.folder, found.base_hash) == (expected.name, expected.folder, expected.base_hash)
+    # A server has no files of a text tower, and so it has the names in memory, which are those of PEFT's adapters.
+    assert found.shape.block.module_name(2) == expected.shape.block.module_name(2)
+    if not found.shape.block.is_tower:
+        assert found.shape == expected.shape
+    else:
+        assert found.shape.block.source.startswith("model.language_model.")
 
 
 def test_a_model_of_an_unknown_family_is_rejected() -> None:

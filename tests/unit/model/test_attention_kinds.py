@@ -115,6 +115,7 @@ def test_layers_share_what_their_windows_allow() -> None:
 def test_on_a_gpu_windows_count_from_the_longest_document() -> None:
     """Documents of 9 tokens in rows of 16; where no fused kernel has windows, tiles of queries on that device."""
     layer = attention_layer(4, 2, dtype=torch.float64, how=Scores(0.3))
+    layer.kernels = Kernels()  # a run's own, which may be compiled
     ids = torch.tensor([[0] * 9 + [1] * 7] * 2)
     positions = torch.zeros(2, 16, dtype=torch.int64, device=META)
     attend: Any = layer.context(positions, torch.float64, documents=ids, kinds=kinds([None, 8, 9])).attend

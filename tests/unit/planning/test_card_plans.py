@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from support.planned import H100, changed, searched, short
 from support.run_helpers import write_rows
 from support.tiny_models import write_tiny_model, write_tiny_tokenizer
 
+from megatron_tiedlora.base.shapes import HeadShape, RopeShape
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.job_settings import parse_plan
 from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.model import fused_attention
-from megatron_tiedlora.model.fused_attention import CANDIDATES, AttentionRoute, one_by_one
+from megatron_tiedlora.model.fused_attention import CANDIDATES, TILES, AttentionRoute, one_by_one
 from megatron_tiedlora.parallel import kernels
 from megatron_tiedlora.planning import machines, search
 from megatron_tiedlora.planning.cluster_report import chosen_settings, hint_lines, plan_cluster
@@ -99,7 +101,7 @@ def test_attention_is_that_of_a_default_installation(monkeypatch: pytest.MonkeyP
         assert card.capability is not None
         name = FLASH if card.name in ("a100-80", "a800") else CUDNN
         assert machines.attention_of(machines.attending(card, head_dim=128, length=4096)) == name
-        assert machines.attention_of(card) == machines.attention_kernel(card.capability).name == name
+        assert machines.attention_of(card) == machines.attention_kernel(card.capability) == name
     assert H100["attention.bf16"] == GPUS["h200"]["attention.bf16"] == 0.41
     assert "FlashAttention-3's paper, H100" in ATTENTION[9, 0][FA3].source
     assert machines.attention_of(changed(H100, attention__bf16=0.41)) is None  # measured: nobody knows by which kernel
@@ -112,12 +114,13 @@ def test_a_run_prefers_the_kernel_with_the_larger_share() -> None:
     names = {candidate.name: candidate for candidate in CANDIDATES}
     assert set(ATTENTION) == {card.capability for card in GPUS.values()}
     for capability, shares in ATTENTION.items():
-        assert list(shares) == [name for name in names if name in shares]
+        *fused, last = shares
+        assert fused == [name for name in names if name in shares] and last == TILES
         assert all(faster.value >= slower.value for faster, slower in pairwise(shares.values()))
         assert len(set(shares.values())) == len(shares), "a share and its source name the kernel"
-        default = shares[machines.attention_kernel(capability).name].value
+        default = shares[machines.attention_kernel(capability)].value
         assert all(names[name].install for name, share in shares.items() if share.value > default), "one command"
-        for kernel in shares:
+        for kernel in fused:
             assert names[kernel].obstacle(capability, torch.bfloat16, 128, here=bool) is None
 
 
@@ -143,6 +146,38 @@ def test_attention_is_that_of_the_model_and_of_this_computer(
     assert machines.attention_of(found) == name and found["attention.bf16"] == ATTENTION[9, 0][name].value
     h200 = machines.attending(GPUS["h200"], head_dim=head_dim, length=length)  # which is elsewhere
     assert machines.attention_of(h200) == (CUDNN if head_dim == 128 and length == 4096 else FLASH)
+
+
+@pytest.mark.parametrize(
+    ("installed", "length", "given", "name", "in_windows"),
+    [
+        ((), 4096, {"window": 1024}, CUDNN, FLASH),  # which has windows
+        ((), 1024, {"window": 1024}, CUDNN, None),  # no row is longer than the window
+        ((), None, {"window": 1024}, FLASH, None),  # packed samples
+        (("flash_attn_interface",), 4096, {"window": 1024}, FA3, None),
+        (("flash_attn",), 4096, {"window": 1024}, CUDNN, FA2),
+        ((), 4096, {"cap": 50.0}, TILES, None),
+        (("flash_attn.cute",), 4096, {"cap": 50.0, "window": 1024}, TILES, None),
+        (("flash_attn",), 4096, {"cap": 50.0, "window": 1024}, FA2, None),
+    ],
+)
+def test_windows_and_caps_are_planned_by_the_kernels_that_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: Sequence[str],
+    length: int | None,
+    given: dict[str, Any],
+    name: str,
+    in_windows: str | None,
+) -> None:
+    on_this_computer(monkeypatch, *installed)
+    found = machines.attending(H100, head_dim=128, length=length, **given)
+    assert machines.attention_of(found) == name
+    assert found.windowed == (None if in_windows is None else ATTENTION[9, 0][in_windows])
+    share = ATTENTION[9, 0][in_windows or name].value
+    assert found.rate("attention", "bf16", windowed=True) == found["peak.bf16"] * share
+    assert found.rate("attention", "fp32", windowed=True) == found.rate("attention", "fp32")
+    faster = machines.faster_attention((10, 0), FLASH, head_dim=128, **given)
+    assert (faster is None) == ("cap" in given), "FlashAttention 4 has windows, but no caps"
 
 
 def test_an_old_cudnn_on_this_computer_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +236,7 @@ def test_a_dry_run_names_its_attention_kernel(capsys: pytest.CaptureFixture[str]
     assert re.search(rf"with {FA3} \(0\.45; pip install .*\) each rank would do [\d,]+ tokens/s\n", text)
 
 
+HEADS = HeadShape(32, 32, 128, RopeShape())
 GPU, EXPECTED = torch.device("cuda:0"), "of the peak in bf16 is expected"
 
 
@@ -219,8 +255,8 @@ def test_what_a_run_says_of_its_kernel(
 ) -> None:
     on_this_computer(monkeypatch, *installed)
     chosen = AttentionRoute(route[0], "a reason", one_by_one, otherwise=route[1])
-    assert machines.attention_in_words(chosen, GPU, head_dim=128, packing=packing) == f"{chosen}{words}"
-    assert machines.attention_in_words(chosen, torch.device("cpu"), head_dim=128, packing=packing) == str(chosen)
+    assert machines.attention_in_words(chosen, GPU, heads=HEADS, packing=packing) == f"{chosen}{words}"
+    assert machines.attention_in_words(chosen, torch.device("cpu"), heads=HEADS, packing=packing) == str(chosen)
 
 
 # Storage formats ----------------------------------------------------------------------------------------------------

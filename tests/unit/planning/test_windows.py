@@ -7,16 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.planned import H100, group_of, short, step_parts
+import torch
+from support.planned import H100, changed, group_of, short, step_parts
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.base.shapes import QKV, AttentionKind, ModelShape, squared_length
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.planning.layout import Layout, plan_stages, shared_shape
+from megatron_tiedlora.planning.memory import LargestMicroBatch, attention_memory
 from megatron_tiedlora.planning.passes import stage_work, step_flops
 from megatron_tiedlora.planning.planned import Planned
+from megatron_tiedlora.planning.report import attention_lines
 from megatron_tiedlora.planning.step_time import Links
 
 PLAIN = shape_from_hf({**PRESETS["llama2-7b"], "num_hidden_layers": 8})
@@ -99,3 +103,103 @@ def test_stages_with_other_windows_take_their_own_time() -> None:
     assert one.parts == step_parts(step.stages, step.batches, Links(step.layout, 8), one.machine)
     spent = [stage[step.batches[0]][0].attention for stage in one.parts.stages]
     assert spent[0] < 0.3 * spent[-1]
+
+
+def test_windows_take_the_time_of_their_kernel() -> None:
+    """At 4,096 tokens cuDNN's kernel, and PyTorch's flash kernel for windows; a measured machine has one for both."""
+    source = short("llama2-7b", 8)
+    source = replace(source, shape=windowed(source.shape, *[1024] * 4, *[None] * 4))
+    step = group_of(source, 1, max_length=4096, global_batch_size=1)
+    whole, part = (2 * 4096 * 4 * 3 * squared_length(4096, window) for window in (None, 1024))
+    for machine, shares in ((step.shared.machine, (0.41, 0.26)), (changed(H100, attention__bf16=0.3), (0.3, 0.3))):
+        one = Planned(step=step, layout=step.layout, machine=machine)
+        assert one.seconds.attention == pytest.approx((whole / shares[0] + part / shares[1]) / 989.4e12)
+        assert step_flops(source.shape, one.layout.adapters[0], (4096,), 1)["attention"] == whole + part
+    (line,) = attention_lines(Planned(step=step, layout=step.layout, machine=step.shared.machine), "it")
+    assert "cuDNN kernel (0.41 of the peak), which pip install of this project gives, and in windows by" in line
+    faster = changed(H100, attention__bf16=0.45)
+    rate = Planned(step=step, layout=step.layout, machine=faster).tokens_per_second
+    assert line.endswith(f" it would do {rate:,.0f} tokens/s"), "in windows too"
+
+
+def test_a_run_with_capped_scores_is_planned_by_tiles() -> None:
+    """Without flash_attn no kernel has caps: a thirtieth of the peak, and FlashAttention 3 is named as the faster."""
+    source = short("llama2-7b", 8)
+    block = replace(source.shape.block, heads=replace(source.shape.heads, cap=50.0))
+    step = group_of(replace(source, shape=replace(source.shape, block=block)), 1, max_length=4096, global_batch_size=1)
+    one = Planned(step=step, layout=step.layout, machine=step.shared.machine)
+    assert one.machine["attention.bf16"] == 0.03
+    (line,) = attention_lines(one, "it")
+    assert "by tiles of queries (0.03 of the peak)" in line and "with FlashAttention 3 (0.45;" in line
+
+
+@pytest.mark.parametrize("windows", [(None,) * 8, (32,) * 8, (32, None) * 4, (500,) * 8])
+def test_tiles_of_windows_are_small(windows: tuple[int | None, ...]) -> None:
+    """A tile of 128 queries has as many keys as its longest row of them: 127 more than the window."""
+    layout = Layout((EVERY,), length=512, rows=2, compiled=False)
+    (stage,) = plan_stages(windowed(PLAIN, *windows), layout)
+    keys = {(32,) * 8: 159}.get(windows, 512)
+    tile, sums = 2 * 32 * 128 * keys * (4 + 2 * 2 + 4 * 3), 1024 * 4096 * 4 * 3
+    assert attention_memory(stage, LargestMicroBatch(1024, 2, 512)) == (0, tile + sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cap", [None, 50.0])
+def test_gpus_have_memory_for_tiles_that_no_kernel_replaces(dtype: torch.dtype, cap: float | None) -> None:
+    """A cap, or a window in fp32: for long rows tiles of scores need most, and are not compiled."""
+    shape = windowed(PLAIN, *[512] * 8)
+    shapes = [replace(one, block=replace(one.block, heads=replace(one.heads, cap=cap))) for one in (shape, PLAIN)]
+    layout = Layout((EVERY,), length=2**15, dtype=dtype, on_gpu=True)
+    largest = LargestMicroBatch(2**15, 1, 2**15)
+    needed = [attention_memory(plan_stages(one, layout)[0], largest)[1] for one in shapes]
+    by_kernel = attention_memory(plan_stages(PLAIN, layout)[0], largest)[1]
+    tiles = [32 * 128 * keys * (4 + 2 * dtype.itemsize + (12 if cap is None else 20)) for keys in (512 + 127, 2**15)]
+    sums = 2**15 * 4096 * 4 * (2 + (dtype == torch.bfloat16))
+    tiled = cap is not None, cap is not None
+    if dtype == torch.float32:
+        tiled = True, cap is not None
+    expected = [max(by_kernel, one + sums) if so else by_kernel for one, so in zip(tiles, tiled, strict=True)]
+    assert needed == expected
+
+
+# Presets --------------------------------------------------------------------------------------------------------------
+
+
+def test_gemma_3_27b_at_8k_by_hand() -> None:
+    """Five of six of 62 layers attend to 1,024 tokens: 8,192^2 - 7,168^2 instead of 8,192^2, 4,096 numbers each."""
+    shape = shape_from_hf(PRESETS["gemma3-27b"])
+    own = make_adapter_config("tl6", rank=8, layers=range(1, 63), targets=targets_of(shape, (QKV,)), seed=0)
+    flops = step_flops(shape, own, (8192, 8192), 100)
+    assert flops["attention"] == 2 * 3 * 2 * 4096 * (52 * (8192**2 - 7168**2) + 10 * 8192**2)
+
+
+FLASH = "PyTorch's flash kernel"
+CUDNN = "PyTorch's cuDNN kernel (0.41 of the peak), which pip install of this project"
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "kernels"),
+    [
+        ("gemma3-12b", 8192, f"{FLASH} (0.26 of the peak), which"),  # heads of 256
+        (
+            "gemma3-27b",
+            8192,
+            f"{CUDNN} gives, and in windows by {FLASH} (0.26); with",
+        ),
+        ("olmo3-7b", 4096, f"{CUDNN} gives; with"),
+        (
+            "olmo3-32b",
+            8192,
+            f"{CUDNN} gives, and in windows by {FLASH} (0.26); with",
+        ),
+        ("qwen3-14b", 8192, f"{CUDNN} gives; with"),
+        ("mistral-small-24b", 8192, f"{CUDNN} gives; with"),
+        ("granite-8b", 8192, f"{CUDNN} gives; with"),
+    ],
+)
+def test_presets_are_planned(name: str, length: int, kernels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run, in a second or two."""
+    flags = [f"--max_length={length}", "--tensor_parallel=2", "--world_size=8", "--gpu=h100", "--dry_run"]
+    assert call("train", [f"--model={name}", *flags]) == 0
+    text = capsys.readouterr().out
+    assert f"attention is planned by {kernels}" in text
