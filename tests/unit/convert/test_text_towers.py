@@ -252,6 +252,10 @@ IMPORTS: dict[str, Any] = {
     "endings": {"target_modules": PROJECTIONS, "layers_to_transform": [0, 2]},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
     "pattern": {"target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|up_proj)"},
+    "pattern of Unsloth": {
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attn|mlp).*?(?:q_proj|k_proj|v_proj|down_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attn|mlp)\.(?:(?:q_proj|k_proj|v_proj|down_proj)))"
+    },
     "full names": {"target_modules": [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 2)]},
 }
 
