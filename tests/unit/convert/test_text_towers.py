@@ -47,7 +47,7 @@ FAMILIES = ("gemma3", "mistral3")
 STORED = ("language_model.model.", "language_model.lm_head", "vision_tower.", "multi_modal_projector.")
 IN_MEMORY = ("model.language_model.", "lm_head", "model.vision_tower.", "model.multi_modal_projector.")
 TEXT = ("model.", "lm_head")
-SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "tekken.json")
 WIDE: dict[str, Any] = {**SHAPE, "head_dim": 16}  # whose widths are multiples of a block of nf4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 
