@@ -105,7 +105,7 @@ Each layer is written as one shard, so this needs the memory of one shard. tiny 
 in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
     examples: ClassVar[str] = ""
 
-    model: str = _flag("preset whose shape is used", choices=sorted(PRESETS))
+    model: str = _flag(f"preset whose shape is used ({', '.join(PRESETS)})", choices=tuple(PRESETS), metavar="NAME")
     output: fields.FilePath = _output("a new folder")
     seed: int = _flag("seed of the weights", 0)
 
