@@ -241,7 +241,7 @@ def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor, cap: float | None
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
     """
-    seen = (scores if cap is None else cap * (scores / cap).tanh()) + mask
+    seen = soft_capped(scores, cap) + mask
     top = seen.amax(-1, keepdim=True)
     numerators = (seen - top).exp()
     total = numerators.sum(-1, keepdim=True)
@@ -264,11 +264,10 @@ def score_gradient_(
         grad_weights: (c, n, m, keys), the gradient of p; replaced by the gradient of the scores.
         weights: a tensor with the shape of `grad_weights`.
     """
-    bent = scores if cap is None else (scores / cap).tanh()
-    probability = ((scores if cap is None else cap * bent) + mask - log_sums).exp()
+    capped = soft_capped(scores, cap)
+    probability = (capped + mask - log_sums).exp()
     weights.copy_(probability)
-    gradient = probability * (upcast(grad_weights) - deltas)
-    grad_weights.copy_(gradient if cap is None else gradient * (1 - bent.square()))
+    grad_weights.copy_(times_slope(probability * (upcast(grad_weights) - deltas), capped, cap))
 
 
 def soft_capped(numbers: Tensor, cap: float | None) -> Tensor:
@@ -276,9 +275,17 @@ def soft_capped(numbers: Tensor, cap: float | None) -> Tensor:
     return numbers if cap is None else cap * torch.tanh(numbers / cap)
 
 
+def times_slope(gradient: Tensor, capped: Tensor, cap: float | None) -> Tensor:
+    """Return the gradient of x, 1 - tanh^2(x / cap) times the gradient of `capped`, the result of `soft_capped`."""
+    return gradient if cap is None else gradient * (1 - (capped / cap).square())
+
+
 def row_log_sums(logits: Tensor, cap: float | None) -> Tensor:
     """Return the log of the sum of exp(capped logit) of each row, (n,) in the dtype of `upcast`, for logits (n, V)."""
-    return torch.logsumexp(soft_capped(upcast(logits), cap), dim=-1)
+    if cap is None:
+        return torch.logsumexp(upcast(logits), dim=-1)
+    top = soft_capped(upcast(logits.amax(-1, keepdim=True)), cap)  # a compiler would write capped rows to memory
+    return (top + (soft_capped(upcast(logits), cap) - top).exp().sum(-1, keepdim=True).log())[:, 0]
 
 
 def exp_logits_(logits: Tensor, total: Tensor, cap: float | None) -> None:
@@ -417,7 +424,7 @@ class Kernels:
     def by_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
         """Return these kernels, changed by `in_parts` or `marking`, which also get the result of `has_rows`.
 
-        The two excluded kernels process tiles of attention on CPUs, whose first dimension is not rows.
+        The two excluded kernels process tiles of attention, whose first dimension is not rows.
         """
         names = [field.name for field in fields(self) if field.name not in ("exp_scores_", "score_gradient_")]
         plain = Kernels()

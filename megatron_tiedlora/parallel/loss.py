@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped, times_slope
 from megatron_tiedlora.parallel.rows import as_rows, scaled, upcast
 
 
@@ -206,9 +206,7 @@ class _SumTokenLosses(torch.autograd.Function):
                 kernels.exp_logits_(local_logits, found.total, shard.cap)
                 # Subtract 1 from the probability of each label on this rank; expm1 avoids the rounding of bf16.
                 index = (torch.arange(len(local_logits), device=local_logits.device), found.columns)
-                missing = torch.expm1(found.picked - found.total)
-                if shard.cap is not None:
-                    missing *= 1 - (found.picked / shard.cap).square()
+                missing = times_slope(torch.expm1(found.picked - found.total), found.picked, shard.cap)
                 missing = missing.to(local_logits.dtype)
                 # scatter_ is not used, because it would visit every element.
                 local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))

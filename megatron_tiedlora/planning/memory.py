@@ -235,15 +235,17 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
             copies = -(-MULTIPROCESSORS // (documents * heads))
         workspace = FP32 * heads * rows * (copies * padded(shape.heads.dim, 32) + 1)
         workspace += 2 * query * tokens * itemsize * grouped
-    windowed = shape.window is not None and layout.dtype == torch.float32  # the fp32 kernel has no windows
-    if not layout.on_gpu or shape.heads.cap is not None or windowed:
+    windows, capped = {shape.kind_of(block).window or longest for block in stage.blocks}, shape.heads.cap is not None
+    windowed = min(windows) < longest and layout.dtype == torch.float32  # the fp32 kernel has no windows
+    if not layout.on_gpu or capped or windowed:
         # The scores of a tile, their exponentials, both gradients and temporary values; fp32 keys and two sums.
         queries = min(cpu_attention.tile_size(shape.heads.num, shape.heads.num_kv), longest)
-        windows = (shape.kind_of(block).window for block in stage.blocks)
-        keys = max(min((window or longest) + queries - 1, longest) for window in windows)
+        # If a GPU computes tiles only within windows, the largest of these decides.
+        tiled = [window for window in windows if not layout.on_gpu or capped or window < longest]
+        keys = min(max(tiled) + queries - 1, longest)
         tile = layout.rows * heads * queries * keys
         eager = not layout.compiled or layout.on_gpu
-        tile *= FP32 + 2 * itemsize + FP32 * (1 + eager * (2 if shape.heads.cap is None else 4))
+        tile *= FP32 + 2 * itemsize + FP32 * ((1 + capped) * (1 + eager) + eager)
         sums = tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))
         workspace = max(workspace, tile + sums)
     return saved, float(workspace)

@@ -202,8 +202,7 @@ def run_headline(
     """Return the lines that a run prints before the progress bar: shared settings, and a summary of each adapter."""
     plan, stage, run = shared_plan(start.plans), built.runner.stage, trainer.only
     settings, route, shape = plan.settings, stage.attention_route(device, plan.dtype), plan.source.shape
-    windowed = any(kind.window for kind in shape.kinds)
-    used: dict[str, Any] = {"heads": shape.heads, "windowed": windowed, "packing": settings.packing}
+    used: dict[str, Any] = {"heads": shape.heads, "windowed": shape.window is not None, "packing": settings.packing}
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
     model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"

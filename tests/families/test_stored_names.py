@@ -121,7 +121,7 @@ def test_a_head_in_the_files_is_not_tied_unless_the_outer_config_says_so(
 
 
 @pytest.mark.parametrize(("model_type", "fields", "said"), [
-    ("mistral3", {"text_config": {"model_type": "ministral3"}}, "text_config has model_type 'ministral3', which"),
+    ("mistral3", {"text_config": {"model_type": "mistral4"}}, "text_config has model_type 'mistral4', which"),
     ("gemma3", {"text_config": {"model_type": "gemma2"}}, "text_config has model_type 'gemma2', which is not"),
     ("gemma3", {"text_config": []}, "text_config is [], not an object. Correct this field"),
     ("gemma3", {"text_config": {"final_logit_softcapping": 30.0}}, "text_config: final_logit_softcapping is not impl"),

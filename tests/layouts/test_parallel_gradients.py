@@ -43,10 +43,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
-# Those whose layers compute something of their own.
-FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3", "mistral")
-FAMILIES += ("gemma", "gemma2", "gemma3_text", "gemma3", "granite", "glm4", "mistral3")
-SHAPES |= {name: FAMILY_MODELS[name] for name in (*FAMILIES, "qwen2")}
+# Those whose layers compute something of their own. NEW come to more layouts; with as many key-value heads, to TP 4.
+NEW = ("gemma", "gemma2", "gemma3_text", "gemma3", "granite", "glm4", "mistral3", "glm", "ministral3")
+FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3", "mistral", *NEW)
+AS_MANY = tuple(f"{name} mha" for name in NEW if f"{name} mha" in FAMILY_MODELS)
+SHAPES |= {name: FAMILY_MODELS[name] for name in (*FAMILIES, *AS_MANY, "qwen2")}
 # What each layout, and whole and cut sequences meet in all cases and in part: models, methods, targets.
 VIEWS: tuple[Callable[[Case], Any], ...] = (lambda c: c.folder, lambda c: c.method, lambda c: c.targets)
 # At two stages one of them is then without an adapted layer.
@@ -147,7 +148,15 @@ def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -
             cases += [Case(folders["olmo2"], layout, recompute="selective", targets=ALL_TARGETS)]
     if whole:
         layouts = ((1, 2, 2), (2, 1, 2)) if ranks == 4 else ()
-        return cases + [Case(folders["main"], layout, targets=t) for layout, t in product(layouts, NEW_TARGETS)]
+        cases += [Case(folders["main"], layout, targets=t) for layout, t in product(layouts, NEW_TARGETS)]
+        for name, recompute in product(NEW, ("selective", "full")):
+            cuts = {2: [((2, 1, 1), True), ((1, 2, 1), False)], 4: [((2, 2, 1), True)]}[ranks]
+            given = {"targets": ALL_TARGETS, "recompute": recompute, "packed": True}
+            cases += [Case(folders[name], layout, sequence_parallel=cut, **given) for layout, cut in cuts]
+        given = {"targets": ALL_TARGETS, "method": "lora"}
+        names = AS_MANY if ranks == 4 else ()
+        cases += [Case(folders[n], (4, 1, 1), sequence_parallel=cut, **given) for n in names for cut in (True, False)]
+        return list(dict.fromkeys(cases))
     views: list[Callable[[Case], Any]] = [
         *(lambda case, view=view: (case.layout, view(case)) for view in VIEWS),
         lambda case: (case.way, case.targets == ALL_TARGETS, case.recompute),
@@ -224,7 +233,7 @@ def test_gradients_equal_the_oracle(
     run_and_check(_cases(folders, ranks, whole=whole), answers, tmp_path, ranks)
 
 
-@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.cpu_seconds(30, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_of_every_target_equal_the_oracle(
@@ -244,7 +253,8 @@ def test_gradients_with_the_adapter_in_the_matmul(
         given = {"adapter_in_matmul": True, "targets": ALL_TARGETS, **variant}
         cases += [Case(folders["short"], **given | {"recompute": how}) for how in ("none", "selective", "full")]
         cases += [Case(folders["main"], layers=(2,), packed=True, **given | {"targets": ("qkv",)})]
-        cases += [Case(folders[name], method="lora", **given) for name in ("bias", "stablelm", "olmo2", "qwen3")]
+        names = "bias", "stablelm", "olmo2", "qwen3", "gemma3", "glm4"
+        cases += [Case(folders[name], method="lora", **given) for name in names]
     if ranks == 2:
         cases += [replace(case, overlap=True) for case in cases if case.folder == folders["short"]]
     run_and_check(list(dict.fromkeys(cases)), answers, tmp_path, ranks)
@@ -264,7 +274,9 @@ def _half_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> 
             cases += [Case(short, layout, method="vera", layers=(2,), targets=("down_proj",), **given)]
             cases += [Case(folders["olmo2"], layout, targets=ALL_TARGETS, **given)] if layout[0] == 2 else []
     if whole:
-        return cases
+        families = ("gemma2", "gemma3", "granite", "glm4")
+        given = {"targets": ALL_TARGETS, "overlap": True, "sequence_parallel": True}
+        return cases + [Case(folders[name], (2, ranks // 2, 1), **given) for name in families]
     return part_of(cases, lambda case: (case.way, case.recompute), lambda case: (case.way, case.targets, case.packed))
 
 

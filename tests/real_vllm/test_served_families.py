@@ -58,9 +58,8 @@ def test_a_family_s_base_and_adapters_answer_as_in_transformers(case: Case) -> N
     assert not wrong
 
 
+@pytest.mark.parametrize("case", WITHOUT_PLAIN, indirect=True)
 def test_an_adapter_that_would_lose_a_part_is_refused(case: Case) -> None:
     engine, all_served = case
-    if engine.model.name not in WITHOUT_PLAIN:
-        pytest.skip("vLLM has slots for all parts")
     with pytest.raises(UserError, match="gate_up_proj, for which the server has no slots; serve the merged model"):
         engine.load(next(served for served in all_served if not served.tied))

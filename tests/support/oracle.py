@@ -130,7 +130,7 @@ class OracleConfig:
             rotary_share=float(rope.get("partial_rotary_factor", 1.0)),
             rope_scaling=scaling,
             rotates=hf.get("no_rope_layers"),
-            interleaved=family == "glm4",
+            interleaved=family in ("glm", "glm4"),
             windowed=tuple(kind == "sliding_attention" for kind in kinds),
             window=window or 0,
             window_rope=window_rope,
@@ -147,6 +147,9 @@ class OracleConfig:
     @classmethod
     def from_folder(cls, folder: str | Path) -> OracleConfig:
         return cls.from_hf(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
+
+
+_AMPLITUDES = {"mscale": 1, "mscale_all_dim": 0}  # of YaRN: the amplitude is a ratio where the second is given
 
 
 def _rope(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
@@ -272,7 +275,8 @@ def rope_amplitude(scaling: Mapping[str, Any] | None, max_positions: int) -> flo
     if scaling.get("attention_factor"):
         return float(scaling["attention_factor"])
     if scaling["rope_type"] == "yarn":
-        return 0.1 * math.log(scaling["factor"]) + 1
+        by = [0.1 * scaling.get(name, own) * math.log(scaling["factor"]) + 1 for name, own in _AMPLITUDES.items()]
+        return by[0] / by[1]
     original = scaling["original_max_position_embeddings"]
     return math.sqrt(1 + math.log(max_positions / original) / math.log(original))
 

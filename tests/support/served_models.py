@@ -128,7 +128,7 @@ class ServedModel:
                 if any(part in name for part in ("q_proj", "k_proj", "qkv_proj")):
                     parameter *= 0.4
         model.save_pretrained(self.root / "base")
-        return write_tiny_tokenizer(self.root / "base", vocab_size=model.config.vocab_size)
+        return write_tiny_tokenizer(self.root / "base", vocab_size=model.config.get_text_config().vocab_size)
 
     @cached_property
     def sizes(self) -> OracleConfig:

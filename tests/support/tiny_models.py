@@ -82,8 +82,11 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     | {**_SCORES, "layer_kinds": ("sliding_attention", "full_attention")},
     "granite": {"family": "granite", "head_dim": 12, **_MULTIPLIERS},
     "granite mha": {"family": "granite", "num_kv_heads": 4, "attention_bias": True, "tied": True, **_MULTIPLIERS},
+    "glm": {"family": "glm", "head_dim": 12, "attention_bias": True, "rope": {"partial_rotary_factor": 0.5}},
     "glm4": {"family": "glm4", "head_dim": 12, "attention_bias": True, "rope": {"partial_rotary_factor": 0.5}},
     "glm4 mha": {"family": "glm4", "num_kv_heads": 4, "attention_bias": False, "tied": True},
+    "ministral3": {"family": "ministral3", "head_dim": 12, "sliding_window": 7}
+    | {"rope": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
     "mistral3": {"family": "mistral3", "head_dim": 12, "sliding_window": None},
     "mistral3 mha": {"family": "mistral3", "num_kv_heads": 4, "sliding_window": 7, "tied": True},
 }

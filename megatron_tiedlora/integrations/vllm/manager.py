@@ -126,7 +126,7 @@ class TiedLoRAModelManager(LRUCacheLoRAModelManager):
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         self._wrapper = self.punica_wrapper_mapping.get(DEFAULT_LANGUAGE_WRAPPER_KEY)
         if self._wrapper is None:
-            raise ValueError("tied_lora: multimodal models have only plain LoRAs; start the server without it")
+            raise ValueError("tied_lora: this multimodal model has no tied slots in vLLM; start the server without it")
         if self._keeps_plain:  # vLLM's own slots have a wrapper of their own
             super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         if self.device.type == "cpu":

@@ -211,8 +211,9 @@ multimodal_projector_bias projector_hidden_act spatial_merge_size vision_config 
 """
 
 
-def text_tower(config: HfConfig, kind: str, absent: Mapping[str, Any] | None = None) -> shapes.ModelShape:
-    """Return the `ModelShape` of the text model, of type `kind`, inside a multimodal model.
+def text_tower(config: HfConfig, *kinds: str, absent: Mapping[str, Any] | None = None) -> shapes.ModelShape:
+    """Return the `ModelShape` of the text model inside a multimodal model. It has one of the types `kinds`, by default
+    the first.
 
     If `text_config` is absent, the fields of `absent` describe it. Raise UserError if it has a different type, or if a
     field is not implemented.
@@ -223,10 +224,10 @@ def text_tower(config: HfConfig, kind: str, absent: Mapping[str, Any] | None = N
     values = values if found is None else found
     if not isinstance(values, Mapping):
         raise config.error(f"text_config is {shown(values)}, not an object. Correct this field")
-    if (own := values.get("model_type", kind)) != kind:
+    if (own := values.get("model_type", kinds[0])) not in kinds:
         problem = f"text_config has model_type {shown(own)}, which is not implemented in a multimodal model"
-        raise config.error(f"{problem}. Use a model whose text_config has model_type {kind}")
-    shape = read_family(kind, values, f"{config.source}: text_config")
+        raise config.error(f"{problem}. Use a model whose text_config has model_type {' or '.join(kinds)}")
+    shape = read_family(own, values, f"{config.source}: text_config")
     towers = (tower for tower in _TOWERS if any(name.startswith(tower[0]) for name in config.names))
     prefix, head = next(towers, _TOWERS[0])
     # Without the field, transformers ties the head, unless the files have a different one.

@@ -18,6 +18,7 @@ from support.kernel_runs import HOST, assert_same_numbers, loss_and_gradients, m
 from support.run_files import losses
 from support.run_helpers import Base, run
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.messages import UserError
@@ -106,6 +107,19 @@ def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
     with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
         kernels.row_log_sums(logits, None)
         kernels.exp_logits_(logits, total, None)
+
+
+@needs_compiler
+def test_compiled_kernels_of_logits_allocate_no_rows() -> None:
+    """Capped logits are read twice: for their maximum, which is that of the logits, and for their sum."""
+    logits, kernels = 20 * torch.randn(16, 5000).bfloat16(), Kernels().compiled()
+    for cap in (None, 30.0):
+        expected = torch.logsumexp(module.soft_capped(logits.double(), cap), dim=-1)
+        torch.testing.assert_close(kernels.row_log_sums(logits, cap).double(), expected, rtol=1e-6, atol=0)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            kernels.exp_logits_(logits.clone(), kernels.row_log_sums(logits, cap), cap)
+        events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert max(event.nbytes() for event in events) == 2 * logits.numel(), "the clone"
 
 
 @needs_compiler
@@ -233,6 +247,7 @@ def arguments_of_kernels(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "square_means": (heads, 2, 1),
         "product_means": (heads[:, :2], heads[:, 2:3], heads),
         "row_log_sums": (rows, None),
+        "row_log_sums with a cap": (rows, 2.0),
         "exp_logits_": (rows, drawn(ROWS, wide=True), None),
         "exp_logits_ with a cap": (rows, drawn(ROWS, wide=True), 2.0),
     }

@@ -143,6 +143,27 @@ def test_tiles_of_windows_are_small(windows: tuple[int | None, ...]) -> None:
     assert attention_memory(stage, LargestMicroBatch(1024, 2, 512)) == (0, tile + sums)
 
 
+def test_tiles_of_capped_scores_need_one_more_while_compiled() -> None:
+    """The derivative of the cap reads capped scores again, which a compiler therefore writes to memory."""
+    block = replace(PLAIN.block, heads=replace(PLAIN.heads, cap=50.0))
+    shapes, largest = (PLAIN, replace(PLAIN, block=block)), LargestMicroBatch(512, 1, 512)
+    for compiled, more in ((True, 1), (False, 2)):
+        layout = Layout((EVERY,), length=512, rows=1, compiled=compiled)
+        plain, capped = (attention_memory(plan_stages(one, layout)[0], largest)[1] for one in shapes)
+        assert capped - plain == 32 * 128 * 512 * 4 * more
+
+
+@pytest.mark.parametrize(
+    ("windows", "keys"), [((512, None), 512 + 127), ((2**15, None), 0), ((512, 2**14, None, None), 2**14 + 127)]
+)
+def test_gpus_compute_tiles_only_within_windows_of_long_rows(windows: tuple[int | None, ...], keys: int) -> None:
+    """In fp32, other blocks and shorter rows have PyTorch's memory-efficient kernel; it needs more than small tiles."""
+    layout, largest = Layout((EVERY,), length=2**15, dtype=torch.float32, on_gpu=True), LargestMicroBatch(2, 1, 2**15)
+    shapes = windowed(PLAIN, *windows * (8 // len(windows))), PLAIN
+    needed, plain = (attention_memory(plan_stages(one, layout)[0], largest)[1] for one in shapes)
+    assert needed == max(plain, bool(keys) * (32 * 128 * keys * (4 + 2 * 4 + 12) + 2 * 4096 * 4 * 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("cap", [None, 50.0])
 def test_gpus_have_memory_for_tiles_that_no_kernel_replaces(dtype: torch.dtype, cap: float | None) -> None:
