@@ -228,8 +228,11 @@ def text_tower(config: HfConfig, *kinds: str, absent: Mapping[str, Any] | None =
         problem = f"text_config has model_type {shown(own)}, which is not implemented in a multimodal model"
         raise config.error(f"{problem}. Use a model whose text_config has model_type {' or '.join(kinds)}")
     shape = read_family(own, values, f"{config.source}: text_config")
-    towers = (tower for tower in _TOWERS if any(name.startswith(tower[0]) for name in config.names))
-    prefix, head = next(towers, _TOWERS[0])
+    towers = [tower for tower in _TOWERS if any(name.startswith(tower[0]) for name in config.names)]
+    if len(towers) > 1:
+        problem = " and ".join(f"tensors named {prefix}*" for prefix, _ in towers)
+        raise config.error(f"the model has {problem}, which are the same. Remove those that are out of date")
+    prefix, head = (*towers, _TOWERS[0])[0]
     # Without the field, transformers ties the head, unless the files have a different one.
     tied = config.flag("tie_word_embeddings", f"{head}.weight" not in config.names)
     return replace(
