@@ -151,7 +151,8 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
 
         files = [*_SIDE_FILES, *(["*.safetensors"] if weights else [])]
         try:
-            folder = Path(snapshot_download(name, allow_patterns=files))
+            # Some of Mistral's repositories have all weights a second time, in other names.
+            folder = Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["consolidated*"]))
         except Exception as error:  # the Hub's client raises many types; each means that the model cannot be found
             said = f"--model {name}: no such folder, and it cannot be downloaded from the Hub ({first_line(error)})"
             raise UserError(f"{said}; check the name and the network") from None

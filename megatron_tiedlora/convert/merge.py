@@ -29,8 +29,9 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
-# Files that are copied from the base in addition to its weights. Its other files are not part of the model.
-_MODEL_FILES = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", "NOTICE*")
+# Files that are copied from the base in addition to its weights. Its other files are not part of the model. tekken.json
+# is the tokenizer that mistral-common reads.
+_MODEL_FILES = ("config.json", "generation_config.json", "*processor_config.json", "tekken.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja"),

@@ -55,9 +55,9 @@ _HARMLESS = {
 _LONGEST_PATTERN = 1000
 _DEEPEST = 50  # the deepest nesting of groups in a pattern
 _LONGEST_PATTERNS = 50_000  # characters of all patterns of a field; full names of 126 layers x 7 modules have 30,000
-_PIECE = re.compile(r"[A-Za-z0-9_|)^$]|\(\?:|\(|\\\.|(?:\.|\[0-9\])[*+]?")
+_PIECE = re.compile(r"[A-Za-z0-9_|)^$]|\(\?:|\(|\\[.b]|(?:\.|\[0-9\])(?:[*+]\??)?")
 _ACCEPTED = (
-    rf"letters, digits, _, \., ., .*, .+, \d+, [0-9]+, |, ^, $ and groups without repetition, {_DEEPEST}"
+    rf"letters, digits, _, \., ., .*, .*?, .+, \d+, [0-9]+, \b, |, ^, $ and groups without repetition, {_DEEPEST}"
     rf" deep, at most {_LONGEST_PATTERN:,} characters"
 )
 
@@ -315,7 +315,8 @@ def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[
 
     If the pattern is rejected, the error message ends with `instead`, which names a supported form.
     """
-    plain = pattern.replace(r"\d", "[0-9]") if len(pattern) <= _LONGEST_PATTERN else ""
+    digits = pattern.replace(r"[\d]{1,}", r"\d+")  # as Unsloth writes it
+    plain = digits.replace(r"\d", "[0-9]") if len(pattern) <= _LONGEST_PATTERN else ""
     pieces = _PIECE.findall(plain)
     depths = list(accumulate(piece.startswith("(") - (piece == ")") for piece in pieces))
     if not pieces or "".join(pieces) != plain or min(depths) < 0 or depths[-1] or max(depths) > _DEEPEST:

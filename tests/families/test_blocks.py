@@ -89,7 +89,7 @@ def test_gradient_through_norms_of_heads_is_as_exact_as_autograd_s(dtype: torch.
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("name", ["qwen3", "stablelm", "phi3"])
+@pytest.mark.parametrize("name", ["qwen3", "stablelm", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "glm4"])
 def test_bytes_kept_of_a_family_in_bf16_are_the_formula_s(name: str, recompute: str) -> None:
     shape = shape_from_hf(tiny_config(**{**FAMILY_MODELS[name], "num_layers": 2}).to_dict())
     adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape), seed=1)

@@ -93,7 +93,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
         {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid", "head_dim": 128,
          "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
          "hidden_size": 4608, "intermediate_size": 36864, "num_attention_heads": 32, "num_hidden_layers": 46,
-         "num_key_value_heads": 16, "query_pre_attn_scalar": 144, "rope_theta": 10000.0, "sliding_window": 4096},
+         "num_key_value_heads": 16, "query_pre_attn_scalar": 144, "rope_theta": 10000.0, "sliding_window": 4096,
+         "sliding_window_size": 4096},
         8192, 128,
     ),
     "gemma-3-27b-it": (

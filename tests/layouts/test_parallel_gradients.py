@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
 # Those whose layers compute something of their own. NEW come to more layouts; with as many key-value heads, to TP 4.
-NEW = ("gemma", "gemma2", "gemma3_text", "gemma3", "granite", "glm4", "mistral3")
+NEW = ("gemma", "gemma2", "gemma3_text", "gemma3", "granite", "glm4", "mistral3", "glm", "ministral3")
 FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3", "mistral", *NEW)
 AS_MANY = tuple(f"{name} mha" for name in NEW if f"{name} mha" in FAMILY_MODELS)
 SHAPES |= {name: FAMILY_MODELS[name] for name in (*FAMILIES, *AS_MANY, "qwen2")}

@@ -133,8 +133,16 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
 
 
 def saved_bytes_per_token(stage: Any, dtype: torch.dtype) -> float:
-    """Bytes that the stage's last block keeps of a sequence of 256 tokens, for each token, parameters left out."""
-    length, index = 256, stage.blocks[-1]
+    """Bytes that the stage's last block keeps for each further token of a sequence, parameters left out.
+
+    Norm weights of the form 1 + w are kept once, whatever the number of tokens.
+    """
+    few, more = (_saved_bytes(stage, dtype, length) for length in (256, 512))
+    return (more - few) / 256
+
+
+def _saved_bytes(stage: Any, dtype: torch.dtype, length: int) -> int:
+    index = stage.blocks[-1]
     block = stage.layers[str(index)]
     updates = stage.read_adapter()
     hidden = stage.empty_hidden(1, length).normal_().requires_grad_()
@@ -146,4 +154,4 @@ def saved_bytes_per_token(stage: Any, dtype: torch.dtype) -> float:
         steps = block.steps(hidden, None, context, stage.tensor_parallel, update=updates.get(index))
         output = sum(run_steps(steps))
     assert output.shape == hidden.shape
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in held) / length
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in held)

@@ -24,7 +24,8 @@ def gemma2_decoder(config: HfConfig, *, every: int, **features: Any) -> shapes.M
     Args:
         every: each layer whose number is a multiple of it has full attention.
     """
-    config.get("hidden_act")  # transformers ignores it if there is `hidden_activation`
+    for unused in ("hidden_act", "sliding_window_size"):  # transformers reads `hidden_activation` and `sliding_window`
+        config.get(unused)
     features |= {"window": config.window(), "layer_types": config.alternating(every), "norms": AROUND}
     factor = config.number("query_pre_attn_scalar") ** -0.5
     shape = gemma_decoder(config, activation="hidden_activation", multiplier=factor, **features)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -34,6 +35,24 @@ NORM = "model.layers.1.input_layernorm.weight"
 def tiny(folder: Path, *, sharded: bool = False, **keywords: object) -> Path:
     size = "30KB" if sharded else None
     return write_tiny_model(folder, tokenizer=False, max_shard_size=size, attention_bias=True, **keywords)
+
+
+# --------------------------------------------------------------------------------------- what is downloaded
+
+
+def test_a_second_copy_of_the_weights_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral's repositories have all weights twice; transformers does not read `consolidated.safetensors`."""
+    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "README.md",
+             "consolidated-00001-of-00002.safetensors", "consolidated.safetensors.index.json"]  # fmt: skip
+    wanted: list[str] = []
+
+    def download(name: str, **patterns: list[str]) -> str:
+        wanted.extend(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+        return str(tiny(tmp_path / "model"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_model("mistralai/model").from_hub
+    assert wanted == files[:2]
 
 
 # --------------------------------------------------------------------------------------------- what is drawn

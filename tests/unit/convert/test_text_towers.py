@@ -47,7 +47,7 @@ FAMILIES = ("gemma3", "mistral3")
 STORED = ("language_model.model.", "language_model.lm_head", "vision_tower.", "multi_modal_projector.")
 IN_MEMORY = ("model.language_model.", "lm_head", "model.vision_tower.", "model.multi_modal_projector.")
 TEXT = ("model.", "lm_head")
-SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja")
+SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja", "tekken.json")
 WIDE: dict[str, Any] = {**SHAPE, "head_dim": 16}  # whose widths are multiples of a block of nf4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 
@@ -252,6 +252,10 @@ IMPORTS: dict[str, Any] = {
     "endings": {"target_modules": PROJECTIONS, "layers_to_transform": [0, 2]},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
     "pattern": {"target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|up_proj)"},
+    "pattern of Unsloth": {
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attn|mlp).*?(?:q_proj|k_proj|v_proj|down_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attn|mlp)\.(?:(?:q_proj|k_proj|v_proj|down_proj)))"
+    },
     "full names": {"target_modules": [f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 2)]},
 }
 
