@@ -41,8 +41,7 @@ def family(*sizes: int, **defaults: Any) -> Callable[[Reader], Reader]:
 def read_family(kind: str, values: Mapping[str, Any], source: str, names: Collection[str] = ()) -> shapes.ModelShape:
     """Return the `ModelShape` of a registered family. Raise UserError if a field is not implemented."""
     read, defaults = FAMILIES[kind]
-    config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **defaults})
-    config.names = names
+    config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **defaults}, names=names)
     shape = read(config)
     config.reject_unread()
     return shape
@@ -58,8 +57,8 @@ class Norms(NamedTuple):
 
 
 BEFORE = Norms()
-BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-AROUND = Norms(BEFORE.attention, BEHIND.output, "pre_feedforward_layernorm", BEHIND.down)
+AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+AROUND = Norms(BEFORE.attention, AFTER.output, "pre_feedforward_layernorm", AFTER.down)
 ACTIVATIONS: dict[str, shapes.Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
