@@ -115,8 +115,13 @@ class Attention(nn.Module):
     """The attention of a block, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `steps`, then `output`."""
 
     def __init__(
-        self, qkv: QkvLinear, output: RowParallelLinear, kind: shapes.AttentionKind,
-        *, kernels: Kernels, deterministic: bool = False,
+        self,
+        qkv: QkvLinear,
+        output: RowParallelLinear,
+        kind: shapes.AttentionKind,
+        *,
+        kernels: Kernels,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.kind = kind
