@@ -94,9 +94,13 @@ class WeightFiles(ExitStack):
         return self._readers[file]
 
     def stored(self, name: str) -> Any:
-        """Return the stored tensor `name`, from which slices can be read, or None if it does not exist."""
+        """Return the stored tensor `name`, from which slices can be read, or None if it does not exist. Raise UserError
+        if only the index names it."""
         file = self.file_of.get(name)
-        return None if file is None else self.reader(file).get_slice(name)
+        try:
+            return None if file is None else self.reader(file).get_slice(name)
+        except SafetensorError as error:
+            raise damaged_model(f"{file}: {error}, but the index names it") from None
 
 
 class BaseWeights(WeightFiles):
@@ -134,10 +138,7 @@ class BaseWeights(WeightFiles):
             if name not in self.file_of:
                 raise damaged_model(f"{self.folder}: tensor {name} is missing from the safetensors files")
             file = self.file_of[name]
-            try:
-                stored = self.stored(name)
-            except SafetensorError as error:
-                raise damaged_model(f"{file}: {error}, but the index names it") from None
+            stored = self.stored(name)
             if self._stored is not None and name in self._quantised:
                 with naming(str(file)):
                     self._stored.check(name, expected)

@@ -40,7 +40,7 @@ _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-_KIND_NAMES = TYPE_NAMES | {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+COPIED_TYPES = TYPE_NAMES | {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}  # of other towers
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # dtypes by their names in flags
 SHARD_BYTES = 2 * 10**9
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # number and length of the runs of consecutive values that identify a tensor
@@ -266,7 +266,7 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
     files = []
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        head = file_head((tensor.name, _KIND_NAMES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
+        head = file_head((tensor.name, COPIED_TYPES[tensor.dtype], tensor.shape, tensor.num_bytes) for tensor in shard)
         files.append(StreamedFile(name, head, shard))
     return files
 

@@ -213,7 +213,7 @@ class _MergedFiles:
             found.append(self._streamed(weights.file_of[name], name, shape, dtype, weights.read, checked=True))
         for name in weights.others:
             file, stored = weights.file_of[name], weights.stored(name)
-            if (kind := stored.get_dtype()) in tensor_files.BYTE_TYPES:
+            if (kind := stored.get_dtype()) not in tensor_files.COPIED_TYPES.values():
                 said = f"{name} is {kind}, and only the text tower's linears are dequantised"
                 raise UserError(f"{file}: {said}; give the original model with --model ORIGINAL --base_differs")
             found.append(self._of_stored(file, name, stored))

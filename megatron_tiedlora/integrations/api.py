@@ -71,9 +71,13 @@ def load_base(
     folder = (source := sources.find_model(model or trained.base_model)).weights_folder()
     # The config's own may name code on the hub.
     keywords.setdefault("attn_implementation", source.attention_in_transformers)
-    return getattr(transformers, source.auto_class).from_pretrained(
-        folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
-    ).eval()
+    return (
+        getattr(transformers, source.auto_class)
+        .from_pretrained(
+            folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
+        )
+        .eval()
+    )
 
 
 def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) -> Any:

@@ -115,8 +115,13 @@ class Attention(nn.Module):
     """The attention of a block, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `steps`, then `output`."""
 
     def __init__(
-        self, qkv: QkvLinear, output: RowParallelLinear, kind: shapes.AttentionKind,
-        *, kernels: Kernels, deterministic: bool = False,
+        self,
+        qkv: QkvLinear,
+        output: RowParallelLinear,
+        kind: shapes.AttentionKind,
+        *,
+        kernels: Kernels,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -293,12 +298,12 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor, how: sha
 
 # Rotary embedding -----------------------------------------------------------------------------------------------------
 #
-# It follows the half-rotation convention of Hugging Face:
+# It follows Hugging Face:
 #
 #     angle(p, i) = p * f_i, f_i = theta^(-2 i / n); (x1, x2) -> a (x1 cos - x2 sin, x2 cos + x1 sin)
 #
-# over the two halves of the first n elements of each head. Frequencies and angles are fp32, as in transformers. Scaling
-# changes f_i and a.
+# over the two halves of the first n elements of each head, or over its even and odd elements if the embedding is
+# interleaved. Frequencies and angles are fp32, as in transformers. Scaling changes f_i and a.
 
 
 @lru_cache(maxsize=64)

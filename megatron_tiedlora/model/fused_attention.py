@@ -78,8 +78,13 @@ class AttentionRoute:
 
 @cache
 def choose_attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *,
-    deterministic: bool = False, window: bool = False, cap: float | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    deterministic: bool = False,
+    window: bool = False,
+    cap: float | None = None,
 ) -> AttentionRoute:
     """Return the first candidate that runs on `device`, tested with a forward and backward pass on a few tokens.
 

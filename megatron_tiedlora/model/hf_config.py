@@ -57,10 +57,16 @@ class HfConfig:
         names: the names of the stored tensors, see `shape_from_hf`.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any], of: str = "") -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        source: str,
+        defaults: Mapping[str, Any],
+        of: str = "",
+        names: Collection[str] = (),
+    ) -> None:
         """Use the family's `defaults` for absent fields. In error messages, `of` follows the name of a field."""
-        self.source, self._of = source, of
-        self.names: Collection[str] = ()
+        self.source, self.names, self._of = source, names, of
         self._values = values
         self._defaults = defaults
         self._read = {"model_type"}

@@ -142,9 +142,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, interleave
     return torch.cat((_rotated(heads[:, :num_rotated], cos, sin, interleaved), heads[:, num_rotated:]), dim=1)
 
 
-def rotate_gradient(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-) -> Tensor:
+def rotate_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Return the gradient of the input heads of `rotate`, (T, n, head_dim).
 
     `query`, `key` and `value` are gradients of the output heads, each (T, heads, head_dim). Values are not rotated.
@@ -250,7 +248,12 @@ def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor, cap: float | None
 
 
 def score_gradient_(
-    scores: Tensor, mask: Tensor, log_sums: Tensor, deltas: Tensor, grad_weights: Tensor, weights: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    log_sums: Tensor,
+    deltas: Tensor,
+    grad_weights: Tensor,
+    weights: Tensor,
     cap: float | None = None,
 ) -> None:
     """Write the softmax p = exp(score + mask - log_sums) to `weights`, and compute the gradient of the scores.

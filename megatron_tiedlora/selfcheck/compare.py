@@ -225,15 +225,12 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
         # transformers shifts the labels itself.
         labels = torch.full_like(batch.labels, -100)
         labels[:, 1:] = batch.labels[:, :-1]
-        mask = torch.arange(batch.tokens.shape[1])[None] < batch.lengths[:, None]
-        if batch.documents is not None:
-            ids, length = batch.documents, batch.documents.shape[1]
-            causal = torch.ones(length, length, dtype=torch.bool).tril()
-            mask = (ids[:, None, :, None] == ids[:, None, None, :]) & causal
+        # Without a mask, transformers finds the documents of packed rows by their positions.
+        mask = torch.arange(batch.tokens.shape[1])[None] < batch.lengths[:, None] if batch.documents is None else None
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.dtype == torch.bfloat16):
             loss: torch.Tensor = model(
                 input_ids=batch.tokens.to(device),
-                attention_mask=mask.to(device),
+                attention_mask=None if mask is None else mask.to(device),
                 position_ids=batch.positions.to(device),
                 labels=labels.to(device),
                 use_cache=False,

@@ -255,6 +255,7 @@ def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
 @pytest.mark.parametrize(("model_type", "reason"), [
     ("mixtral", "it is a mixture of experts"), ("qwen3_moe", "it is a mixture of experts"),
     ("deepseek_v3", "it is a mixture of experts"), ("mamba", "it has layers without attention"),
+    ("granitemoehybrid", "models of this type can have experts, and layers without attention"),
     ("qwen3_next", "it is a mixture of experts"), ("llava", "it is part of a multimodal model"),
     ("gemma3n", "it is part of a multimodal model"), ("falcon", "its attention and MLP have the same input"),
     ("nemotron", "its MLP has no gate"),

@@ -136,6 +136,14 @@ def test_what_a_multimodal_config_may_not_say(model_type: str, fields: dict[str,
     assert str(error.value).startswith(f"here: {said}") and "\n" not in str(error.value)
 
 
+def test_a_text_tower_by_both_names_is_rejected() -> None:
+    """transformers would take the other one."""
+    names = [f"{prefix}norm.weight" for prefix in ("language_model.model.", "model.language_model.")]
+    said = r"here: the model has tensors named model\.language_model\.\* and tensors named language_model\.model\.\*, "
+    with pytest.raises(UserError, match=said):
+        shape_from_hf({"model_type": "gemma3"}, source="here", names=names)
+
+
 def test_a_norm_of_heads_with_an_offset_may_be_zero_but_not_the_negative_offset(tmp_path: Path) -> None:
     """The backward pass divides by the sum. The folder is written as `tiedlora random-model` writes it."""
     values = {**PRESETS["gemma3-12b"], **SIZES, "num_key_value_heads": 2, "head_dim": 8}

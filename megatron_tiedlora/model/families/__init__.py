@@ -23,7 +23,10 @@ _REASONS = {
     **dict.fromkeys(("parallel_attn", "use_parallel_residual"), "its attention and MLP have the same input"),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "its keys and values are compressed"),
 }
-_OTHER_TYPES = dict.fromkeys(("gpt2", "gpt_bigcode", "nemotron", "opt", "starcoder2"), "its MLP has no gate")
+_OTHER_TYPES = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "nemotron", "opt", "starcoder2"), "its MLP has no gate"),
+    "granitemoehybrid": "models of this type can have experts, and layers without attention",
+}
 
 
 def shape_from_hf(

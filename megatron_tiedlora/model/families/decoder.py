@@ -41,8 +41,7 @@ def family(*sizes: int, **defaults: Any) -> Callable[[Reader], Reader]:
 def read_family(kind: str, values: Mapping[str, Any], source: str, names: Collection[str] = ()) -> shapes.ModelShape:
     """Return the `ModelShape` of a registered family. Raise UserError if a field is not implemented."""
     read, defaults = FAMILIES[kind]
-    config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **defaults})
-    config.names = names
+    config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **defaults}, names=names)
     shape = read(config)
     config.reject_unread()
     return shape
@@ -58,8 +57,8 @@ class Norms(NamedTuple):
 
 
 BEFORE = Norms()
-BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
-AROUND = Norms(BEFORE.attention, BEHIND.output, "pre_feedforward_layernorm", BEHIND.down)
+AFTER = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+AROUND = Norms(BEFORE.attention, AFTER.output, "pre_feedforward_layernorm", AFTER.down)
 ACTIVATIONS: dict[str, shapes.Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
@@ -228,8 +227,11 @@ def text_tower(config: HfConfig, *kinds: str, absent: Mapping[str, Any] | None =
         problem = f"text_config has model_type {shown(own)}, which is not implemented in a multimodal model"
         raise config.error(f"{problem}. Use a model whose text_config has model_type {' or '.join(kinds)}")
     shape = read_family(own, values, f"{config.source}: text_config")
-    towers = (tower for tower in _TOWERS if any(name.startswith(tower[0]) for name in config.names))
-    prefix, head = next(towers, _TOWERS[0])
+    towers = [tower for tower in _TOWERS if any(name.startswith(tower[0]) for name in config.names)]
+    if len(towers) > 1:
+        problem = " and ".join(f"tensors named {prefix}*" for prefix, _ in towers)
+        raise config.error(f"the model has {problem}, which are the same. Remove those that are out of date")
+    prefix, head = (*towers, _TOWERS[0])[0]
     # Without the field, transformers ties the head, unless the files have a different one.
     tied = config.flag("tie_word_embeddings", f"{head}.weight" not in config.names)
     return replace(

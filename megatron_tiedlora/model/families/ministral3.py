@@ -24,7 +24,7 @@ def ministral3(config: HfConfig) -> shapes.ModelShape:
     """
     values = rope_fields(config, config.get("rope_parameters"))
     numbers = HfConfig(values, config.source, {}, of=" of rope_parameters")
-    numbers.number("llama_4_scaling_beta")
+    numbers.small_number("llama_4_scaling_beta")
     original = numbers.size("original_max_position_embeddings")
     rope, _ = read_rope(config, values={name: value for name, value in values.items() if name not in _OWN})
     why = f"has other factors of queries beyond {original} tokens (llama_4_scaling_beta)"

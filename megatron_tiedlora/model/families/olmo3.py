@@ -1,7 +1,7 @@
 """Read configs of OLMo 3."""
 
 from megatron_tiedlora.base import shapes
-from megatron_tiedlora.model.families.decoder import BEHIND, family, gated_decoder
+from megatron_tiedlora.model.families.decoder import AFTER, family, gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, read_ropes
 
 
@@ -16,6 +16,6 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
         window=config.window(),
         layer_types=config.alternating(4),
         bias=True,
-        norms=BEHIND,
+        norms=AFTER,
         head_norms="together",
     )

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,17 @@ def test_other_towers_in_few_bits_are_not_merged(tmp_path: Path) -> None:
     said = refusal(merge_adapter, *in_nf4(folder, tmp_path, lambda name: True), tmp_path / "merged", onto_trained=True)
     assert ".weight is U8, and only the text tower's linears are dequantised; give the original model with" in said
     assert not (tmp_path / "merged").exists()
+
+
+def test_other_towers_with_unknown_dtypes_or_without_values_are_not_merged(tmp_path: Path) -> None:
+    source, trained = in_nf4(write_tower(tmp_path / "base", "gemma3", **WIDE), tmp_path)
+    file = source.weights_folder() / "model.safetensors"
+    edit_tensors(file, lambda held: held.update({"vision_tower.x": torch.ones(3, dtype=torch.int8)}))
+    merge = partial(merge_adapter, source, trained, tmp_path / "merged", onto_trained=True)
+    assert "vision_tower.x is I8, and only the text tower's linears are dequantised" in refusal(merge)
+    (file.parent / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(file), file.name)}))
+    edit_tensors(file, lambda held: held.pop("vision_tower.x"))
+    assert "vision_tower.x, but the index names it; download the model again" in refusal(merge)
 
 
 # ---------------------------------------------------------------------------------------------------- PEFT's adapters
