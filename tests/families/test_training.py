@@ -13,7 +13,7 @@ from support.oracle_adapter import ALL_TARGETS
 from support.peft_models import greedy_tokens, hf_model
 from support.quantised_models import with_values
 from support.tiny_decoders import build
-from support.tiny_models import EOS_ID, FAMILY_MODELS, write_tiny_model
+from support.tiny_models import EOS_ID, FAMILY_MODELS, LATER_FAMILIES, write_tiny_model
 
 from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, generate
 from megatron_tiedlora.parallel.groups import Grid
@@ -25,10 +25,9 @@ PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]
 # Biases on q, k and v alone; norms of heads; LayerNorms, and part of a head rotated; fused tensors; unrotated layers;
 # norms of all heads, and norms after attention and MLP; two rotations.
 OLD = ("qwen2", "qwen3", "stablelm", "phi3", "smollm3", "olmo2", "olmo3")
-# Norms with an offset, GELU and a scaled embedding; caps; norms of heads with an offset, and a window's own rotation;
-# multipliers; neighbours rotated together; the text towers of two multimodal models.
-NEW = ("gemma", "gemma2", "gemma3_text", "granite", "glm4", "gemma3", "mistral3", "glm", "ministral3")
-NAMES = OLD + NEW
+# The later ones have norms with an offset, GELU and a scaled embedding; caps; norms of heads with an offset, and a
+# window's own rotation; multipliers; neighbours rotated together; the text towers of two multimodal models.
+NAMES = OLD + LATER_FAMILIES
 
 
 def _decoder(folder: str, tp: int, pp: int) -> Decoder:
@@ -130,7 +129,7 @@ def test_every_linear_learns_what_the_oracle_s_does(tmp_path: Path, whole: bool)
     In part, two steps of one family by each method, the second on a base in NF4.
     """
     prepared = list[Prepared]()
-    for name in NEW if whole else ("gemma2", "gemma3"):
+    for name in LATER_FAMILIES if whole else ("gemma2", "gemma3"):
         folder, base = _base(tmp_path, name)
         given = base | {"targets": list(ALL_TARGETS), **({"max_steps": 10} if whole else {})}
         for method in ("tl6", "lora") if whole else ("lora" if name == "gemma2" else "tl6",):

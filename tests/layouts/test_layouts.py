@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.cases import part_of
 from support.engine_runs import (
+    LAYOUTS,
     OPTIMIZERS,
     SHORT,
     Layout,
@@ -33,22 +34,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 KINDS = (("qkv",), ALL_TARGETS)
 FEWER = 3  # steps where not all cases of a test are run
-LAYOUTS = [
-    Layout(*sizes)
-    for sizes in (
-        (1, 1, 1),
-        (2, 1, 1),
-        (1, 2, 1),
-        (1, 1, 2),
-        (2, 2, 1),
-        (2, 1, 2),
-        (1, 2, 2),
-        (4, 1, 1),
-        (1, 4, 1),
-        (2, 2, 2),
-    )
-]
-
 Sized = tuple[dict[str, Any], Path]
 """Settings, and the folder of starts on their model, as `prepare` takes them."""
 

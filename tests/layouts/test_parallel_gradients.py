@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 from support.cases import part_of
-from support.engine_runs import relative_distance
+from support.engine_runs import LAYOUTS, relative_distance
 from support.forked_ranks import run_on_ranks
 from support.gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
 from support.oracle import OracleConfig, cast_weights, load_weights, oracle_logits
 from support.oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, dropout
 from support.oracle_training import oracle_gradients
 from support.quantised_models import quantised
-from support.tiny_models import FAMILY_MODELS, write_tiny_model
+from support.tiny_models import FAMILY_MODELS, LATER_FAMILIES, write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.parallel.groups import Grid
@@ -43,10 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
-# Those whose layers compute something of their own. NEW come to more layouts; with as many key-value heads, to TP 4.
-NEW = ("gemma", "gemma2", "gemma3_text", "gemma3", "granite", "glm4", "mistral3", "glm", "ministral3")
-FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3", "mistral", *NEW)
-AS_MANY = tuple(f"{name} mha" for name in NEW if f"{name} mha" in FAMILY_MODELS)
+# Those whose layers compute something of their own. The later ones come to more layouts, and to TP 4 with as many
+# key-value heads.
+FAMILIES = ("qwen3", "stablelm", "smollm3", "olmo2", "olmo3", "mistral", *LATER_FAMILIES)
+AS_MANY = tuple(f"{name} mha" for name in LATER_FAMILIES if f"{name} mha" in FAMILY_MODELS)
 SHAPES |= {name: FAMILY_MODELS[name] for name in (*FAMILIES, *AS_MANY, "qwen2")}
 # What each layout, and whole and cut sequences meet in all cases and in part: models, methods, targets.
 VIEWS: tuple[Callable[[Case], Any], ...] = (lambda c: c.folder, lambda c: c.method, lambda c: c.targets)
@@ -149,7 +149,7 @@ def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -
     if whole:
         layouts = ((1, 2, 2), (2, 1, 2)) if ranks == 4 else ()
         cases += [Case(folders["main"], layout, targets=t) for layout, t in product(layouts, NEW_TARGETS)]
-        for name, recompute in product(NEW, ("selective", "full")):
+        for name, recompute in product(LATER_FAMILIES, ("selective", "full")):
             cuts = {2: [((2, 1, 1), True), ((1, 2, 1), False)], 4: [((2, 2, 1), True)]}[ranks]
             given = {"targets": ALL_TARGETS, "recompute": recompute, "packed": True}
             cases += [Case(folders[name], layout, sequence_parallel=cut, **given) for layout, cut in cuts]
@@ -258,6 +258,23 @@ def test_gradients_with_the_adapter_in_the_matmul(
     if ranks == 2:
         cases += [replace(case, overlap=True) for case in cases if case.folder == folders["short"]]
     run_and_check(list(dict.fromkeys(cases)), answers, tmp_path, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_later_families_at_every_layout(answers: Answers, tmp_path: Path, ranks: int) -> None:
+    """Five layers with all linears adapted; at TP 4 with four key-value heads."""
+    layouts = [layout for layout in LAYOUTS if layout.ranks == ranks]
+    cases = list[Case]()
+    for name, four in product(LATER_FAMILIES, (False, True)):
+        sizes = {"num_layers": 5, **({"num_kv_heads": 4} if four else {})}
+        folder = write_tiny_model(tmp_path / f"{name}-{four}", tokenizer=False, **{**FAMILY_MODELS[name], **sizes})
+        for tp, pp, dp in [(own.tp, own.pp, own.dp) for own in layouts if (own.tp == 4) == four]:
+            given = {"sequence_parallel": tp > 1, "recompute": "selective" if pp > 1 else "none", "packed": dp > 1}
+            cases += [Case(folder, (tp, pp, dp), targets=ALL_TARGETS, **given)]
+    assert len({case.layout for case in cases}) == len(layouts) and len(cases) == len(layouts) * len(LATER_FAMILIES)
+    run_and_check(cases, answers, tmp_path, ranks)
 
 
 def _half_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:

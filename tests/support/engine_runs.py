@@ -198,6 +198,23 @@ class Layout:
         return {"tensor_parallel": self.tp, "pipeline_parallel": self.pp}
 
 
+LAYOUTS = [
+    Layout(*sizes)
+    for sizes in (
+        (1, 1, 1),
+        (2, 1, 1),
+        (1, 2, 1),
+        (1, 1, 2),
+        (2, 2, 1),
+        (2, 1, 2),
+        (1, 2, 2),
+        (4, 1, 1),
+        (1, 4, 1),
+        (2, 2, 2),
+    )
+]
+
+
 def engine_json(folder: Path, stage: int, **zero: Any) -> Path:
     """An engine JSON of a ZeRO stage that takes SGD too."""
     zero = {"stage": stage, "reduce_bucket_size": 1000000, **zero}

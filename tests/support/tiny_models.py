@@ -89,7 +89,14 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     | {"rope": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
     "mistral3": {"family": "mistral3", "head_dim": 12, "sliding_window": None},
     "mistral3 mha": {"family": "mistral3", "num_kv_heads": 4, "sliding_window": 7, "tied": True},
+    "mistral3 ministral3": {"family": "mistral3", "tower": "ministral3", "head_dim": 12, "sliding_window": 6}
+    | {"rope": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}},
 }
+# Those that tests of training and of gradients choose by name, for what is theirs alone. All later ones come to all.
+_CHOSEN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "stablelm", "smollm3", "olmo2", "olmo3")
+LATER_FAMILIES = tuple(
+    name for name, model in FAMILY_MODELS.items() if name == model.get("family") and name not in _CHOSEN
+)
 # The small vision tower of a multimodal model.
 _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2} | {
     "image_size": 16,
@@ -124,17 +131,20 @@ def tiny_config(
     max_positions: int = 256,
     norm_eps: float = 1e-5,
     layer_kinds: tuple[str, ...] = (),
+    tower: str | None = None,
     **fields: Any,
 ) -> Any:
     """A transformers config of a family (a model type). `num_kv_heads = num_heads` is plain multi-head attention.
 
     Args:
         layer_kinds: the `layer_types` of the first layers, and again and again of those after them.
+        tower: the family of a multimodal model's text tower, if it is not the usual one.
         fields: of the family's own config.
     """
     from transformers import AutoConfig
 
     text, outer = _MULTIMODAL.get(family, (family, {}))
+    text = tower or text
     kind = {"rope_theta": rope_theta, **(LLAMA3_ROPE if llama3_rope else {"rope_type": "default"})}
     rope = {**kind, **fields.pop("rope", {})}
     if text in _TWO_ROTATIONS:
