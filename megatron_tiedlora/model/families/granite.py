@@ -9,7 +9,7 @@ from megatron_tiedlora.model.hf_config import HfConfig
 
 @family(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
 def granite(config: HfConfig) -> shapes.ModelShape:
-    """Return the `ModelShape` of dense Granite 3 and 4.1: LLaMA layers with four factors."""
+    """Return the `ModelShape` of dense Granite 3: LLaMA layers with four factors."""
     shape = gated_decoder(config, bias=True, multiplier=config.number("attention_multiplier"))
     return replace(
         shape,
