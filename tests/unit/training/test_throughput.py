@@ -75,8 +75,8 @@ def make_meter(peak: float) -> Meter:
 
 
 def make_step(lengths: list[int], supervised: list[int], *, positions: int) -> TrainingStep:
-    squares = sum(length**2 for length in lengths)
-    return TrainingStep((), sum(supervised), sum(lengths), squares, positions, largest=(), consumed_samples=0)
+    sizes = sum(supervised), sum(lengths), tuple(lengths), positions
+    return TrainingStep((), *sizes, largest=(), consumed_samples=0)
 
 
 def test_the_rates_of_a_step() -> None:
