@@ -296,10 +296,8 @@ def exp_logits_(logits: Tensor, total: Tensor, cap: float | None) -> None:
 
     With a cap, the logit is capped, and p is multiplied by the derivative of the capped logit, 1 - tanh^2(x / cap).
     """
-    numerators = (soft_capped(upcast(logits), cap) - total[:, None]).exp()
-    if cap is not None:
-        numerators *= 1 - torch.tanh(upcast(logits) / cap).square()
-    logits.copy_(numerators)
+    capped = soft_capped(upcast(logits), cap)
+    logits.copy_(times_slope((capped - total[:, None]).exp(), capped, cap))
 
 
 def round_rows(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.folders import ROOT
-from support.tiny_models import FAMILY_MODELS, tiny_config, tiny_model
+from support.tiny_models import FAMILY_MODELS, SIZES, tiny_config, tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import AttentionKind, HeadShape, LinearScaling, ModelShape, RopeShape
@@ -23,15 +23,6 @@ from megatron_tiedlora.model.attention import amplitude, inverse_frequencies
 from megatron_tiedlora.model.families import FAMILIES, shape_from_hf
 from megatron_tiedlora.model.hf_config import HfConfig, read_rope
 from megatron_tiedlora.model.weights import weight_rules
-
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 256,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 32,
-}
-
 
 FACTORS = {"short_factor": [1.5] * 4, "long_factor": [2.0] * 4}
 HASHES: list[tuple[dict[str, Any], str]] = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import tiny_model, write_tiny_model
+from support.tiny_models import SIZES, tiny_model, write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.presets import PRESETS
@@ -23,13 +23,6 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup
 from megatron_tiedlora.parallel.shard_spec import ShardSpec
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 256,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 32,
-}
 TOWERS = ("gemma3", "mistral3")
 
 

@@ -110,6 +110,14 @@ _MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # The families in which rotations differ by kind of layer. The fields given are those of layers without a window.
 _TWO_ROTATIONS = ("olmo3", "gemma3_text")
+# The sizes of configs that leave all other fields to a family's defaults.
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 32,
+}
 # Byte-level tokeniser: <unk>, <s>, </s>, then the 256 bytes.
 UNK_ID, BOS_ID, EOS_ID, NUM_TOKENIZER_TOKENS = 0, 1, 2, 259
 
