@@ -127,7 +127,7 @@ def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
 def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: Path) -> None:
     """So what it is used with here is in nf4 too, and is compared as far as PEFT knew the base."""
     peft = pytest.importorskip("peft")
-    from megatron_tiedlora.integrations.peft_method import TiedLoraConfig
+    from megatron_tiedlora.peft import TiedLoraConfig
 
     peft.get_peft_model(theirs, TiedLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
     base = load_native_adapter(tmp_path / "adapter").base_identity

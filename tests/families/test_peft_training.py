@@ -25,7 +25,7 @@ from support.tiny_models import random_adapter
 def through_our_method(base: Any, start: OracleAdapter) -> Trained:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    from megatron_tiedlora.integrations.peft_method import TiedLoraConfig
+    from megatron_tiedlora.peft import TiedLoraConfig
 
     config = TiedLoraConfig(method=start.method, r=RANK, alpha=start.alpha, targets=list(start.targets))
     model = get_peft_model(base, config)
