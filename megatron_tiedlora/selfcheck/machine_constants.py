@@ -120,13 +120,7 @@ class _Measure:
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(self.device) >= FP8_CAPABILITY
         share = self.seconds / (4 + has_fp8 + 1 + len(BASE_NAMES) + 2)  # seconds for each of the following measurements
         for name in _DTYPES:
-            if self.preset is not None:
-                peak = self.preset.constants[f"peak.{name}"]
-            else:
-                peak = self._constant(measured_peak(self.device, _DTYPES[name]), "the fastest square matmul")
-            yield f"peak.{name}", peak
-            yield from self._matmul_line(name, peak, share)
-            yield from self._attention_line(name, peak, share)
+            yield from self._rates(name, share)
         if has_fp8:
             yield from self._fp8(share)
         if self.preset is None:
@@ -161,34 +155,36 @@ class _Measure:
         used = total - free - torch.cuda.memory_reserved(self.device)
         return self._constant(float(used), "used beside PyTorch's allocator, of other processes too")
 
-    def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """Yield the fraction of the peak that matmuls reach, and the number of weights that a CPU reads per second."""
-        weights, measure = 2 * self.source.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
-        many, begins = self._two_terms(measure, 1, seconds)
-        yield f"matmul.{name}", self._share(2 * self.tokens * weights / many, peak, "matmuls")
-        yield f"weights.{name}", self._read(weights, begins, "matmuls")
-
-    def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """Yield the fraction of the peak that attention reaches, and the query elements that a CPU reads per second."""
-        width, measure = self.source.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
-        many, begins = self._two_terms(measure, 2, seconds)
-        rate = 3 * 2 * self.tokens**2 * width / many
-        yield f"attention.{name}", self._share(rate, peak, "attention, forward and back")
-        yield f"queries.{name}", self._read(3 * self.tokens * width, begins, "attention")
+    def _rates(self, name: str, seconds: float) -> Iterator[tuple[str, Constant]]:
+        """Yield the peak, its fractions for matmuls and attention, and how fast a CPU reads weights and queries."""
+        dtype, width, weights = _DTYPES[name], self.source.shape.heads.rows[0], 2 * self.source.shape.block.num_weights
+        matmuls = self._two_terms(partial(self._matmuls, dtype), 1, seconds)
+        attention = self._two_terms(partial(self._attention, dtype), 2, seconds)
+        flops, attention_flops = 2 * self.tokens * weights, 6 * self.tokens**2 * width
+        if self.preset is None:  # a busy machine can be slower during the square matmuls than during the others
+            rates = (measured_peak(self.device, dtype), flops / matmuls[0], attention_flops / attention[0])
+            peak = self._constant(max(rates), "the fastest matmul")
+        else:
+            peak = self.preset.constants[f"peak.{name}"]
+        yield f"peak.{name}", peak
+        taken, read = _limited(*matmuls, flops / peak.value)
+        yield f"matmul.{name}", self._share(flops / taken, peak, "matmuls")
+        yield f"weights.{name}", self._read(weights, read, "matmuls")
+        taken, read = _limited(*attention, attention_flops / peak.value)
+        yield f"attention.{name}", self._share(attention_flops / taken, peak, "attention, forward and back")
+        yield f"queries.{name}", self._read(3 * self.tokens * width, read, "attention")
 
     def _two_terms(self, measure: Callable[[int, float], float], power: int, seconds: float) -> tuple[float, float]:
-        """Return the seconds of two terms: one grows as tokens^power, and one grows as tokens^(power - 1).
+        """Return the seconds of all tokens, and of these the term that grows as tokens^(power - 1), not tokens^power.
 
-        A CPU needs the second term for reading. This term is 0 on a GPU, or if computation hides it.
+        A CPU needs this term for reading. It is 0 on a GPU, and below 0 or above all seconds where noise hides it.
         """
         many = measure(self.tokens, seconds / 2)
-        if self.device.type == "cpu":
-            tokens = max(1, self.tokens // _FEWER)
-            ratio = self.tokens / tokens
-            begins = (measure(tokens, seconds / 2) * ratio**power - many) / (ratio - 1)
-            if 0 < begins < many:
-                return many - begins, begins
-        return many, 0.0
+        if self.device.type != "cpu":
+            return many, 0.0
+        tokens = max(1, self.tokens // _FEWER)
+        ratio = self.tokens / tokens
+        return many, (measure(tokens, seconds / 2) * ratio**power - many) / (ratio - 1)
 
     def _read(self, numbers: float, seconds: float, what: str) -> Constant:
         """Return the elements read per second, computed from the `seconds` that reading adds to computation."""
@@ -345,3 +341,9 @@ def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> MeasuredSte
 def _own_step(machine: Machine, source: ModelSource, *, tokens: int) -> MeasuredStep:
     values = {"model": source.name, "num_layers": 2, "length": tokens, "random_weights": not is_preset(source.name)}
     return measured_step(machine, values, repeats=_REPEATS)
+
+
+def _limited(seconds: float, read: float, least: float) -> tuple[float, float]:
+    """Split `seconds` into computing, which takes at least `least` seconds (at the peak), and reading."""
+    read = max(0.0, min(read, seconds - least))
+    return seconds - read, read

@@ -17,7 +17,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.job_settings import parse_plan
-from megatron_tiedlora.planning.machines import CONSTANTS, CPU, Constant, Machine, read_machine
+from megatron_tiedlora.planning.machines import CONSTANTS, CPU, Machine, read_machine
 from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.selfcheck import machine_constants as measuring
 from megatron_tiedlora.selfcheck.machine_constants import measure_machine
@@ -139,7 +139,7 @@ def test_the_arithmetic_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_arithmetic_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are read at 2e9 and queries at 1e8 a second beside FLOPs at 3e9 a second; peaks are 6e9."""
-    source, peak = find_model("demo", weights=False), Constant(6e9, "")
+    source, peaks = find_model("demo", weights=False), iter([6e9, 2e9])
     weights, width = 2 * source.shape.block.num_weights, source.shape.heads.rows[0]
 
     def matmuls(self: object, dtype: torch.dtype, tokens: int, seconds: float) -> float:
@@ -148,12 +148,19 @@ def test_the_arithmetic_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     def attention(self: object, dtype: torch.dtype, tokens: int, seconds: float) -> float:
         return 6 * tokens**2 * width / 3e9 + 3 * tokens * width / 1e8
 
+    def found() -> dict[str, float]:
+        return {name: constant.value for name, constant in one._rates("bf16", 1.0)}
+
+    monkeypatch.setattr(measuring, "measured_peak", lambda device, dtype: next(peaks))
     monkeypatch.setattr(measuring._Measure, "_matmuls", matmuls)
     monkeypatch.setattr(measuring._Measure, "_attention", attention)
     one = measuring._Measure(source, DEVICE, 512, 1.0)
-    found = {**dict(one._matmul_line("bf16", peak, 1.0)), **dict(one._attention_line("bf16", peak, 1.0))}
     expected = {"matmul.bf16": 0.5, "weights.bf16": 2e9, "attention.bf16": 0.5, "queries.bf16": 1e8}
-    assert {name: constant.value for name, constant in found.items()} == pytest.approx(expected)
+    assert found() == pytest.approx({"peak.bf16": 6e9, **expected})
+    noisy = found()
+    assert 2.9e9 < noisy["peak.bf16"] < 3e9, "square matmuls that took too long are not the peak"
+    assert noisy["matmul.bf16"] == 1 and noisy["weights.bf16"] == 0, "at the peak no time is left to read"
+    assert noisy["attention.bf16"] == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,10 @@ LINES: Table = {
     "evaluation": (1694, "end tokens of chat templates"),
     "integrations": (1939, "the vLLM plugin, also for fused gate and up"),
     "model": (4304, "ten more families, a file each; windows, caps, norms with offsets"),
-    "parallel": (2620, "GeGLU, capped logits, interleaved rotation"),
+    "parallel": (2618, "GeGLU, capped logits, interleaved rotation"),
     "planning": (4603, "windows and caps in FLOPs, memory and kernels"),
     "runtime": (2221, "limits of many ranks"),
-    "selfcheck": (4222, "windows and caps on GPUs"),
+    "selfcheck": (4224, "a measured peak is the largest rate of all matmuls"),
     "study": (1508, "the bar of a sweep moves with the steps of its runs; full sentences"),
     "training": (2803, "widths of rounded rows are warmed up"),
 }
