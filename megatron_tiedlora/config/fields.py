@@ -21,6 +21,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from megatron_tiedlora.base.messages import UserError, as_given, nearest_name, shown, user_path
+from megatron_tiedlora.base.methods import FACTORS
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.config.other_names import unknown_names, value_hint, value_meant
 
@@ -414,6 +415,33 @@ def _checked_columns(text: str | None) -> str | None:
 
 
 ColumnNames = Annotated[str | None, pydantic.AfterValidator(_checked_columns)]  # the text as given
+
+
+def parse_rate_factors(text: str | None) -> dict[str, float]:
+    """Return {factor: multiple of the learning rate} for `--rate_factors FACTOR=NUMBER[,...]`; {} if it is not given.
+
+    Raises:
+        ValueError: the text has a different form, a factor is unknown or given twice, or a number is out of range.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")] if text is not None else []
+    found = {}
+    for name, _, number in pairs:
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            found[name.strip()] = 0.0
+    if len(found) < len(pairs) or not all(1e-6 <= one <= 1e6 for one in found.values()) or found.keys() - {*FACTORS}:
+        each = f"each of {', '.join(FACTORS)} at most once, and numbers from 1e-6 to 1e6"
+        raise ValueError(f"--rate_factors {as_given(text)}: expected FACTOR=NUMBER[,...], e.g. B=16; {each}")
+    return found
+
+
+def _checked_rate_factors(text: str | None) -> str | None:
+    parse_rate_factors(text)
+    return text
+
+
+RateFactors = Annotated[str | None, pydantic.AfterValidator(_checked_rate_factors)]  # the text as given
 
 
 def _parse_layers(value: Any) -> Any:

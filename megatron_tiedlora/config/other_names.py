@@ -35,11 +35,7 @@ SENTENCES: Mapping[str, str] = {
         "{eval_interval}, a number of steps", "eval_steps eval_every evaluation_strategy eval_strategy val_interval"
     ),
     **_same("{save_interval}, a number of steps", "save_steps save_every save_strategy save_freq ckpt_interval"),
-    **_same(
-        "{alpha}: the scale is alpha / rank, and rank-stabilised LoRA uses lora_alpha / sqrt(rank), so give alpha ="
-        " lora_alpha x sqrt(rank)",
-        "use_rslora rslora",
-    ),
+    **_same("{rate_factors} B=RATIO", "loraplus_lr_ratio loraplus_ratio lora_plus loraplus"),
     **_same(
         "{targets}: qkv (q_proj, k_proj and v_proj), o_proj, gate_up (gate_proj and up_proj), down_proj, or all",
         "target_modules lora_target_modules lora_target modules lora_modules lora_target_linear target",
@@ -100,7 +96,8 @@ NOT_OFFERED: Mapping[str, str] = {
 # {name of a value in another tool: the value that replaces this name here, or, if it is no valid value, a hint}.
 OTHER_METHODS = {
     "qlora": "here it is lora with {base} nf4",
-    "rslora": "here it is lora with {alpha} lora_alpha x sqrt(rank)",
+    "rslora": "here it is lora with {rslora}",
+    **_same("here it is lora with {rate_factors} B=RATIO", "loraplus lora+"),
     **_same("here it is tl1 to tl6; tl6 is the default", "tied-lora tiedlora"),
     **_same("DoRA is not supported", "dora"),
     **_same("only adapters are trained", "full full-finetune none"),

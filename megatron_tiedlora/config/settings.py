@@ -237,6 +237,10 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "the update is scaled by alpha / rank (default: the rank)", None, ge=SMALLEST_ALPHA, le=LARGEST_ALPHA,
         derived=True, other_names="lora_alpha lora_scale lora_scaling",
     )
+    rslora: bool = _adapter(
+        "rank-stabilised LoRA: the update is scaled by alpha / sqrt(rank)", False, derived=True,
+        other_names="use_rslora rank_stabilized",
+    )
     layers: fields.Layers = _adapter(
         "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)", None, derived=True,
         other_names="layers_to_transform lora_layers num_lora_layers",
@@ -351,6 +355,9 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     learning_rate: float = _training(
         "peak learning rate of AdamW", gt=0, other_names="lr learning_rates base_lr max_lr",
         decided_by={"sweep": _OF_GRID("learning_rates")},
+    )
+    rate_factors: fields.RateFactors = _training(
+        "LoRA+: rates of single factors as multiples of --learning_rate, e.g. B=16 or B=8,u=2,v=2 (default: 1)", None,
     )
     weight_decay: float = _training("decoupled weight decay on all trained tensors", 0.01, ge=0, other_names="wd")
     beta1: float = _training("AdamW's decay of the mean of gradients", 0.9, ge=0, lt=1, other_names="adam_beta1")

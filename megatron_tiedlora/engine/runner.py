@@ -111,8 +111,9 @@ class Optimizers:
         return norm
 
     def learning_rate(self, name: str) -> float:
-        """Return the learning rate of the adapter's next step."""
-        return cast(float, self.optimizer(name).param_groups[0]["lr"])
+        """Return the learning rate of the adapter's next step, for factors that have no multiple of it."""
+        rates = {group["factor"]: group["lr"] for group in self.optimizer(name).param_groups}
+        return cast(float, rates[1.0] if 1.0 in rates else max(rates.values()) / max(rates))
 
     def clear(self) -> None:
         """Set all gradients to None, including those of adapters that took no step."""
@@ -199,6 +200,20 @@ class EngineOptimizer(Optimizers):
         """See `Optimizers.opened`. Under ZeRO-3 the context gathers the partitions of the data-parallel ranks."""
         return parameter_access(self._config)(list(self._adapter.parameters()))
 
+    def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """See `Optimizers.moments`."""
+        self._link_moments()
+        return super().moments(name)
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed's functions find the moments of every parameter group at ZeRO-1 and 2.
+
+        DeepSpeed does so once, after the first step of the first group, before other groups have any (in 0.19.8).
+        """
+        if self._config.zero_stage < 3:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -212,8 +227,7 @@ class EngineOptimizer(Optimizers):
         flat_masters = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
         for flat in flat_masters:
             optimizer.optimizer.state[flat] = _fresh_state(flat, step)
-        if not sharded:
-            optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_moments()
         for tensor, parameter in trained_parameters(self._adapter).items():
             for moment in MOMENTS:
                 value = moments[moment][tensor]

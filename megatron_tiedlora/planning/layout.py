@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import UNQUANTISED, ModelShape
+from megatron_tiedlora.config.fields import parse_rate_factors
 from megatron_tiedlora.model import batch, weights
 from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
 from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, padded
@@ -71,6 +72,7 @@ class Layout:
         shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
         overlap: whether micro-batches are computed in two halves, so that messages overlap with computation.
         zero_stage: the ZeRO stage, 0 to 3.
+        rate_factors: the text of --rate_factors.
         live_parameters: the number of gathered elements above which ZeRO-3 gathers no more base weights.
         overlaps_gathers: whether ZeRO-3 gathers weights during computation.
         dtype: the dtype of the base, and of activations.
@@ -92,6 +94,7 @@ class Layout:
     shards_sequences: bool = True
     overlap: bool = False
     zero_stage: int = 0
+    rate_factors: str | None = None
     live_parameters: int = 1_000_000_000
     overlaps_gathers: bool = False
     dtype: torch.dtype = torch.bfloat16
@@ -286,6 +289,22 @@ class StagePlan:
         return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))
 
     @property
+    def parameter_groups(self) -> Mapping[float, int]:
+        """The number of trained elements on a rank by their multiple of the learning rate."""
+        factors, found = parse_rate_factors(self.layout.rate_factors), Counter[float]()
+        for part in self.parts:
+            for name in part.names(trained=True):
+                found[factors.get(part.config.tensors[name][1], 1.0)] += part.local_size(name)
+        found[1.0] += sum(self.trained) - found.total()  # a dummy parameter, if there is one
+        return +found
+
+    @property
+    def num_norms(self) -> int:
+        """The number of gradient norms that a step sums over ranks for an adapter; ZeRO-1 and 2 have one per group."""
+        layout = self.layout
+        return len(self.parameter_groups) if layout.engine_steps and layout.zero_stage < 3 else 1
+
+    @property
     def held(self) -> tuple[int, ...]:
         """The number of elements of each adapter tensor on a rank: first trained tensors, then frozen ones."""
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
@@ -315,8 +334,12 @@ class StagePlan:
         return found
 
 
-def check_spare_columns(layout: Layout, *, several: bool) -> None:
-    """Raise UserError if --adapter_in_matmul is set and weights cannot have columns for the update of one adapter."""
+def check_adapters(shape: ModelShape, layout: Layout, *, several: bool) -> None:
+    """Raise UserError if the layout cannot train the adapter with --adapter_in_matmul or --rate_factors.
+
+    With --adapter_in_matmul, weights have columns for the update of one adapter. With --rate_factors, ZeRO-1 sums a
+    norm over the stages for each rate, so a stage with fewer rates would let the others wait forever.
+    """
     reasons = {
         "a base that is not quantised": layout.storage.base is not None,
         f"a --rank of at most {MESSAGE_MULTIPLE}": any(adapter.rank > MESSAGE_MULTIPLE for adapter in layout.adapters),
@@ -326,6 +349,8 @@ def check_spare_columns(layout: Layout, *, several: bool) -> None:
     missing = [reason for reason, found in reasons.items() if found]
     if layout.storage.adapter_in_matmul and missing:
         raise UserError(f"--adapter_in_matmul true needs {missing[0]}. Remove --adapter_in_matmul")
+    if layout.rate_factors and len({stage.num_norms for stage in plan_stages(shape, layout)}) > 1:
+        raise UserError("--rate_factors with ZeRO-1 needs --layers on every stage; else give --ds_config zero0.json")
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:

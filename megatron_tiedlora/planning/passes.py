@@ -255,7 +255,7 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
     for group, numbers in summed.items():
         traffic.add(group, "all-reduce", FP32 * numbers)
     if layout.tp_size * layout.pp_size > 1:  # the sum of squares for the gradient norm of each adapter
-        traffic.add(MODEL, "all-reduce", len(taking) * _norm_bytes(layout))
+        traffic.add(MODEL, "all-reduce", len(taking) * _norm_bytes(layout), count=stage.num_norms)
     if layout.world_size > 1:  # per adapter, also its loss and the number of ranks that miss a gradient
         traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + 2 * len(taking)))
     return traffic
@@ -273,10 +273,11 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):
         return sent
     gradients = FP32 * sum(stage.trained)
-    sent.add(DATA, "all-reduce", _norm_bytes(stage.layout))
+    sent.add(DATA, "all-reduce", _norm_bytes(stage.layout), count=stage.num_norms)
     if zero_stage < 3:
         sent.add(DATA, "all-reduce", gradients, count=1 if zero_stage == 1 else num_micro_batches)
-        sent.add(DATA, "all-gather", FP32 * padded(sum(stage.trained), 2 * dp_size))
+        gathered = sum(padded(size, 2 * dp_size) for size in stage.parameter_groups.values())
+        sent.add(DATA, "all-gather", FP32 * gathered)
         return sent
 
     def whole(sizes: Iterable[int]) -> int:

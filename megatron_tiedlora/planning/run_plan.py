@@ -28,7 +28,7 @@ from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
 from megatron_tiedlora.parallel.kernels import Kernels
-from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, check_spare_columns, plan_stages
+from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, check_adapters, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine, attending
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
@@ -68,6 +68,7 @@ class RunPlan:
             shards_sequences=settings.sequence_parallel,
             overlap=settings.overlap == "halves",
             zero_stage=engine.zero_stage,
+            rate_factors=settings.rate_factors,
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
             dtype=tensor_files.DTYPES[self.dtype_name],
@@ -268,7 +269,7 @@ def plan_run(
     adapter = make_adapter_config(
         settings.method,
         rank=settings.rank,
-        alpha=settings.alpha,
+        alpha=settings.alpha and settings.alpha * (math.sqrt(settings.rank) if settings.rslora else 1.0),
         layers=layers,
         targets=targets_of(shape, settings.targets),
         seed=settings.seed,
@@ -281,7 +282,7 @@ def plan_run(
         raise UserError(f"{plan.rank_excess[0]}. Give at most this rank")
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
-    check_spare_columns(plan.layout, several=settings.adapters is not None)
+    check_adapters(shape, plan.layout, several=settings.adapters is not None)
     if settings.products is not None and on_gpu:
         quantised_weight.check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
     return plan
@@ -473,7 +474,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> InitialAdap
 def _decided(config: AdapterConfig) -> dict[str, Any]:
     """Return the settings that the config of an adapter determines."""
     stds = {"init_std_a": config.init_std_a, "init_std_b": config.init_std_b}
-    found = {**config.facts, **stds}
+    found = {**config.facts, **stds, "rslora": False}  # config.alpha includes the factor of rsLoRA
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 

@@ -21,6 +21,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
+from megatron_tiedlora.config.fields import parse_rate_factors
 from megatron_tiedlora.config.settings import Schedule, Settings
 from megatron_tiedlora.engine import engine as deepspeed_engine
 from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer, PipelineRunner, Runner
@@ -200,7 +201,7 @@ def _start_engine(
     optimizers: Optimizers
     if steps_by_engine(plans):
         trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]  # includes the anchor
-        optimizer, schedule = make_training(plan.settings, trained)
+        optimizer, schedule = make_training(plan.settings, trained, *adapter_group.adapters.values())
         schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
         optimizers = EngineOptimizer(engine, adapter_group, groups, plan.engine)
@@ -219,7 +220,8 @@ def _start_engine(
         own = {}
         for name, its in plans.items():
             trained = list(deepspeed_engine.trained_parameters(adapter_group.adapters[name]).values())
-            made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # AdamW requires a tensor
+            trained = trained or [nn.Parameter(torch.zeros(1))]  # AdamW requires a tensor
+            made = make_training(its.settings, trained, adapter_group.adapters[name])
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = Optimizers(adapter_group, groups, own, device)
@@ -239,13 +241,19 @@ def _start_engine(
     return kind(engine, stage, groups, optimizers, device)
 
 
-def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
-    """Return AdamW for these parameters, and its schedule at step 0. `resume_scheduler` sets a later step.
+def make_training(settings: Settings, trained: Iterable[nn.Parameter], adapter: TiedAdapter) -> tuple[AdamW, LambdaLR]:
+    """Return AdamW for the parameters `trained`, and its schedule at step 0. `resume_scheduler` sets a later step.
 
-    There is only one parameter group. All trained tensors have weight decay, as in the paper.
+    Each multiple of the rate in --rate_factors (LoRA+, arXiv 2402.12354) has its own parameter group, which holds the
+    multiple as `factor`. All trained tensors have weight decay, as in the paper.
     """
-    betas = settings.beta1, settings.beta2
-    optimizer = AdamW(trained, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
+    factors, groups = parse_rate_factors(settings.rate_factors), dict[float, list[nn.Parameter]]()
+    letters = {id(parameter): adapter.part.config.tensors[name][1] for name, parameter in adapter.named_parameters()}
+    for parameter in trained:
+        groups.setdefault(factors.get(letters.get(id(parameter), ""), 1.0), []).append(parameter)
+    rate = settings.learning_rate
+    parts = [{"params": own, "lr": rate * factor, "factor": factor} for factor, own in groups.items()]
+    optimizer = AdamW(parts, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
     return optimizer, LambdaLR(optimizer, partial(learning_rate_factor, settings))
 
 

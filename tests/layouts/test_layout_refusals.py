@@ -55,6 +55,18 @@ REFUSALS: dict[str, Refusal] = {
     "stages": (4, ["--pipeline_parallel 4", "3 layers", "at most 3"], {**ZERO1, "pipeline_parallel": 4}, {}),
     "a world that does not divide": (3, ["3 ranks", "--tensor_parallel 2", "2 or 4 ranks"], TP2, {}),
     "a grid": (3, ["3 ranks", "--tensor_parallel 2 x --pipeline_parallel 2", "Start 4 ranks"], TP2_PP2, {}),
+    "rates over stages": (
+        2,
+        ["--rate_factors with ZeRO-1", "--layers on every stage", "give --ds_config zero0.json"],
+        {**ZERO1, "pipeline_parallel": 2, "layers": "1", "rate_factors": "B=2", "method": "lora"},
+        {},
+    ),
+    "rates over stages, none on one of them": (
+        2,
+        ["--rate_factors with ZeRO-1"],
+        {**ZERO1, "pipeline_parallel": 2, "layers": "1", "rate_factors": "A=3,B=3", "method": "tl5"},
+        {},
+    ),
     "a batch": (3, ["--global_batch_size 4", "data parallel 3", "3 or 6"], {"micro_batch_size": 1}, {}),
 }
 

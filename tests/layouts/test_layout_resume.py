@@ -45,6 +45,7 @@ class Grid(Layout):
             "eval_interval": SAVED,
             "targets": "all",
             "learning_rate": 1e-3,
+            "rate_factors": "B=2,v=0.5",
         }
 
 

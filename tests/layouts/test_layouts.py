@@ -218,6 +218,18 @@ def test_two_ranks_at_every_zero_stage(three: Sized, tmp_path: Path, whole: bool
     run_and_check(prepared, tmp_path)
 
 
+def test_rates_of_single_factors(three: Sized, base: dict[str, Any], starts: Path, tmp_path: Path) -> None:
+    """LoRA+ at every ZeRO stage, over stages and tensor-parallel ranks, with factors that a method does not train."""
+    rates = {"rate_factors": "B=4,u=0.5,v=2", "targets": list(ALL_TARGETS)}
+    files = (("zero0.json", "tl6"), ("zero1.json", "lora"), ("zero2.json", "tl6"), ("zero3.json", "vera"))
+    cases = [{"ds_config": file, "method": method, **rates} for file, method in files]
+    two = [prepare(*three, Layout(1, 1, 2), optimizer="adamw", **case) for case in cases]
+    run_and_check(two, tmp_path / "two")
+    run = {**base, "max_steps": FEWER}, starts
+    four = [prepare(*run, Layout(2, 2, 1), method=method, **rates, **SHORT) for method in ("tl6", "lora")]
+    run_and_check(four, tmp_path / "four")
+
+
 def test_splits_of_the_global_batch(three: Sized, tmp_path: Path) -> None:
     """One rank: the whole batch at once, sample by sample, and with recompute give the same run."""
     cases = [

@@ -69,6 +69,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp zero1, gradients larger than a bucket": {"ds_config": "small1", "method": "lora"},
         "dp zero1, a bucket for each gradient": {**LATER, "ds_config": "small1"},
         "dp zero2": {"ds_config": "zero2.json"},
+        "dp zero2, rates": {"ds_config": "zero2.json", "rate_factors": "B=8,u=2"},
         "dp zero2, offloaded": {"ds_config": "zero2_offload.json", "method": "tl5"},
         "dp zero3": {**LATER, "ds_config": "zero3.json", "method": "vera"},
         "dp zero3, base in parts": {**LATER, "ds_config": "parted3"},
@@ -105,7 +106,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp x pp, layer of the last stage": {**BOTH, **WHOLE, **FULL, "method": "lora", "layers": (5,), **FIVE},
         "tp x pp, tied embeddings": {**BOTH, "model": "tied", "dtype": "bf16"},
         "tp x dp": {**TP, "ds_config": "zero2.json"},
-        "tp x dp whole": {**TP, **WHOLE, "ds_config": "zero1.json", "method": "vera"},
+        "tp x dp whole": {**TP, **WHOLE, "ds_config": "zero1.json", "method": "vera", "rate_factors": "u=3"},
         "tp x dp, recompute": {**TP, **FULL, **LATER, "ds_config": "zero0.json", "method": "tl5"},
     },
     8: {
@@ -256,7 +257,9 @@ def test_what_deepspeed_sends_at_each_zero_stage() -> None:
     for zero_stage, dp_size in [(0, 3), (1, 3), (2, 3), (3, 3), (3, 1)]:
         layout = Layout((adapter,), length=8, dp_size=dp_size, zero_stage=zero_stage)
         base = {StoredTensor(5, 2): 1, StoredTensor(8, 2): 1}
-        stage: Any = SimpleNamespace(layout=layout, trained=(20, 3), held=(20, 3), local_base=base)
+        stage: Any = SimpleNamespace(
+            layout=layout, trained=(20, 3), held=(20, 3), local_base=base, parameter_groups={1.0: 23}, num_norms=1
+        )
         bound[zero_stage, dp_size] = engine_traffic(stage, num_micro_batches=4).of_group(DATA)[1]
     assert bound == {
         (0, 3): 0,  # which we sum

@@ -154,7 +154,12 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, *, optimizer: str
         weight_decay=settings["weight_decay"],
         max_grad_norm=settings["gradient_clipping"],
         optimizer=optimizer,
+        rate_factors={name: float(one) for name, _, one in _pairs(settings.get("rate_factors", ""))},
     )
+
+
+def _pairs(text: str) -> list[tuple[str, str, str]]:
+    return [pair.partition("=") for pair in text.split(",") if pair]
 
 
 def relative_errors(found: list[float], expected: list[float]) -> list[float]:
@@ -293,6 +298,7 @@ def prepare(
     layers, targets = settings.get("layers"), settings.get("targets", ["qkv"])
     method, rank = settings.get("method", "tl6"), settings["rank"]
     key = (method, rank, optimizer, str(layers), settings["max_steps"], "+".join(targets), settings.get("base"), shares)
+    key += (settings.get("rate_factors"),)
     file = folder / f"{'-'.join(map(str, key))}.safetensors"
     if (file, own_start) not in _oracles:
         if own_start:
@@ -364,8 +370,8 @@ def run_and_check(prepared: list[Prepared], folder: Path, *, loss: float = LOSS_
 # One rank -------------------------------------------------------------------------------------------------------------
 
 
-def sgd(parameters: Any, *, lr: float, weight_decay: float, betas: Any = None) -> Any:
-    """In place of AdamW in training.build: p -= lr (g + decay p), without momentum."""
+def sgd(parameters: Any, *, weight_decay: float, lr: float = 0.0, betas: Any = None) -> Any:
+    """In place of AdamW in training.build: p -= lr (g + decay p), without momentum; groups have their own rates."""
     from torch.optim import SGD
 
     return SGD(list(parameters), lr=lr, weight_decay=weight_decay)

@@ -121,6 +121,7 @@ def oracle_train(
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.0,
     optimizer: str = "adamw",
+    rate_factors: Mapping[str, float] | None = None,
     keep_gradients: bool = False,
 ) -> OracleRun:
     """One update per entry of `steps`, each a global batch; the adapter handed in is not changed.
@@ -130,6 +131,7 @@ def oracle_train(
         weight_decay: decoupled (p -= lr * decay * p, before the update), on every trained tensor, u and v included.
         max_grad_norm: gradients are scaled by min(1, max_grad_norm / (norm + 1e-6)); 0 switches clipping off.
         optimizer: "adamw" or "sgd" (p -= lr * g after the same decay; its errors of scale are not hidden by Adam).
+        rate_factors: multiples of the rate by the last letter of a tensor's name; 1 for others.
     """
     assert optimizer in ("adamw", "sgd"), optimizer
     adapter = adapter.leaves()
@@ -154,15 +156,16 @@ def oracle_train(
         updated = {}
         for name, parameter in parameters.items():
             gradient = gradients[name] * clip
-            value = parameter.detach() * (1 - rate * weight_decay)
+            own = rate * (rate_factors or {}).get(name[-1], 1.0)
+            value = parameter.detach() * (1 - own * weight_decay)
             if optimizer == "sgd":
-                updated[name] = value - rate * gradient
+                updated[name] = value - own * gradient
                 continue
             mean[name] = betas[0] * mean[name] + (1 - betas[0]) * gradient
             square[name] = betas[1] * square[name] + (1 - betas[1]) * gradient**2
             mean_hat = mean[name] / (1 - betas[0] ** (step + 1))
             square_hat = square[name] / (1 - betas[1] ** (step + 1))
-            updated[name] = value - rate * mean_hat / (square_hat.sqrt() + 1e-8)
+            updated[name] = value - own * mean_hat / (square_hat.sqrt() + 1e-8)
         adapter = adapter.with_tensors(**updated)
         parameters = updated
     return replace(run, adapter=adapter.with_tensors(**{n: tensor.detach() for n, tensor in adapter.tensors.items()}))

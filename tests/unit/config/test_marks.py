@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
-import math
 import re
 from pathlib import Path
 from textwrap import dedent
@@ -25,6 +24,7 @@ from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.job_settings import DoctorSettings, SweepSettings, parse_plan, parse_sweep
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.tool_settings import BenchSettings
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.runtime.run_folder import run_name
 
 MARKS = fields.declared(Settings)
@@ -89,7 +89,7 @@ def test_what_a_resume_compares() -> None:
 
 CHANGES: dict[str, Any] = {
     **{"method": "lora", "rank": 4, "targets": "all", "alpha": 3.0, "layers": "1", "init_std_a": 0.5},
-    "init_std_b": 0.5,
+    **{"init_std_b": 0.5, "rslora": True},
 }
 
 
@@ -268,17 +268,24 @@ def test_flags(flag: str, answer: str) -> None:
     assert "did you mean" not in message
 
 
-@pytest.mark.parametrize(("rank", "lora_alpha"), [(8, 1.0), (16, 32.0), (5, 0.5)])
-def test_the_alpha_of_rank_stabilised_lora(rank: int, lora_alpha: float) -> None:
-    """The formula of the answer gives the scale of PEFT's own layer, for every lora_alpha."""
-    message = refusal(lambda: parse_settings(["--use_rslora", "true"], Settings))
-    formula = message.partition("give alpha = ")[2].partition(")")[0] + ")"
-    assert formula == "lora_alpha x sqrt(rank)"
-    alpha = eval(formula.replace(" x ", " * "), {"lora_alpha": lora_alpha, "sqrt": math.sqrt, "rank": rank})
-    config = LoraConfig(r=rank, lora_alpha=lora_alpha, use_rslora=True, target_modules=["0"])
+@pytest.mark.parametrize(("rank", "lora_alpha"), [(8, 1.0), (16, 32.0), (5, 0.5), (4, None)])
+def test_rank_stabilised_lora(rank: int, lora_alpha: float | None) -> None:
+    """The scale is that of PEFT's own layer, and a run's own record plans the same run again."""
+    assert "(here it is --rslora)" in refusal(lambda: parse_settings(["--use_rslora", "true"], Settings))
+    given = {"model": "llama2-7b", "rank": rank, "rslora": True, "dry_run": True}
+    given |= {} if lora_alpha is None else {"alpha": lora_alpha}
+    plan = plan_run(make_settings(given), rank=0, world_size=1, weights=False)
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha or rank, use_rslora=True, target_modules=["0"])
     layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config).base_model.model[0]
-    assert alpha / rank == pytest.approx(layer.scaling["default"])
-    assert "the scale is alpha / rank" in message
+    assert plan.adapter.scale == pytest.approx(layer.scaling["default"])
+    again = {name: value for name, value in plan.resolved_settings().items() if name != "epochs"}
+    assert plan_run(make_settings(again), rank=0, world_size=1, weights=False).adapter == plan.adapter
+
+
+@pytest.mark.parametrize("text", ["", "B", "B=0", "B=-1", "B=nan", "C=2", "B=1,B=2", "b=2", "B=x", "B=1e7"])
+def test_rates_of_factors_that_cannot_be(text: str) -> None:
+    message = refusal(lambda: parse_settings([f"--rate_factors={text}", "--task=demo"], Settings))
+    assert message.startswith(f"--rate_factors {text}: expected FACTOR=NUMBER[,...], e.g. B=16; each of A, B, u, v")
 
 
 def test_a_slip_is_still_guessed_and_what_is_like_nothing_is_not() -> None:

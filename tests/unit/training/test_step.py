@@ -13,10 +13,12 @@ import torch
 from support.task_files import refusal
 from transformers import get_scheduler
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import Schedule, make_settings
-from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers
+from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer
+from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training import step as module
 from megatron_tiedlora.training.build import SCHEDULES, learning_rate_factor, make_training, resume_scheduler
 from megatron_tiedlora.training.step import RunFailed, StepChecks, TrainStep, before_steps
@@ -144,7 +146,7 @@ def made(rank: Any, monkeypatch: pytest.MonkeyPatch, names: Sequence[str] = (ONL
 def test_an_engine_s_optimizer_does_all_that_changes_values_in_its_own_way() -> None:
     """One that it forgot would be done as without an engine, and ZeRO would sum or clip twice."""
     inherited = {name for name in vars(Optimizers) if name not in vars(EngineOptimizer) and not name.startswith("_")}
-    assert inherited == {"learning_rate", "moments"}
+    assert inherited == {"learning_rate"}
 
 
 @pytest.mark.parametrize("engine_steps", [False, True])
@@ -298,11 +300,18 @@ def test_ends() -> None:
 
 
 def test_scheduler_resumes_at_any_step() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    own = {"learning_rate": 0.5, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95}
-    optimizer, scheduler = make_training(
-        make_settings({**own, "warmup_steps": 2, "max_steps": 10, "schedule": "linear"}), [parameter]
-    )
-    assert optimizer.defaults["betas"] == (0.8, 0.95) and optimizer.defaults["weight_decay"] == 0.1
-    resume_scheduler(scheduler, 6)
-    assert optimizer.param_groups[0]["lr"] == 0.25
+    """Also where factors have their own rates, and whether or not a tensor has the run's."""
+    config = make_adapter_config("vera", rank=2, layers=(1,), targets=(Target("qkv", 4, (4, 4, 4), "column"),), seed=0)
+    adapter = TiedAdapter(AdapterShard.whole(config))
+    own = {"learning_rate": 0.5, "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "rate_factors": "u=4,v=0.5,B=2"}
+    settings = make_settings({**own, "warmup_steps": 2, "max_steps": 10, "schedule": "linear"})
+    for extra in ([], [torch.nn.Parameter(torch.zeros(2))]):
+        optimizer, scheduler = make_training(settings, [*extra, adapter.u, adapter.v], adapter)
+        assert optimizer.defaults["betas"] == (0.8, 0.95) and optimizer.defaults["weight_decay"] == 0.1
+        resume_scheduler(scheduler, 6)
+        groups = [(group["params"], group["lr"]) for group in optimizer.param_groups]
+        assert groups == [*([(extra, 0.25)] if extra else []), ([adapter.u], 1.0), ([adapter.v], 0.125)]
+        own = Optimizers(
+            AdapterGroup({}), ParallelGroups(), {"": OwnOptimizer(optimizer, scheduler, 0.0)}, torch.device("cpu")
+        )
+        assert own.learning_rate("") == 0.25
