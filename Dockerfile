@@ -15,6 +15,7 @@ RUN python3 -m venv /opt/tiedlora
 
 COPY pyproject.toml README.md LICENSE /src/
 COPY ds_configs /src/ds_configs
+COPY launch /src/launch
 COPY megatron_tiedlora /src/megatron_tiedlora
 RUN pip install --no-cache-dir "/src[train,eval,check]" \
     && rm -rf /src

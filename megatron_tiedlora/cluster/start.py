@@ -41,6 +41,7 @@ LINGER_SECONDS = 30.0  # time for a launcher and its processes here to end after
 LATE_SECONDS = 3.0  # longest time until another host's status file is visible here
 _SILENT_SECONDS = 25.0  # an owner renews its token every 10 seconds; after this time without renewal it is dead
 _END_SECONDS = 10.0  # from SIGTERM to SIGKILL for remaining processes on this machine
+_TELL_SECONDS = 60.0  # the longest time for the command of --on_end
 _FORWARDS = ("srun", "mpirun", "prterun")  # these forward SIGUSR1 to their ranks; on SIGTERM ranks get no time to save
 
 
@@ -99,6 +100,8 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
         if not verdict.state and status.is_awaited():
             say(f"no restart: {owner_in_words(folder.path)} still has {folder.path}")
             break
+    if settings.on_end is not None:
+        _tell(settings.on_end, folder, verdict)
     return verdict.status
 
 
@@ -442,3 +445,16 @@ def judge(
     if state == "finished" or (state == "stopped" and passed_on):
         return Verdict(0, line, str(state))
     return Verdict(failed, f"{line}; {ended}", str(state))
+
+
+def _tell(command: str, folder: RunFolder, verdict: Verdict) -> None:
+    """Run the command of --on_end in a shell. Its failure or its time limit is reported, and changes nothing else."""
+    facts = {"RUN": folder.path, "STATE": verdict.state or "unknown", "STATUS": verdict.status, "REASON": verdict.line}
+    variables = {f"TIEDLORA_{name}": str(value) for name, value in facts.items()}
+    try:
+        ended = subprocess.run(command, shell=True, env={**os.environ, **variables}, timeout=_TELL_SECONDS, check=False)
+        said = f"ended with status {ended.returncode}" if ended.returncode else ""
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        said = f"failed ({messages.first_line(error)})"
+    if said:
+        say(f"--on_end {command}: {said}")

@@ -75,6 +75,8 @@ COMMANDS = (
             "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
     Command("random-model", "convert:make_random", "tool_settings:RandomModelSettings",
             "write a random model, `tiny` for a first try", "tools/write_random_model.py"),
+    Command("recipes", "jobs:recipes", "tool_settings:RecipesSettings",
+            "write batch scripts and YAML files for Slurm, Kubernetes and SkyPilot"),
     Command("env", "jobs:env", "tool_settings:EnvSettings", "print versions, devices and variables for a bug report"),
 )
 

@@ -1,5 +1,5 @@
-"""Implement the commands for jobs, machines and adapter collections: run, sweep, plan, doctor, env, bench, check-gpu,
-index and push.
+"""Implement the commands for jobs, machines and adapter collections: run, sweep, plan, doctor, env, recipes, bench,
+check-gpu, index and push.
 
 Modules that need torch are imported inside the functions, so that `env` also works without torch.
 """
@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
-from megatron_tiedlora.base.installation import require_extra, require_vllm
-from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, show, user_path
+from megatron_tiedlora.base.installation import PACKAGE_FOLDER, require_extra, require_vllm
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, os_errors, show, user_path
 from megatron_tiedlora.base.output_folder import last_name, output_file, reject_existing
+from megatron_tiedlora.config import tool_settings
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
 from megatron_tiedlora.config.tool_settings import CHECK_PARTS, BenchSettings, CheckGpuSettings, EnvSettings
@@ -149,6 +150,22 @@ def env(settings: EnvSettings) -> int:
     for number, (title, section) in enumerate(sections.items()):
         show(*([""] if number else []), title, *(next(lines) for _ in section))
     return 0
+
+
+def recipes(settings: tool_settings.RecipesSettings) -> int:
+    """Write the files of `recipes/` into a folder, without replacing files there. Return 1 if one existed, else 0."""
+    with os_errors(f"{settings.folder}: cannot be written"):
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        kept = 0
+        for source in sorted((PACKAGE_FOLDER / "recipes").iterdir()):
+            file = settings.folder / source.name
+            if not file.exists():
+                write_text(file, source.read_text(encoding="utf-8"))
+                show(f"wrote      {file}")
+            elif file.read_bytes() != source.read_bytes():
+                show(f"kept       {file}, which differs from the recipe; remove it to get the recipe")
+                kept = 1
+    return kept
 
 
 def bench(settings: BenchSettings) -> int:

@@ -72,6 +72,11 @@ class LaunchSettings(CommandSettings, command="run"):
     max_restarts: int = _start(
         "how often to restart after a failure, from the last checkpoint (--resume auto)", 0, ge=0,
     )
+    on_end: str | None = _start(
+        "shell command to run here when the job has ended, such as a notification; the variables TIEDLORA_RUN,"
+        " TIEDLORA_STATE, TIEDLORA_STATUS and TIEDLORA_REASON describe the end",
+        None,
+    )
     show_command: bool = _start("print hosts, environment and command; start nothing", False)
 
     grace_seconds: float = setting_field(
@@ -278,7 +283,8 @@ SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: its settings
 # Matches the flags of tiedlora run that a file may contain, with a NUL after each argument. Other flags would let the
 # author of the file run any program or use other hosts.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
-_NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # rejected: a sweep's next launch repeats failed runs
+# Rejected: a sweep's next launch repeats failed runs, and a sweep has many jobs.
+_NOT_OF_SWEEP = frozenset(("max_restarts", "on_end", "show_command"))
 
 
 class SweepSettings(CommandSettings, command="sweep"):

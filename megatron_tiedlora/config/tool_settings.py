@@ -1,4 +1,4 @@
-"""Declares the settings of the commands check-gpu, bench, env, convert-nemo, random-model and prepare-demo."""
+"""Declares the settings of the commands check-gpu, bench, env, recipes, convert-nemo, random-model and prepare-demo."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -108,6 +108,19 @@ in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
     model: str = _flag(f"preset whose shape is used ({', '.join(PRESETS)})", choices=tuple(PRESETS), metavar="NAME")
     output: fields.FilePath = _output("a new folder")
     seed: int = _flag("seed of the weights", 0)
+
+
+class RecipesSettings(CommandSettings, command="recipes"):
+    """The settings of one call of tiedlora recipes, validated and frozen."""
+
+    about: ClassVar[str] = """\
+Write the files that start a job on a cluster, to be edited there: batch scripts for Slurm, YAML for Kubernetes (a
+TrainJob of Kubeflow Trainer, or a PyTorchJob of its predecessor) and for SkyPilot, and a hostfile.
+
+    tiedlora recipes cluster                              writes all of them into the folder cluster"""
+    examples: ClassVar[str] = "The first lines of each file say how to use it."
+
+    folder: fields.FilePath = _flag("folder for the files; existing files are kept", metavar="DIR", positional=True)
 
 
 class PrepareDemoSettings(CommandSettings, command="prepare-demo"):

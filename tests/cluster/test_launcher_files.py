@@ -1,4 +1,4 @@
-"""The files that users start from: the batch script, the example hostfile, the Kubernetes manifest."""
+"""The files that users start from: batch scripts, the example hostfile, the manifests of Kubernetes and SkyPilot."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import yaml
 from support.folders import ROOT
 from support.launcher_jobs import write_program
 
+from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import Host, read_hostfile
@@ -47,7 +49,7 @@ def test_the_batch_script_requeues_what_was_saved_in_time_and_passes_the_rest_on
     words = ["--train_file", "my data.jsonl", "--resume", "none"]
     found, calls = run_batch_script(tmp_path, "slurm.sbatch", words, srun=ended, variables={"SLURM_NTASKS": "16"})
     assert found == status
-    rank = "srun <--kill-on-bad-exit=1> <--wait=60> </venv/bin/python> <-u> <launch/train.py>"
+    rank = "srun <--kill-on-bad-exit=1> <--wait=60> </venv/bin/python> <-u> <-m> <megatron_tiedlora> <train>"
     given = "<--output_dir> <runs/tiedlora-42> <--train_file> <my data.jsonl> <--resume> <none> <--resume> <auto>"
     assert calls == [f"{rank} {given}", "ranks 16", *(["scontrol <requeue> <42>"] if requeued else [])]
     assert parse_settings(["--resume", "none", "--resume", "auto"], Settings).resume == "auto"  # the last one counts
@@ -79,7 +81,7 @@ TORCHRUN = (
     ' --local-addr="$SLURMD_NODENAME" "$@"> </venv/bin/python> <--nnodes> <2>'
     " <--nproc-per-node> <8> <--max-restarts> <3> <--rdzv-backend> <c10d> <--rdzv-id> <42>"
     " <--rdzv-endpoint> <node1:29400> <--signals-to-handle> <SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1>"
-    " <--shutdown-timeout> <150> <launch/train.py>"
+    " <--shutdown-timeout> <150> <-m> <megatron_tiedlora> <train>"
 )
 STOPPED = {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
 
@@ -247,3 +249,100 @@ def test_what_the_operator_would_refuse_is_refused_here(path: str, value: Any) -
     place[last] = value
     with pytest.raises(AssertionError):
         check_manifest(content)
+
+
+# Documented fields of a TrainJob and its TrainingRuntime (Kubeflow Trainer 2, API v1alpha1), as above.
+_POD, _NODE = "spec.template.spec.replicatedJobs[].template.spec", "template.spec.containers[]"
+RUNTIME: dict[str, str | type] = {
+    "apiVersion": r"trainer\.kubeflow\.org/v1alpha1",
+    "kind": "TrainingRuntime",
+    "metadata.name": "[a-z]([-a-z0-9]*[a-z0-9])?",
+    "spec.mlPolicy.numNodes": int,
+    "spec.mlPolicy.torch": dict,
+    "spec.template.spec.failurePolicy.maxRestarts": int,
+    "spec.template.spec.replicatedJobs[].name": "node",
+    f"{_POD.removesuffix('.spec')}.metadata.labels.trainer.kubeflow.org/trainjob-ancestor-step": "trainer",
+    f"{_POD}.backoffLimit": int,
+    f"{_POD}.template.spec.restartPolicy": "Never|OnFailure",
+    f"{_POD}.{_NODE}.name": "node",
+    **{
+        f"{_POD}.{name}": kind
+        for name, kind in REPLICA.items()
+        if name.startswith((f"{_NODE}.env", f"{_NODE}.volumeMounts", "template.spec.vol", "template.spec.term"))
+    },
+    f"{_POD}.{_NODE}.workingDir": ".+",
+}
+TRAIN_JOB: dict[str, str | type] = {
+    **{name: RUNTIME[name] for name in ("apiVersion", "metadata.name")},
+    "kind": "TrainJob",
+    "spec.runtimeRef.kind": "TrainingRuntime",
+    "spec.runtimeRef.name": "tiedlora",
+    **dict.fromkeys(("spec.trainer.image", "spec.trainer.command[]", "spec.trainer.args[]"), ".+"),
+    **dict.fromkeys(("spec.trainer.numNodes", "spec.trainer.numProcPerNode"), int),
+    "spec.trainer.resourcesPerNode.limits.nvidia.com/gpu": int,
+}
+
+
+def test_the_train_job_holds_documented_fields_alone_and_fits_its_runtime() -> None:
+    text = (LAUNCH / "kubernetes" / "trainjob.yaml").read_text(encoding="utf-8")
+    runtime, job = yaml.safe_load_all(text)
+    for fields, part in ((RUNTIME, runtime), (TRAIN_JOB, job)):
+        found = dict(values_of(part))
+        assert found.keys() == fields.keys()
+        for path, value in found.items():
+            kind = fields[path]
+            fits = re.fullmatch(kind, value) if isinstance(kind, str) else type(value) is kind
+            assert fits, f"{path} is {value!r}"
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod, trainer = node["template"]["spec"]["template"]["spec"], job["spec"]["trainer"]
+    old = manifest()["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    (ours,), (theirs,) = pod["containers"], old["containers"]
+    same = ("command", "args", "image")
+    assert {name: trainer[name] for name in same} == {name: theirs[name] for name in same}
+    assert [ours[name] for name in ("env", "volumeMounts")] == [theirs[name] for name in ("env", "volumeMounts")]
+    assert (pod["volumes"], pod["terminationGracePeriodSeconds"]) == (old["volumes"], 120)
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert runtime["spec"]["mlPolicy"]["numNodes"] == trainer["numNodes"]
+    ranks = trainer["numNodes"] * trainer["numProcPerNode"]
+    assert {"name": "MEGATRON_TIEDLORA_EXPECTED_RANKS", "value": str(ranks)}.items() <= ours["env"][1].items()
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == trainer["numProcPerNode"]
+
+
+def test_the_run_of_skypilot_starts_our_ranks(tmp_path: Path) -> None:
+    """With the variables that SkyPilot sets on a node, and in a managed job that recovers."""
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text(encoding="utf-8"))
+    assert task.keys() == {"name", "num_nodes", "resources", "file_mounts", "envs", "secrets", "run"}
+    write_program(tmp_path / "bin", "torchrun", f'{CALLED}echo "ranks $MEGATRON_TIEDLORA_EXPECTED_RANKS"\n')
+    variables = {
+        **{"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"},
+        **{"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "CALLS": str(tmp_path / "calls"), **task["envs"]},
+    }
+    environment = {**variables, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", task["run"]], env=environment, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    called, ranks = (tmp_path / "calls").read_text().splitlines()
+    flags, _, given = called.partition(" <--no-python> <tiedlora> <train> ")
+    assert flags == (
+        "torchrun <--nnodes> <2> <--node-rank> <1> <--nproc-per-node> <8> <--master-addr> <10.0.0.1> <--master-port>"
+        " <29400>"
+    )
+    settings = parse_settings(re.findall("<(.*?)>", given), Settings)
+    assert settings.resume == "auto" and str(settings.output_dir).startswith("/data/") and ranks == "ranks 16"
+    assert not any(task["secrets"].values()) and not any(SECRET.search(name) for name in task["envs"])
+
+
+def test_recipes_are_written_and_what_was_edited_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [file for file in LAUNCH.rglob("*") if file.suffix in (".sbatch", ".yaml", ".example")]
+    assert call("recipes", [str(tmp_path / "new")]) == 0
+    written = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    assert written == {file.name: file.read_bytes() for file in files} and len(written) == 6
+    (tmp_path / "new" / "skypilot.yaml").write_text("mine")
+    (tmp_path / "new" / "slurm.sbatch").unlink()
+    capsys.readouterr()
+    assert call("recipes", [str(tmp_path / "new")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "skypilot.yaml, which differs" in said[0] and said[1].endswith("slurm.sbatch")
+    assert (tmp_path / "new" / "skypilot.yaml").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot be written"):
+        call("recipes", [str(tmp_path / "file")])

@@ -212,6 +212,22 @@ def test_the_status_file_decides(
 
 
 @pytest.mark.parametrize(
+    ("rank", "state", "reason"),
+    [({"state": "finished"}, "finished 0", "(so it was)"), ({"status": 7}, "unknown 7", "mpirun ended with status 7")],
+)
+def test_a_command_is_told_of_the_end(
+    start: Launch, tmp_path: Path, rank: dict[str, Any], state: str, reason: str
+) -> None:
+    """Whatever the end; its own failure changes nothing."""
+    command = 'echo "$TIEDLORA_STATE $TIEDLORA_STATUS $TIEDLORA_RUN $TIEDLORA_REASON" > "$HOME/told"; exit 3'
+    ended = start(rank, arguments=(f"--on_end={command}",))
+    assert ended.status == int(state.split()[1])
+    told = (tmp_path / "told").read_text()
+    assert told.startswith(f"{state} {ended.folder} ") and told.rstrip().endswith(reason)
+    assert ended.said.splitlines()[-1].endswith("exit 3: ended with status 3")
+
+
+@pytest.mark.parametrize(
     ("rank", "status", "said"),
     [({}, 1, "does not state how this launch"), ({"state": "failed"}, 1, "failed at step 3")],
 )

@@ -26,12 +26,14 @@ INTERFACE = {
     "run": "config ds_config output_dir seed resume dry_run world_size plan_for deterministic timeout_minutes"
     " keep_checkpoints take_over base_differs report_to profile adapters share_micro_batches halving gpu",
     "model": "model tokenizer dtype base products keep_transposed max_length",
-    "adapter": "init_from method rank alpha layers targets init_std_a init_std_b dropout",
+    "adapter": "init_from method rank alpha layers targets init_std_a init_std_b dropout"
+    " rslora",
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel overlap replica_check_steps",
     "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size columns train_on"
     " chat_template add_bos special_tokens_in_text",
     "speed": "packing compile adapter_in_matmul recompute",
-    "optimisation": "global_batch_size micro_batch_size max_steps epochs learning_rate weight_decay warmup_steps"
+    "optimisation": "global_batch_size micro_batch_size max_steps epochs learning_rate rate_factors weight_decay"
+    " warmup_steps"
     " schedule beta1 beta2 gradient_clipping eval_interval eval_metric eval_samples patience save_interval"
     " save_interval_minutes",
 }
