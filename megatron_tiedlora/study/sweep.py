@@ -25,7 +25,7 @@ from megatron_tiedlora.config import adapter_settings, fields, job_settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime import run_folder, stopping
-from megatron_tiedlora.study import record, tables
+from megatron_tiedlora.study import figures, record, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 
 LOG_MARK = "$ "  # precedes the command line of each launch in a log
@@ -123,7 +123,7 @@ class Sweep:
     def __post_init__(self) -> None:
         self.folder, self.command = self.plan.folder, self.plan.command
         self._done, self._training = 0, list[record.Run]()
-        total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
+        total = 1 + len(self.plan.runs) + len({(run.point, run.seed) for run in self.plan.runs})
         shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
         self._bar = progress.progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
 
@@ -163,16 +163,16 @@ class Sweep:
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
-        """Return a dict from the score name of each method and rank to the name of its best finished run."""
+        """Return a dict from the score name of each method, rank and seed to the name of its best finished run."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
-        found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
-        return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
+        found = (record.best_runs(self.folder, grid.runs(point), metric=metric) for point in grid.points)
+        return {f"score {run.point.name}{run.seed_part}": run.name for runs in found for run in runs}
 
     def _train(self, runs: Group) -> None:
         """Train the runs together in one launch. Each run has its own folder."""
         if self.stop.received:
             return
-        folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
+        folder, first, several = self.folder, runs[0].name, len({(run.point, run.seed) for run in runs}) < len(runs)
         left = [run for run in runs if not self.plan.is_finished(run)]
         for run in left:  # if this launch fails, an old status must not be read as its reason
             discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
@@ -181,7 +181,7 @@ class Sweep:
             file.parent.mkdir(exist_ok=True)
         entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
         files.write_yaml(file, entries, guard=folder.guard)
-        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
+        given = {name: value for name, value in self.command.shared.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
         given |= {"halving": True} if self.command.settings.halving and several else {}
         self._training = left
@@ -372,11 +372,13 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures, and return the files."""
-    texts = {"table2.md": tables.table2_markdown(studies)}
-    texts["table2.csv"] = csv_text(tables.TABLE2_COLUMNS, tables.table2(studies))
+    made = [("table2", tables.TABLE2_COLUMNS, tables.table2(studies), tables.table2_layout(studies))]
     if any(study.grid.table3 for study in studies):
-        texts["table3.md"] = tables.table3_markdown(studies)
-        texts["table3.csv"] = csv_text(tables.TABLE3_COLUMNS, tables.table3(studies))
+        made += [("table3", tables.TABLE3_COLUMNS, tables.table3(studies), tables.table3_layout(studies))]
+    texts = dict[str, str]()
+    for name, columns, records, table in made:
+        texts |= {f"{name}.md": table.markdown(), f"{name}.csv": csv_text(columns, records)}
+        texts[f"{name}.tex"] = table.latex()
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
-    return [*(folder / name for name in texts), *tables.draw_figures(studies, folder, guard=guard)]
+    return [*(folder / name for name in texts), *figures.draw_figures(studies, folder, guard=guard)]
