@@ -302,7 +302,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
 
 
 def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> str:
-    first = error.errors()[0]
+    first, *others = error.errors()
     name = str(first["loc"][0]) if first["loc"] else ""
     flag = flag_word(name, kind) if name in kind.model_fields else f"--{name}"
     if first["type"] == "value_error":
@@ -315,10 +315,13 @@ def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> s
     said, hint = f"{flag} {as_given(first['input'])}", ""
     if first["type"] == "bool_parsing":
         return f"{said}: give true or false, or nothing after {flag}"
-    if first["type"] == "literal_error" and isinstance(first["input"], str):
+    # A value that has no type of a union has an error for each type.
+    same = [one for one in others if len(one["loc"]) > 1 and one["loc"][:-1] == first["loc"][:-1]]
+    wrong = [first, *(one for one in same if isinstance(one["loc"][-1], str))]
+    if any(one["type"] == "literal_error" for one in wrong) and isinstance(first["input"], str):
         allowed = literal_values(_kinds_in(kind.model_fields[name].annotation))
         hint = value_hint(first["input"], allowed, declared(kind)[name].other_values)
-    return f"{said}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"
+    return f"{said}: " + ", or ".join(f"{one['msg'][0].lower()}{one['msg'][1:]}" for one in wrong) + hint
 
 
 def comma_separated(value: Any) -> Any:
@@ -386,6 +389,7 @@ AddBos = Annotated[
 ]
 SpecialTokensInText = Literal["refuse", "plain", "control"]
 TrainOn = Literal["all_turns", "last_turn"]
+LearningRate = Annotated[float, Field(gt=0)] | Literal["auto"]
 FILES_HELP = (
     ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
     " commas"

@@ -245,7 +245,7 @@ def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[
     There is only one parameter group. All trained tensors have weight decay, as in the paper.
     """
     betas = settings.beta1, settings.beta2
-    optimizer = AdamW(trained, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
+    optimizer = AdamW(trained, lr=settings.peak_rate, betas=betas, weight_decay=settings.weight_decay)
     return optimizer, LambdaLR(optimizer, partial(learning_rate_factor, settings))
 
 
