@@ -304,7 +304,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
 
 
 def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> str:
-    first = error.errors()[0]
+    first, *others = error.errors()
     name = str(first["loc"][0]) if first["loc"] else ""
     flag = flag_word(name, kind) if name in kind.model_fields else f"--{name}"
     if first["type"] == "value_error":
@@ -317,10 +317,13 @@ def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> s
     said, hint = f"{flag} {as_given(first['input'])}", ""
     if first["type"] == "bool_parsing":
         return f"{said}: give true or false, or nothing after {flag}"
-    if first["type"] == "literal_error" and isinstance(first["input"], str):
+    # A value that has no type of a union has an error for each type.
+    same = [one for one in others if len(one["loc"]) > 1 and one["loc"][:-1] == first["loc"][:-1]]
+    wrong = [first, *(one for one in same if isinstance(one["loc"][-1], str))]
+    if any(one["type"] == "literal_error" for one in wrong) and isinstance(first["input"], str):
         allowed = literal_values(_kinds_in(kind.model_fields[name].annotation))
         hint = value_hint(first["input"], allowed, declared(kind)[name].other_values)
-    return f"{said}: {first['msg'][0].lower()}{first['msg'][1:]}{hint}"
+    return f"{said}: " + ", or ".join(f"{one['msg'][0].lower()}{one['msg'][1:]}" for one in wrong) + hint
 
 
 def comma_separated(value: Any) -> Any:
@@ -388,6 +391,7 @@ AddBos = Annotated[
 ]
 SpecialTokensInText = Literal["refuse", "plain", "control"]
 TrainOn = Literal["all_turns", "last_turn"]
+LearningRate = Annotated[float, Field(gt=0)] | Literal["auto"]
 FILES_HELP = (
     ".jsonl, .json, .csv, .parquet, .arrow (also .gz), a folder, a pattern, a hub id (id:config:split), or several with"
     " commas"
@@ -418,19 +422,19 @@ def _checked_columns(text: str | None) -> str | None:
 ColumnNames = Annotated[str | None, pydantic.AfterValidator(_checked_columns)]  # the text as given
 
 
+_NUMBER = re.compile(r"[0-9]*[.]?[0-9]+(e[+-]?[0-9]+)?")
+
+
 def parse_rate_factors(text: str | None) -> dict[str, float]:
     """Return {factor: multiple of the learning rate} for `--rate_factors FACTOR=NUMBER[,...]`; {} if it is not given.
 
     Raises:
         ValueError: the text has a different form, a factor is unknown or given twice, or a number is out of range.
     """
-    pairs = [pair.partition("=") for pair in text.split(",")] if text is not None else []
-    found = {}
-    for name, _, number in pairs:
-        try:
-            found[name.strip()] = float(number)
-        except ValueError:
-            found[name.strip()] = 0.0
+    if text is None:
+        return {}
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    found = {name.strip(): float(number) if _NUMBER.fullmatch(number.strip()) else 0.0 for name, _, number in pairs}
     if len(found) < len(pairs) or not all(1e-6 <= one <= 1e6 for one in found.values()) or found.keys() - {*FACTORS}:
         each = f"each of {', '.join(FACTORS)} at most once, and numbers from 1e-6 to 1e6"
         raise ValueError(f"--rate_factors {as_given(text)}: expected FACTOR=NUMBER[,...], e.g. B=16; {each}")

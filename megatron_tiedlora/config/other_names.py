@@ -67,9 +67,10 @@ ADAPTER_NAMES = (  # for commands that read an adapter
 )
 OUTPUT_NAMES = "output_dir out out_dir save_dir save_path output_path export_dir output_folder"
 
+NO_DORA = "DoRA is not supported: it rescales W x, which a step does not keep and vLLM does not serve"
 # Features that no command has, and what to use instead.
 NOT_OFFERED: Mapping[str, str] = {
-    **_same("DoRA is not supported: it rescales W x, which a step does not keep and vLLM does not serve", "use_dora dora"),
+    **_same(NO_DORA, "use_dora dora"),
     **_same("NEFTune is not supported", "neftune_noise_alpha neftune"),
     **_same("the optimizer is always AdamW", "optim optimizer optimizer_type optim_type"),
     **_same("context parallelism is not supported yet", "cp cp_size context_parallel context_parallel_size"),
@@ -99,7 +100,7 @@ OTHER_METHODS = {
     "rslora": "here it is lora with {rslora}",
     **_same("here it is lora with {rate_factors} B=RATIO", "loraplus lora+"),
     **_same("here it is tl1 to tl6; tl6 is the default", "tied-lora tiedlora"),
-    **_same("DoRA is not supported: it rescales W x, which a step does not keep and vLLM does not serve", "dora"),
+    "dora": NO_DORA,
     **_same("only adapters are trained", "full full-finetune none"),
 }
 OTHER_FORMATS = {

@@ -75,8 +75,9 @@ class Settings(CommandSettings, command="train"):
 
     Fields that are not given get the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that
     depend on the model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`,
-    `init_std_b`, `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit. With
-    `epochs`, the number of steps is computed when the data is known (`planning/run_plan.py`).
+    `init_std_b`, `micro_batch_size`, `output_dir`. So does a `learning_rate` of "auto". The default of `max_length` is
+    lowered to the model's limit. With `epochs`, the number of steps is computed when the data is known
+    (`planning/run_plan.py`).
     """
 
     about: ClassVar[str] = """\
@@ -356,8 +357,10 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "in place of --max_steps: passes over the training samples, at --global_batch_size samples per step", None,
         gt=0, le=1e6, other_names="num_train_epochs num_epochs n_epochs max_epochs epoch",
     )
-    learning_rate: float = _training(
-        "peak learning rate of AdamW", gt=0, other_names="lr learning_rates base_lr max_lr",
+    learning_rate: fields.LearningRate = _training(
+        "peak learning rate of AdamW; auto: by a rule for the method, rank and alpha, the model's width, the adapted"
+        " layers and linears, and the number of steps",
+        other_names="lr learning_rates base_lr max_lr",
         decided_by={"sweep": _OF_GRID("learning_rates")},
     )
     rate_factors: fields.RateFactors = _training(
@@ -440,6 +443,12 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     def of_rows(self) -> "Settings":
         """The settings that rows are read with: --split_seed is their seed, so runs can share rows but not an order."""
         return self.completed(seed=self.split_seed)
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate as a number. A run has one once it is planned (`planning/run_plan.py`)."""
+        assert self.learning_rate != "auto"
+        return self.learning_rate
 
     @property
     def names_data(self) -> bool:

@@ -28,6 +28,7 @@ from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning import adapter_plans, machines, memory, run_plan, step_time
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned, StepPlan
+from megatron_tiedlora.planning.steps_and_rate import epochs_of
 from megatron_tiedlora.runtime import run_folder, stopping
 
 
@@ -117,10 +118,11 @@ def _adapters(step: StepPlan) -> list[str]:
         totals.append(sum(adapter.num_trained().values()))
         parts = f"{batches.micro_batch_size} x {batches.accumulation_steps} x {batches.data_parallel}"
         linears = ",".join(target.name for target in adapter.targets)
-        of_run = f"{batches.global_batch_size} = {parts}", f"{plan.settings.max_steps:,}"
+        own_bytes = bytes_in_words(_own_bytes(step, number))
+        batch_size, steps = f"{batches.global_batch_size} = {parts}", f"{plan.settings.max_steps:,}"
         of_adapter = adapter.method, str(adapter.rank), linears, ranges(adapter.layers), f"{totals[-1]:,}"
-        table.append((name, *of_adapter, *of_run, bytes_in_words(_own_bytes(step, number))))
-    header = ("adapter", "method", "rank", "linears", "layers", "trained", "batch", "steps", "bytes per rank")
+        table.append((name, *of_adapter, batch_size, steps, plan.rate_in_words, own_bytes))
+    header = ("adapter", "method", "rank", "linears", "layers", "trained", "batch", "steps", "rate", "bytes per rank")
     return [
         f"{count_text(len(table), 'adapter')}: {sum(totals):,} trained parameters on a frozen base of {base}",
         *aligned_lines([header, *table], indent="  "),
@@ -149,6 +151,7 @@ def _batches(step: StepPlan, data: adapter_plans.Data) -> list[str]:
     for name, plan in () if step.layout.named else step.plans.items():
         number, steps = plan.batches.global_batch_size, plan.settings.max_steps
         lines.append(f"  global batch {count_text(number, 'sample')}, {plan.batches_in_words}")
+        lines.append(f"  learning rate {plan.rate_in_words}")
         if data or not counts_epochs:
             lines.append(f"  {count_text(steps, 'step')}, {count_text(steps * number, 'sample')}")
         if step.samples is not None:
@@ -191,7 +194,7 @@ def _data(step: StepPlan, data: adapter_plans.Data) -> list[str]:
     rows, notes = [], []
     for name, own in data.items():
         plan, label = step.plans[name], name and f"{name}: "
-        passes = f"{run_plan.epochs_of(plan.settings, len(own.train)):.2f}"
+        passes = f"{epochs_of(plan.settings, len(own.train)):.2f}"
         parts = ((name, plan.settings.task, "train"), own.train, passes), (("", "", "validation"), own.validation, "")
         for labels, part, seen in parts:
             numbers = (len(part), part.num_tokens, part.num_supervised, part.longest, part.truncated_prompts)

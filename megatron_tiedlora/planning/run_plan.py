@@ -1,9 +1,7 @@
 """Plan a run: make and check all decisions before weights are read or ranks wait for each other."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +15,7 @@ from megatron_tiedlora.checkpoint import load_model, resume, tensor_files
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config import batch
-from megatron_tiedlora.config.fields import flag_value, marked, profiled_steps
+from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.loader import GlobalBatch, TrainingStep, plan_global_batch, training_steps
@@ -30,6 +28,7 @@ from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantis
 from megatron_tiedlora.parallel.kernels import Kernels
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, check_adapters, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine, attending
+from megatron_tiedlora.planning.steps_and_rate import rule_rate, with_counted_steps
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
 
@@ -40,6 +39,7 @@ class RunPlan:
 
     Attributes:
         on_gpu: whether the ranks run on GPUs. Rows then have more padding, and libraries also need memory.
+        by_rule: whether the learning rate is that of --learning_rate auto.
     """
 
     settings: Settings
@@ -49,6 +49,7 @@ class RunPlan:
     engine: EngineConfig
     adapter: AdapterConfig
     on_gpu: bool
+    by_rule: bool = False
 
     @cached_property
     def layout(self) -> Layout:
@@ -195,7 +196,25 @@ class RunPlan:
 
     def counted(self, num_samples: int) -> "RunPlan":
         """Return the plan with --max_steps computed from --epochs, if given, for `num_samples` training samples."""
-        return replace(self, settings=with_counted_steps(self.settings, num_samples))
+        return replace(self, settings=with_counted_steps(self.settings, num_samples)).with_rate()
+
+    def with_rate(self) -> "RunPlan":
+        """Return the plan with the learning rate of the rule if --learning_rate is auto, else the plan itself."""
+        return replace(self, settings=self.settings.completed(learning_rate=self.auto_rate)) if self.by_rule else self
+
+    @property
+    def auto_rate(self) -> float:
+        """The learning rate that --learning_rate auto has in this run."""
+        return rule_rate(self.adapter, width=self.source.shape.hidden_size, steps=self.settings.max_steps)
+
+    @property
+    def rate_in_words(self) -> str:
+        """A text with the learning rate. If it was not given, the text has the rate of --learning_rate auto too."""
+        rate = f"{self.settings.peak_rate:g}"
+        if self.by_rule:
+            return f"{rate} (auto)"
+        given = "learning_rate" in self.settings.model_fields_set
+        return rate if given else f"{rate} by default (--learning_rate auto: {self.auto_rate:g})"
 
     def resolved_settings(self) -> dict[str, Any]:
         """Return all settings as plain values. Defaults that depend on the model or the ranks are computed."""
@@ -269,14 +288,15 @@ def plan_run(
     adapter = make_adapter_config(
         settings.method,
         rank=settings.rank,
-        alpha=settings.alpha and settings.alpha * (math.sqrt(settings.rank) if settings.rslora else 1.0),
+        alpha=settings.alpha and settings.alpha * (settings.rank**0.5 if settings.rslora else 1.0),
         layers=layers,
         targets=targets_of(shape, settings.targets),
         seed=settings.seed,
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,
     )
-    plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
+    by_rule = settings.learning_rate == "auto"
+    plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu, by_rule).with_rate()
     method = adapter.method_spec
     if plan.rank_excess and (method.A.trained or method.B.trained):  # vera freezes both, so its rank may be larger
         raise UserError(f"{plan.rank_excess[0]}. Give at most this rank")
@@ -321,47 +341,6 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
     if "max_length" in settings.model_fields_set or settings.max_length <= limit:
         return settings
     return settings.completed(max_length=limit)
-
-
-def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
-    """Return the settings with --max_steps computed from --epochs, if given. --max_steps limits the default warm-up.
-
-    A step uses the next --global_batch_size samples with every parallel configuration, and with or without packing. So
-    an epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. The number of
-    steps is computed exactly for any decimal value of --epochs, and rounded up:
-
-        max_steps = ceil(epochs * training samples / global_batch_size)
-
-    Raises:
-        UserError: --warmup_steps is larger than this number of steps, or --profile begins after the last step.
-    """
-    if settings.epochs is None:
-        return settings
-    steps = max(1, math.ceil(Fraction(str(settings.epochs)) * num_samples / settings.global_batch_size))
-    warmup = settings.warmup_steps
-    if settings.profile is not None and profiled_steps(settings.profile)[0] > steps:
-        raise UserError(
-            f"--profile {settings.profile} begins after the {steps} steps of --epochs {settings.epochs:g}. Give earlier"
-            " steps"
-        )
-    if warmup > steps and "warmup_steps" in settings.model_fields_set:
-        raise UserError(
-            f"--warmup_steps {warmup} is more than the {steps} steps of --epochs {settings.epochs:g}. Give fewer"
-        )
-    return settings.completed(max_steps=steps, warmup_steps=min(warmup, steps))
-
-
-def epochs_of(settings: Settings, num_samples: int) -> float:
-    """Return the mean number of times that a run sees each training sample."""
-    return settings.max_steps * settings.global_batch_size / num_samples
-
-
-def steps_in_words(settings: Settings, num_samples: int) -> str:
-    """Return a text with the number of steps and the corresponding number of epochs."""
-    steps, samples = count_text(settings.max_steps, "step"), count_text(num_samples, "training sample")
-    if settings.epochs is None:
-        return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
-    return f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size} per step"
 
 
 # --init_from ----------------------------------------------------------------------------------------------------------

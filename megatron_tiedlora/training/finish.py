@@ -34,7 +34,8 @@ from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.planning.adapter_plans import shared_plan
 from megatron_tiedlora.planning.machines import attention_in_words
-from megatron_tiedlora.planning.run_plan import RunPlan, steps_in_words
+from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.steps_and_rate import steps_in_words
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
@@ -238,6 +239,7 @@ def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[Headl
         own, checkpoint = run.plan.settings, start.checkpoints[name]
         samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
         step = f"{own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step"
+        steps += f", learning rate {run.plan.rate_in_words}"
         rows.append(("adapter", f"{name}: {step}, {steps}{resumed_text(run.plan, checkpoint)}"))
         notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *built.notes[name])
         rows += [("note", f"{name}: {note}") for note in notes]
@@ -263,6 +265,7 @@ def _one_adapter(run: AdapterRun) -> list[HeadlineRow]:
         *(("", note) for note in data.notes),
         ("batches", f"{batch}, ZeRO-{plan.engine.zero_stage}"),
         ("length", f"{steps_in_words(settings, len(data.train))}, schedule {settings.schedule}"),
+        ("rate", plan.rate_in_words),
     ]
 
 

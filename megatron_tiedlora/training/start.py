@@ -4,6 +4,7 @@ A run of one adapter uses the run folder itself. In a run of several adapters, e
 its own output_dir.
 """
 
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -112,7 +113,7 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
         with naming(name):
             read = partial(_read_checkpoint, plan, data[name], opened.folders[name])
             found = opened.checkpoints[name] = decided_by_rank_0(read, kind=resume.Checkpoint | None)
-        opened.plans[name] = with_kept_warmup(plan, None if found is None else found.settings)
+        opened.plans[name] = with_kept_values(plan, None if found is None else found.settings)
     opened.finished = _finished_before(opened)
     return opened
 
@@ -283,7 +284,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 
 # Settings that are not `compared` may differ from the checkpoint's, as they do not change the results. --epochs may
 # differ, since only the resulting number of steps matters. --max_steps may differ if the schedule is constant, and so
-# does not depend on it. Without --warmup_steps, the checkpoint's value is used.
+# does not depend on it. Without --warmup_steps, and with --learning_rate auto, the checkpoint's value is used.
 
 
 def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:
@@ -377,7 +378,7 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
     The message names the setting and both values.
     """
     saved, step, source = checkpoint.settings, checkpoint.progress.step, str(checkpoint.folder)
-    settings, marks = plan.settings, declared(Settings)
+    settings, marks, kept = plan.settings, declared(Settings), _kept(plan, saved)
     for name, value in plan.resolved_settings().items():
         if not marks[name].compared or name == "epochs":
             continue
@@ -397,13 +398,13 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
                     f" give at least {step}"
                 )
             continue
-        if name == "warmup_steps" and name not in settings.model_fields_set and (kept := _warmup(saved)) is not None:
-            if kept > settings.max_steps:
+        if name in kept:  # see with_kept_values
+            if name == "warmup_steps" and kept[name] > settings.max_steps:
                 raise UserError(
-                    f"{source}: trained with a warm-up of {kept} steps, but --max_steps is {_steps_in_words(plan)};"
-                    f" give at least {kept}"
+                    f"{source}: trained with a warm-up of {kept[name]} steps, but --max_steps is"
+                    f" {_steps_in_words(plan)}; give at least {kept[name]}"
                 )
-            continue  # see with_kept_warmup
+            continue
         was, now = ("not set" if given is None else flag_value(given) for given in (before, value))
         found = f"{source}: trained with --{name} {was}, but now it is"
         if name == "max_steps":
@@ -426,20 +427,23 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
         )
 
 
-def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
-    """Return the plan with the warm-up of the resumed run, whose settings are `saved` (None for a new run).
+def with_kept_values(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
+    """Return the plan with the computed values of the resumed run, whose settings are `saved` (None for a new run).
 
-    The default warm-up depends on the number of steps, so it would change if the resumed run had more steps.
+    The default warm-up depends on the number of steps, so it would change if the resumed run had more steps. So would
+    the rate of --learning_rate auto, which a later version may also compute by different constants.
     """
-    if saved is None or "warmup_steps" in plan.settings.model_fields_set or (kept := _warmup(saved)) is None:
-        return plan
-    return replace(plan, settings=plan.settings.completed(warmup_steps=kept))
+    return plan if saved is None else replace(plan, settings=plan.settings.completed(**_kept(plan, saved)))
 
 
-def _warmup(saved: Mapping[str, Any]) -> int | None:
-    """Return the number of warm-up steps in a checkpoint's settings; None if it is missing or invalid."""
-    found = saved.get("warmup_steps")
-    return found if type(found) is int and found >= 0 else None
+def _kept(plan: RunPlan, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the valid values in a checkpoint's settings that replace values which the plan has computed."""
+    kept, (warmup, rate) = dict[str, Any](), (saved.get(name) for name in ("warmup_steps", "learning_rate"))
+    if "warmup_steps" not in plan.settings.model_fields_set and type(warmup) is int and warmup >= 0:
+        kept["warmup_steps"] = warmup
+    if plan.by_rule and type(rate) is float and 0 < rate < math.inf:
+        kept["learning_rate"] = rate
+    return kept
 
 
 def _steps_in_words(plan: RunPlan) -> str:

@@ -24,12 +24,8 @@ from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.planning.adapter_plans import length_warnings, shared_plan
 from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.report import dry_run_report
-from megatron_tiedlora.planning.run_plan import (
-    RunPlan,
-    plan_run,
-    steps_in_words,
-    with_counted_steps,
-)
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.steps_and_rate import steps_in_words, with_counted_steps
 from megatron_tiedlora.selfcheck.step_bench import made_up
 
 

@@ -11,7 +11,7 @@ from support.task_files import refusal
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.training.finish import resumed_text
-from megatron_tiedlora.training.start import check_resumed_settings, with_kept_warmup
+from megatron_tiedlora.training.start import check_resumed_settings, with_kept_values
 from megatron_tiedlora.training.throughput import steps_over
 
 
@@ -91,14 +91,14 @@ def test_the_default_warm_up_of_a_longer_run_is_that_of_its_checkpoint() -> None
     saved = before.resolved_settings()
     assert (saved["warmup_steps"], now.settings.warmup_steps) == (20, 50)
     check(before, now)
-    kept = with_kept_warmup(now, saved)
+    kept = with_kept_values(now, saved)
     assert (kept.settings.warmup_steps, kept.settings.max_steps) == (20, 100)
     check(before, kept)
-    assert with_kept_warmup(now, None) == now
+    assert with_kept_values(now, None) == now
     by_epochs = plan_of(schedule="constant", epochs=30).counted(1000)
     assert by_epochs.settings.warmup_steps == 50
     check(before, by_epochs)
-    assert with_kept_warmup(by_epochs, saved).settings.warmup_steps == 20
+    assert with_kept_values(by_epochs, saved).settings.warmup_steps == 20
     short = plan_of(schedule="constant", max_steps=10)
     assert "with a warm-up of 20 steps, but --max_steps is 10; give at least 20" in refusal(check, before, short)
 
@@ -106,7 +106,7 @@ def test_the_default_warm_up_of_a_longer_run_is_that_of_its_checkpoint() -> None
 def test_another_warm_up_that_was_given_is_rejected() -> None:
     before = plan_of(schedule="constant", max_steps=20)
     given = plan_of(schedule="constant", max_steps=100, warmup_steps=50)
-    assert with_kept_warmup(given, before.resolved_settings()) == given
+    assert with_kept_values(given, before.resolved_settings()) == given
     message = refusal(check, before, given)
     assert message.endswith("trained with --warmup_steps 20, but now it is 50; remove the flag, or give 20")
     check(before, plan_of(schedule="constant", max_steps=100, warmup_steps=20))
@@ -115,7 +115,7 @@ def test_another_warm_up_that_was_given_is_rejected() -> None:
 @pytest.mark.parametrize("value", [None, "x", True, -1, 2.5])
 def test_a_warm_up_that_is_no_number_is_not_kept(value: Any) -> None:
     now = plan_of(schedule="constant", max_steps=100)
-    assert with_kept_warmup(now, {"warmup_steps": value}) == now
+    assert with_kept_values(now, {"warmup_steps": value}) == now
 
 
 def test_profiled_steps_that_are_over_are_rejected() -> None:

@@ -1,0 +1,61 @@
+"""Compute the learning rate of `--learning_rate auto` from a rule that was fitted on sweeps of small models.
+
+The rule is a product of powers, relative to a reference run:
+
+    rate = c (width / 576)^-w (rank / 8)^-r (alpha / rank)^-s (layers / 30)^-l linears^-t (steps / 32)^-p
+
+c, w, r and s depend on the method (`RULES`); l, t and p do not. The widths, layers and steps that were measured end at
+`LARGEST`. The data, the error of the rule and its limits are in docs/sweeps.md; docs/study/fit_rates.py fits it.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from megatron_tiedlora.base.methods import find_method
+
+
+class Rule(NamedTuple):
+    """The constants of a method: the rate of the reference run, and the exponents of width, rank and alpha / rank."""
+
+    rate: float
+    width: float
+    rank: float
+    scale: float
+
+
+RULES: Mapping[str, Rule] = {
+    "lora": Rule(5e-3, 0.5, 0.25, 0.5),
+    "vera": Rule(4e-2, 0.0, 0.0, 1.0),
+    "tl1": Rule(2e-2, 1.0, 0.25, 1.0),
+    "tl2": Rule(2e-2, 0.5, 0.25, 0.5),
+    "tl3": Rule(1e-2, 0.0, 0.5, 1.0),
+    "tl4": Rule(1e-2, 0.0, 0.5, 1.0),
+    "tl5": Rule(5e-3, 0.5, 0.25, 0.5),
+    "tl6": Rule(2e-2, 0.5, 0.25, 0.5),
+}
+LAYERS, LINEARS, STEPS = 0.25, 0.25, 0.5  # exponents that all methods share
+WIDTH_0, RANK_0, LAYERS_0, STEPS_0 = 576, 8, 30, 32  # the reference run, with one adapted linear in each layer
+SMALLEST, LARGEST = 1e-5, 1e-1  # limits of the result
+
+
+def auto_rate(
+    method: str, *, rank: int, scale: float, width: int, num_layers: int, num_linears: int, steps: int
+) -> float:
+    """Return the learning rate of `--learning_rate auto`, a number with two significant digits.
+
+    Args:
+        method: a name in `METHODS`.
+        rank: r of A and B.
+        scale: alpha / r.
+        width: the hidden size of the base.
+        num_layers: the number of adapted layers.
+        num_linears: the number of adapted linears in each of these layers.
+        steps: the optimizer steps of the run.
+
+    Raises:
+        UserError: the method is unknown.
+    """
+    own = RULES[find_method(method).name]
+    rate = own.rate * (width / WIDTH_0) ** -own.width * (rank / RANK_0) ** -own.rank * scale**-own.scale
+    rate *= (num_layers / LAYERS_0) ** -LAYERS * num_linears**-LINEARS * (steps / STEPS_0) ** -STEPS
+    return float(f"{min(max(rate, SMALLEST), LARGEST):.1e}")
