@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -399,54 +399,48 @@ FILES_HELP = (
 
 
 def parse_columns(text: str | None) -> Mapping[str, str] | None:
-    """Return {this package's field: the user's field} for `--columns OURS=YOURS[,...]`; None if it is not given.
-
-    Raises:
-        ValueError: the text has a different form, or names a field of this package twice.
-    """
+    """Return {our field: the user's field} for --columns; None if it is not given. Raise ValueError for wrong text."""
     if text is None:
         return None
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-    if not all(columns.values()) or not all(columns) or len(columns) < len(pairs):
-        said = f"--columns {as_given(text)}: expected OURS=YOURS[,...]"
-        raise ValueError(f"{said} with each OURS once, e.g. prompt=query,completion=response")
-    return columns
-
-
-def _checked_columns(text: str | None) -> str | None:
-    parse_columns(text)
-    return text
-
-
-ColumnNames = Annotated[str | None, pydantic.AfterValidator(_checked_columns)]  # the text as given
+    said = f"--columns {as_given(text)}: expected OURS=YOURS[,...] with each OURS once"
+    return _named_values(text, f"{said}, e.g. prompt=query,completion=response")
 
 
 _NUMBER = re.compile(r"[0-9]*[.]?[0-9]+(e[+-]?[0-9]+)?")
 
 
-def parse_rate_factors(text: str | None) -> dict[str, float]:
-    """Return {factor: multiple of the learning rate} for `--rate_factors FACTOR=NUMBER[,...]`; {} if it is not given.
-
-    Raises:
-        ValueError: the text has a different form, a factor is unknown or given twice, or a number is out of range.
-    """
+def parse_rate_factors(text: str | None) -> Mapping[str, float]:
+    """Return {factor: multiple of the learning rate} for --rate_factors. Raise ValueError for wrong text."""
     if text is None:
         return {}
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    found = {name.strip(): float(number) if _NUMBER.fullmatch(number.strip()) else 0.0 for name, _, number in pairs}
-    if len(found) < len(pairs) or not all(1e-6 <= one <= 1e6 for one in found.values()) or found.keys() - {*FACTORS}:
-        each = f"each of {', '.join(FACTORS)} at most once, and numbers from 1e-6 to 1e6"
-        raise ValueError(f"--rate_factors {as_given(text)}: expected FACTOR=NUMBER[,...], e.g. B=16; {each}")
+    each = f"each of {', '.join(FACTORS)} at most once, and numbers from 1e-6 to 1e6"
+    said = f"--rate_factors {as_given(text)}: expected FACTOR=NUMBER[,...], e.g. B=16; {each}"
+    given = _named_values(text, said)
+    found = {name: float(number) if _NUMBER.fullmatch(number) else 0.0 for name, number in given.items()}
+    if found.keys() - {*FACTORS} or not all(1e-6 <= number <= 1e6 for number in found.values()):
+        raise ValueError(said)
     return found
 
 
-def _checked_rate_factors(text: str | None) -> str | None:
-    parse_rate_factors(text)
-    return text
+def _named_values(text: str, said: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    if not all(found.values()) or not all(found) or len(found) < len(pairs):
+        raise ValueError(said)
+    return found
 
 
-RateFactors = Annotated[str | None, pydantic.AfterValidator(_checked_rate_factors)]  # the text as given
+def _text_for(parse: Callable[[str | None], object]) -> Any:
+    """Return the type of a text that `parse` accepts, and that is kept as given."""
+
+    def kept(text: str | None) -> str | None:
+        parse(text)
+        return text
+
+    return Annotated[str | None, pydantic.AfterValidator(kept)]
+
+
+ColumnNames, RateFactors = _text_for(parse_columns), _text_for(parse_rate_factors)
 
 
 def _parse_layers(value: Any) -> Any:
