@@ -185,7 +185,7 @@ def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, An
 def test_every_layout(folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
     """All ranks have all tokens; three stages have parts with some of the adapters under way."""
     expected, sampled = (
-        [alone(decoder_of(folder, name, sampling=sampling), name) for name in ADAPTERS] for sampling in (GREEDY, SAMPLED)
+        [alone(decoder_of(folder, name, sampling=one), name) for name in ADAPTERS] for one in (GREEDY, SAMPLED)
     )
     likelihoods = ending_log_likelihoods(decoder_of(folder, "a"), samples("a"))
     world = tp * pp

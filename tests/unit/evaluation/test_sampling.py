@@ -201,8 +201,8 @@ def _sample_rank(folder: str, world: int, tp: int, pp: int, dtype: torch.dtype, 
 def test_every_layout_samples_the_same(
     folder: Path, tmp_path: Path, dp: int, tp: int, pp: int, dtype: torch.dtype
 ) -> None:
-    """Tensor-parallel ranks add in another order, which changes bf16 logits. So answers may go apart, but only where the
-    two tokens' sums of logit and noise are nearly equal."""
+    """Tensor-parallel ranks add in another order, which changes bf16 logits. Then answers may go apart, but only where
+    the two tokens' sums of logit and noise are nearly equal."""
     rounds, world = dtype == torch.bfloat16, dp * tp * pp
     how = Sampling(1.0, seed=7) if rounds and tp > 1 else SAMPLING
     decoder = build(folder, grid=Grid(0, 1), dtype=dtype)
