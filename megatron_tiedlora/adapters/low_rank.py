@@ -370,7 +370,7 @@ def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
 #     kept = mix(key(token) ^ mix(j ^ salt(layer, target))) >= p * 2^32
 
 _WORD = 2**32 - 1
-_HOST_NUMBERS_AT_ONCE = 2**16  # small enough that the integers of a block stay in a CPU's cache
+HOST_NUMBERS_AT_ONCE = 2**16  # small enough that the integers of a block stay in a CPU's cache
 
 
 def mix_(words: Tensor) -> Tensor:
@@ -421,7 +421,7 @@ class InputDropout:
         columns = mix_(torch.arange(self.first, self.first + width, device=rows.device) ^ self.salt)
         least, result = round(self.probability * 2**32), torch.empty_like(rows)
         scale = 1 / (1 - least / 2**32)
-        size = max(1, (NUMBERS_AT_ONCE if rows.is_cuda else _HOST_NUMBERS_AT_ONCE) // width)
+        size = max(1, (NUMBERS_AT_ONCE if rows.is_cuda else HOST_NUMBERS_AT_ONCE) // width)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             kept = mix_(keys[part, None] ^ columns) >= least

@@ -1,8 +1,9 @@
 """Chooses the next token of each sequence from its logits: the most likely token, or a sample at a temperature T.
 
-A sample is the argmax of logits / T + g. For independent Gumbel noise g, its distribution is softmax(logits / T). The
-noise of a token is a hash of the seed, the sequence's row, the position in the answer and the token id. So there is no
-random state, and layouts, batches and other adapters do not change it.
+A sample is the token with the smallest e / p. For a token's probability p in softmax(logits / T) and independent
+exponential noise e, this token has the distribution p. The noise is a hash of the seed, the sequence's row, the
+position in the answer and the token id. So there is no random state, and layouts, batches and other adapters do not
+change the noise.
 """
 
 from collections.abc import Iterable
@@ -10,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from megatron_tiedlora.adapters.low_rank import mix_, token_keys
+from megatron_tiedlora.adapters.low_rank import HOST_NUMBERS_AT_ONCE, mix_, token_keys
 from megatron_tiedlora.parallel.rows import run_in_parts
 
 
@@ -46,29 +46,27 @@ class Sampling:
             return logits.argmax(-1)
         index = torch.cat([(rows << 32) + position for rows, position in places])
         keys = [token_keys(index, seed=self.seed, stream=f"sampling.{half}") for half in ("high", "low")]
-        found: Tensor = run_in_parts(self._sample, (logits, *keys), [True] * 3)
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        arguments, at_once = (logits, *keys, ids, mix_(ids.clone())), None if logits.is_cuda else HOST_NUMBERS_AT_ONCE
+        found: Tensor = run_in_parts(self._sample, arguments, [True] * 3 + [False] * 2, at_once)
         return found
 
-    def _sample(self, logits: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    def _sample(self, logits: Tensor, high: Tensor, low: Tensor, ids: Tensor, hashes: Tensor) -> Tensor:
         scores = logits.double()
         scores = (scores - scores.amax(-1, keepdim=True)) / self.temperature  # a tiny temperature must not overflow
-        if self.top_p < 1:
-            scores.masked_fill_(~_nucleus(scores, self.top_p), -torch.inf)
-        return scores.add_(_gumbel_noise(high, low, scores.shape[-1])).argmax(-1)
+        likely, first = scores.softmax(-1), mix_(high[:, None] ^ hashes)
+        bits = (mix_(first ^ low[:, None]) << 20).add_(first >> 12)  # 52 of them, and the logarithm is never of 0 or 1
+        race = bits.double().add_(0.5).mul_(2.0**-52).log_().neg_().div_(likely)
+        if self.top_p == 1:
+            return race.argmin(-1)
+        while True:
+            chosen = race.argmin(-1, keepdim=True)
+            own = likely.gather(-1, chosen)
+            before = (likely > own) | ((likely == own) & (ids < chosen))
+            outside = (likely * before).sum(-1, keepdim=True) >= self.top_p
+            if not outside.any():
+                return chosen[:, 0]
+            race.masked_fill_(outside & ~before, torch.inf)  # the tokens after `chosen` are not in the nucleus either
 
 
 GREEDY = Sampling()
-
-
-def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Return whether each token, (b, V), is in the nucleus: whether the tokens before it have less than `top_p`."""
-    ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
-    before = functional.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
-    return torch.zeros_like(ids, dtype=torch.bool).scatter_(-1, ids, before < top_p)
-
-
-def _gumbel_noise(high: Tensor, low: Tensor, vocab_size: int) -> Tensor:
-    """Return Gumbel noise, (b, V) fp64, with 52 random bits, from two 32-bit keys of each sequence, (b,)."""
-    first = mix_(high[:, None] ^ mix_(torch.arange(vocab_size, device=high.device)))
-    uniform = (mix_(first ^ low[:, None]) << 20).add_(first >> 12).double().add_(0.5).mul_(2.0**-52)  # never 0 or 1
-    return uniform.log_().neg_().log_().neg_()

@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from support.recorded_graphs import recorded
 from support.tiny_decoders import build
 from support.tiny_models import write_tiny_model
 
+from megatron_tiedlora.evaluation import sampling
 from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
-from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling, _nucleus
-from megatron_tiedlora.parallel import rows as parts
+from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.parallel.groups import Grid
 
 LEVEL = 1e-3  # a right sampler fails a test of frequencies with this probability, once for all, as the seed is fixed
@@ -60,11 +59,8 @@ def nucleus(logits: Sequence[float], temperature: float, top_p: float) -> dict[i
 
 
 def expected_token(logits: Sequence[float], row: int, position: int, how: Sampling) -> int:
-    score = {
-        token: logits[token] / how.temperature + noise(how.seed, row, position, token)
-        for token in nucleus(logits, how.temperature, how.top_p)
-    }
-    return max(score, key=lambda token: score[token])
+    kept = nucleus(logits, how.temperature, how.top_p)
+    return max(kept, key=lambda token: logits[token] / how.temperature + noise(how.seed, row, position, token))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,7 +75,7 @@ def test_tokens_are_those_of_the_oracle(
     how = Sampling(temperature, top_p, seed=11)
     expected = [expected_token(own, *place, how) for own, place in zip(logits.tolist(), at, strict=True)]
     assert how.choose(logits, places).tolist() == expected
-    monkeypatch.setattr(parts, "NUMBERS_AT_ONCE", 5 * 77)
+    monkeypatch.setattr(sampling, "HOST_NUMBERS_AT_ONCE", 5 * 77)
     assert how.choose(logits, places).tolist() == expected
     assert (expected == logits.argmax(-1).tolist()) == (top_p < 0.1)
 
@@ -94,17 +90,18 @@ def test_temperature_0_is_the_most_likely_token() -> None:
 
 
 def test_the_nucleus_is_that_of_transformers() -> None:
+    """The oracle's is; and each of its tokens is sampled, and no other, where tokens tie."""
     from transformers import TopPLogitsWarper
 
     scores = 2 * torch.randn(200, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for top_p in (1e-12, 0.1, 0.5, 0.9, 0.999):
         theirs = TopPLogitsWarper(top_p)(torch.empty(0), scores) > -torch.inf
-        assert torch.equal(_nucleus(scores, top_p), theirs)
-    ties = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]], dtype=torch.float64).mul(math.log(2))  # of 11: 2 4 2 1 2
-    for top_p, kept in ((4 / 11, [1]), (0.5, [0, 1]), (0.6, [0, 1, 2]), (0.9, [0, 1, 2, 4]), (0.95, [0, 1, 2, 3, 4])):
-        assert _nucleus(ties, top_p)[0].nonzero()[:, 0].tolist() == kept
-    halves = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
-    assert _nucleus(halves, 0.5).tolist() == [[True, False, False]]  # at least 0.5: not more
+        ours = [nucleus(row, 1.0, top_p) for row in scores.tolist()]
+        assert [sorted(kept) for kept in ours] == [row.nonzero()[:, 0].tolist() for row in theirs]
+    logits, rows = torch.tensor([2, 4, 2, 1, 2]).double().log(), torch.arange(500)
+    for top_p, kept in ((0.36, {1}), (0.37, {0, 1}), (0.6, {0, 1, 2}), (0.9, {0, 1, 2, 4}), (0.95, {0, 1, 2, 3, 4})):
+        tokens = Sampling(1.0, top_p, seed=1).choose(logits.expand(500, -1), [(rows, 0)])
+        assert set(tokens.tolist()) == kept == set(nucleus(logits.tolist(), 1.0, top_p))
 
 
 # Frequencies --------------------------------------------------------------------------------------------------------
@@ -160,7 +157,6 @@ def sample(decoder: Decoder, numbers: Sequence[int] = range(11), *, how: Samplin
     return generate(decoder, [Prompts([prompts()[n] for n in numbers], (), new, numbers=numbers)])[0]
 
 
-@torch.no_grad()
 def test_answers_are_the_oracle_s(folder: Path) -> None:
     """Each token follows from the logits of a whole pass over prompt and answer."""
     decoder = build(folder, grid=Grid(0, 1))
@@ -189,7 +185,7 @@ def test_company_changes_nothing_and_the_seed_does(folder: Path) -> None:
     assert sample(decoder) == expected and graphs.num_replays > 5
 
 
-def _sample_rank(folder: str, world: int, tp: int, pp: int, dtype: torch.dtype, how: Sampling) -> Any:
+def _sample_rank(folder: str, world: int, tp: int, pp: int, dtype: torch.dtype, how: Sampling) -> dict[int, list[int]]:
     grid = Grid(torch.distributed.get_rank(), world, tp_size=tp, pp_size=pp)
     numbers = range(grid.dp_rank, 11, grid.dp_size)
     return dict(zip(numbers, sample(build(Path(folder), grid=grid, dtype=dtype), numbers, how=how), strict=True))
@@ -214,7 +210,6 @@ def test_every_layout_samples_the_same(
                 pairs = zip(answer, expected[row], strict=True)
                 at, (one, two) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
                 ids = torch.tensor([prompts()[row] + answer[:at]])
-                with torch.no_grad():
-                    logits = decoder.stage.predict(ids, torch.arange(ids.shape[1])[None])[0, -1].tolist()
+                logits = decoder.stage.predict(ids, torch.arange(ids.shape[1])[None])[0, -1].tolist()
                 scores = [logits[token] / how.temperature + noise(how.seed, row, at, token) for token in (one, two)]
                 assert rounds and abs(scores[0] - scores[1]) < 0.1, (row, at, scores)

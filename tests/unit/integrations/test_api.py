@@ -94,11 +94,9 @@ def test_samples_are_repeatable_and_leave_the_random_state(bases: dict[str, Path
     assert torch.equal(torch.get_rng_state(), state) and len(set(answers)) == 3
     torch.rand(9)
     assert tiedlora.generate(model, "The sky is", **how) == answers[0]
-    assert tiedlora.generate(model, ["no", "no", "Another"], **how)[2] == answers[2]
     assert tiedlora.generate(model, "The sky is", **{**how, "seed": 4}) != answers[0]
     greedy = tiedlora.generate(model, "The sky is", max_new_tokens=12, seed=3)
-    assert greedy != answers[0]
-    assert tiedlora.generate(model, "The sky is", **{**how, "top_p": 1e-6}) == greedy
+    assert greedy == tiedlora.generate(model, "The sky is", **how, top_p=1e-6) != answers[0]
     given: dict[str, Any] = {}
     model.generate = lambda tokens, **options: given.update(options) or tokens
     tiedlora.generate(model, "The sky is", temperature=2, top_p=0.5, num_beams=3)
@@ -106,8 +104,6 @@ def test_samples_are_repeatable_and_leave_the_random_state(bases: dict[str, Path
     assert chosen.items() <= given.items()
     with pytest.raises(tiedlora.UserError, match=r"--top_p 0\.5 needs --temperature above 0"):
         tiedlora.generate(model, "The sky is", top_p=0.5)
-    with pytest.raises(tiedlora.UserError, match="--temperature -1: input should be greater than or equal to 0"):
-        tiedlora.generate(model, "The sky is", temperature=-1)
 
 
 def test_what_does_not_fit_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:
