@@ -370,7 +370,7 @@ def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
 #     kept = mix(key(token) ^ mix(j ^ salt(layer, target))) >= p * 2^32
 
 _WORD = 2**32 - 1
-_HOST_NUMBERS_AT_ONCE = 2**16  # small enough that the integers of a block stay in a CPU's cache
+HOST_NUMBERS_AT_ONCE = 2**16  # small enough that the integers of a block stay in a CPU's cache
 
 
 def mix_(words: Tensor) -> Tensor:
@@ -383,9 +383,9 @@ def mix_(words: Tensor) -> Tensor:
     return words
 
 
-def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
+def token_keys(token_index: Tensor, *, seed: int, stream: str = "dropout") -> Tensor:
     """Return a 32-bit key in int64 for each token. The token indices are int64 and not negative."""
-    salt = stream_seed(seed, "dropout")
+    salt = stream_seed(seed, stream)
     low = mix_((token_index & _WORD) ^ (salt & _WORD))
     return mix_(low ^ (token_index >> 32) ^ (salt >> 32))
 
@@ -421,7 +421,7 @@ class InputDropout:
         columns = mix_(torch.arange(self.first, self.first + width, device=rows.device) ^ self.salt)
         least, result = round(self.probability * 2**32), torch.empty_like(rows)
         scale = 1 / (1 - least / 2**32)
-        size = max(1, (NUMBERS_AT_ONCE if rows.is_cuda else _HOST_NUMBERS_AT_ONCE) // width)
+        size = max(1, (NUMBERS_AT_ONCE if rows.is_cuda else HOST_NUMBERS_AT_ONCE) // width)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             kept = mix_(keys[part, None] ^ columns) >= least

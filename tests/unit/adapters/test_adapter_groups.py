@@ -204,7 +204,7 @@ def test_parts_of_tokens_and_features_are_parts_of_the_whole(monkeypatch: pytest
     some, local = torch.tensor([4, 0, 4]), torch.tensor([1])
     assert of(NUMBERS).at(some, local).dropped(x[some], local=False).equal(whole[some])
     assert of(NUMBERS).at(some, local).dropped(x[2:3], local=True).equal(whole[2:3])
-    monkeypatch.setattr("megatron_tiedlora.adapters.low_rank._HOST_NUMBERS_AT_ONCE", 100)  # two tokens at a time
+    monkeypatch.setattr("megatron_tiedlora.adapters.low_rank.HOST_NUMBERS_AT_ONCE", 100)  # two tokens at a time
     assert of(NUMBERS).dropped(x, local=False).equal(whole)
 
 
