@@ -281,7 +281,7 @@ def test_rows_that_no_adapter_has_are_not_read(folder: Path, values: str) -> Non
 
 @pytest.mark.parametrize("changed", ["adapters SET scores", "sqlite_master SET sql"])
 def test_a_value_longer_than_any_row_is_not_read(folder: Path, changed: str) -> None:
-    change(folder, f"PRAGMA writable_schema = 1; UPDATE {changed} = '-- ' || hex(zeroblob(150000))")
+    change(folder, f"PRAGMA writable_schema = 1; UPDATE {changed} = '-- ' || hex(zeroblob(300000))")
     assert "string or blob too big" in str(asked(folder, "find"))
     assert_not_used(folder)
 
