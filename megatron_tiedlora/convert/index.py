@@ -191,12 +191,16 @@ class Index:
 
     def needed(self) -> set[str]:
         """Return the hashes of the tensor files of all adapters with an alias or the tag `keep`, and of what they were
-        started from."""
+        started from: of every adapter with its name, if their runs are of an earlier version, which recorded no hash.
+        """
         roots = {*self.aliases.values(), *(path for path, tag in self.tags if tag == KEEP)}
         needed, left = set[str](), {entry.sha256 for entry in self.entries if entry.path in roots}
         while left:
             needed.add(sha256 := left.pop())
-            left |= {one.init_sha256 for one in self._holders[sha256].values() if one.init_sha256} - needed
+            for one in self._holders[sha256].values():
+                names = PurePosixPath(one.init_from or "").parts if one.init_sha256 is None else ()
+                left |= {other.sha256 for other in self.entries if other.name in names} - needed
+                left |= {one.init_sha256} - needed if one.init_sha256 is not None else set()
         return needed
 
     def problems(self, file: Path) -> list[str]:

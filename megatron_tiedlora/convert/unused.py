@@ -43,7 +43,10 @@ def collect_unused(root: Path, *, delete: bool) -> tuple[dict[Path, int], list[s
         if not content.aliases:
             file = root / index.INDEX_FILE
             raise UserError(f"{file}: has no alias, so gc would delete every adapter; name some with `alias` first")
-        if problems := content.problems(root / index.INDEX_FILE):
+        problems = content.problems(root / index.INDEX_FILE)
+        others = (file for file in root.rglob(index.INDEX_FILE) if file.parent != root)
+        problems += [f"{file}: its aliases would not be kept; run gc in its folder, or remove it" for file in others]
+        if problems:
             raise UserError(problems[0])
         for leftover in root.rglob(f"{TEMPORARY_PREFIX}gone-*") if delete else ():
             remove(leftover)

@@ -251,6 +251,15 @@ def test_gc_deletes_what_no_alias_needs(root: Path, said: Callable[..., list[str
     assert [entry.name for entry in read_index(root).entries] == ["plain"]
 
 
+def test_gc_keeps_the_start_of_an_earlier_version_s_run_by_its_name(root: Path, said: Callable[..., list[str]]) -> None:
+    """Such a run recorded no hash."""
+    file = root / "runs/middle/run.yaml"
+    record = {**yaml.safe_load(file.read_text()), "init_from": "../moved/old/checkpoints/step_2"}
+    file.write_text(yaml.safe_dump({name: value for name, value in record.items() if name != START_HASH}))
+    said("alias", "prod", "new")
+    assert [line.rpartition("/")[2] for line in said("gc")[:-1]] == ["alone", "nobody"]
+
+
 def other_files(root: Path) -> None:
     (root / "runs/nobody/notes.txt").touch()
 
@@ -328,6 +337,11 @@ def test_gc_needs_every_labelled_adapter(root: Path, said: Callable[..., list[st
     before = paths(root)
     message = refusal(call, "index", [str(root), "gc", "--delete"])
     assert "the alias prod is of runs/new/adapter, which is not indexed" in message
+    build_index(root / "others")
+    shutil.copy(root / "runs/old/adapter" / CONFIG, root / "runs/new/adapter")
+    message = refusal(call, "index", [str(root), "gc"])
+    assert f"{root / 'others' / INDEX_FILE}: its aliases would not be kept; " in message
+    (root / "others" / INDEX_FILE).unlink(), (root / "runs/new/adapter" / CONFIG).write_text("{")
     said("alias", "prod", "--remove")
     with changed_index(root) as content:
         content.tags.add(("runs/new/adapter", "keep"))
