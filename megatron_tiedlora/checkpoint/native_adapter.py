@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
@@ -120,6 +120,11 @@ def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: Base
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
     write_json(folder / CONFIG_FILE, with_checksums(content, files=[folder / WEIGHTS_FILE]))
+
+
+def tensor_file_sha256(config: AdapterConfig, state: StateDict) -> str:
+    """Return the SHA-256 of the tensor file that `write_adapter_files` writes for these tensors, in hexadecimal."""
+    return hashlib.sha256(save({name: state[name].contiguous() for name in config.tensors})).hexdigest()
 
 
 def save_adapter(

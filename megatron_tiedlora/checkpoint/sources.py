@@ -18,7 +18,7 @@ from megatron_tiedlora.model.hf_config import StoredFormat, format_in_use, read_
 
 # Names of the RoPE scalings in hashes.
 _SCALINGS = {shapes.LinearScaling: "linear", shapes.YarnScaling: "yarn", shapes.LongRopeScaling: "longrope"}
-_SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
+_SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja", "README.md"]  # the last has the licence
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from megatron_tiedlora.runtime.machine import in_words, machine_record
 
 HERE = Path(__file__).resolve().parent
 _MEETING_MINUTES = 10.0  # time limit for the rendezvous in plan --measure
-_HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
+_HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "aliases", "tags", "path")
 
 CHECK_SECONDS, CHECK_SECONDS_OF_SEVERAL = 480.0, 600.0  # the default time of check-gpu on one GPU, and on several
 RANKS_OF_SEVERAL = (220, 400)  # as in CHECK_PARTS, for the part `ranks` on several GPUs
@@ -295,28 +295,24 @@ def part_limits(given: Sequence[str] | None, seconds: float | None, *, num_gpus:
 
 
 def index(settings: IndexSettings) -> int:
-    """Build, search or check the index of adapters. Return the exit status."""
+    """Build, change, search or check the index of adapters. Return the exit status."""
     from megatron_tiedlora.convert.index import INDEX_FILE, entry_folder, find_entries, find_entry  # needs sqlite3
 
     root = settings.folder
-    if settings.action == "find":
-        entries, rows = find_entries(root, settings.wanted), [_HEADING]
-        for entry in entries:
-            names = (entry.name, last_name(entry.base_model), entry.method, str(entry.rank), entry.targets)
-            rows.append((*names, f"{entry.parameters:,}", entry.task or "-", entry.date, entry.path))
-        table = [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
-        for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else table:
+    if settings.action in ("find", "alias", "tag", "lineage"):
+        for line in _index_lines(settings):
             show(line)
         return 0
     # Only actions that read adapters import torch, which takes seconds.
     from megatron_tiedlora.convert.collection import build_index, compare_adapters, verify_entries
     from megatron_tiedlora.convert.serving import serve_command
+    from megatron_tiedlora.convert.unused import collect_unused
 
     match settings.action:
         case "build":
             count, problems = build_index(root)
             indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
-            show(*(f"not indexed: {problem}" for problem in problems), indexed)
+            show(*(f"FAILED  {problem}" for problem in problems), indexed)
             if bases := {entry.base_model for entry in find_entries(root, {})}:
                 show(f"serve them with: {serve_command(bases.pop() if len(bases) == 1 else 'M', root)}")
             return 1 if problems else 0
@@ -327,10 +323,63 @@ def index(settings: IndexSettings) -> int:
             verified = f"verified {count_text(len(entries), 'adapter')} of {size}: {len(problems)} with problems"
             show(*(f"FAILED  {problem}" for problem in problems), verified)
             return 1 if problems else 0
+        case "gc":
+            found, kept = collect_unused(root, delete=settings.delete)
+            what = "deleted" if settings.delete else "not needed; delete them with --delete"
+            sizes = (f"{messages.bytes_in_words(size):>8}  {folder}" for folder, size in found.items())
+            total = messages.bytes_in_words(sum(found.values()))
+            show(*(f"kept: {line}" for line in kept), *sizes, f"{count_text(len(found), 'folder')} of {total} {what}")
+            return 1 if settings.delete and kept else 0
     one, other = (entry_folder(root, find_entry(root, name)) for name in settings.adapters)
     differences = compare_adapters(one, other)
     show(*(differences or ["the same"]))
     return 1 if differences else 0
+
+
+def _index_lines(settings: IndexSettings) -> Iterator[str]:
+    """Yield what an action on the index prints that reads no adapter. Change aliases and tags."""
+    from megatron_tiedlora.convert.index import changed_index, find_entry, read_index
+
+    root, words, removes = settings.folder, settings.adapters, settings.remove
+    if settings.action == "find":
+        found, table = read_index(root).matching(settings.wanted), list[tuple[str, ...]]([_HEADING])
+        for entry, labels in found:
+            names = (entry.name, last_name(entry.base_model), entry.method, str(entry.rank), entry.targets)
+            own = (", ".join(values) or "-" for values in labels.values())
+            table.append((*names, f"{entry.parameters:,}", entry.task or "-", entry.date, *own, entry.path))
+        as_json = (json.dumps({**asdict(entry), **labels}) for entry, labels in found)
+        as_table = [*aligned_lines(table, align="<"), "", count_text(len(found), "adapter")]
+        yield from as_json if settings.as_json else as_table
+    elif settings.action == "lineage":
+        content = read_index(root)
+        entry, rows = find_entry(root, words[0], content), list[tuple[str, ...]]()
+        for step, holders in content.lineage(entry):
+            paths = ", ".join(holder.path for holder in holders) or f"{step.init_from} (not in the index)"
+            rows.append(("started from", paths, step.init_sha256 or "unknown"))
+        for other in content.entries:
+            if other.init_sha256 in entry.held and other.path != entry.path:
+                rows.append(("was the start of", other.path, other.sha256))
+        base = f"config {entry.base_hash}, weights {entry.weights_hash or 'unknown'}"
+        rows = [("adapter", entry.path, entry.sha256), *rows, ("base", entry.base_model, base)]
+        yield from aligned_lines([*rows, ("data", entry.data or "not recorded")], align="<")
+    elif settings.action == "tag":
+        with changed_index(root) as content:
+            entry = find_entry(root, words[0], content)
+            pairs = {(entry.path, tag) for tag in words[1:]}
+            content.tags = content.tags - pairs if removes else content.tags | pairs
+        yield f"{entry.path}: {', '.join(sorted(tag for path, tag in content.tags if path == entry.path)) or 'no tag'}"
+    else:
+        with changed_index(root) as content:
+            before, said = content.aliases.pop(words[0], None), f"{root}: alias {words[0]}"
+            if before is None and removes:
+                raise UserError(f"{said} does not exist; list all with `find --alias '*'`")
+            if not removes and (os.path.lexists(root / words[0]) or content.named(words[0])):
+                raise UserError(f"{said} is also the name of an adapter or a folder there; give another name")
+            if not removes:
+                content.aliases[words[0]] = find_entry(root, words[1], content).path
+        yield f"{words[0]}: {content.aliases.get(words[0], 'removed')}{f' (before: {before})' if before else ''}"
+        if before:
+            yield f"servers that already have {words[0]} loaded serve {before} under this name until they restart"
 
 
 def push(settings: PushSettings) -> int:

@@ -1,5 +1,6 @@
 """Declares the settings of commands that read adapters: evaluate, merge, export, import, verify, index, serve, push."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -291,27 +292,35 @@ the most likely token is the same, over random tokens.
 class IndexSettings(CommandSettings, command="index"):
     """The settings of one call of tiedlora index, validated and frozen."""
 
-    about: ClassVar[str] = "Index a folder of native adapters, and find, verify or compare them."
+    about: ClassVar[str] = "Index a folder of native adapters; name, tag, find, verify, compare or delete them."
     examples: ClassVar[str] = """\
 examples:
   tiedlora index runs                                  write runs/adapters.sqlite
   tiedlora index runs find --method tl6 --task 'squad*'
   tiedlora index runs verify --base_model '*7b*'
   tiedlora index runs diff one-run another-run
+  tiedlora index runs alias prod one-run               requests for prod get it; --remove removes the alias
+  tiedlora index runs tag one-run keep reviewed        --remove removes the tags
+  tiedlora index runs lineage prod                     --init_from, base and data, with their hashes
+  tiedlora index runs gc                               list what no alias needs; --delete deletes it
 
 The index has a row for each native adapter below DIR: path, name, base and its hashes, method, rank, alpha, targets,
-layers, trained parameters, task, scores, run, sha256, size and date. Checkpoints and exports of runs are not indexed,
-and links are not followed. If an adapter cannot be read, it is reported and skipped, and the exit status is 1.
+layers, trained parameters, task, scores, run, hashes of --init_from, checkpoints and data, sha256, size and date.
+Checkpoints and exports of runs are not indexed, and links are not followed. If an adapter cannot be read, it is
+reported and skipped, and the exit status is 1. Aliases and tags are kept. An alias of no adapter is reported too.
 `verify` reads every adapter, checks its checksums, and exits with 1 if an adapter is damaged or has changed since it
-was indexed. `diff` exits with 1 if the two adapters differ. Any program can read the SQLite file.
+was indexed. `diff` exits with 1 if the two adapters differ. `gc` keeps runs and adapters with an alias or the tag
+`keep`, all from which these were started, and runs that have not ended. Any program can read the SQLite file.
 """
 
     folder: fields.FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)
-    action: Literal["build", "find", "verify", "diff"] = _flag(
-        "build, find, verify or diff", "build", metavar="ACTION", positional=True,
+    action: Literal["build", "find", "verify", "diff", "alias", "tag", "lineage", "gc"] = _flag(
+        "build, find, verify, diff, alias, tag, lineage or gc", "build", metavar="ACTION", positional=True,
     )
     adapters: tuple[str, ...] = _flag(
-        "for diff: names or paths of two adapters", (), metavar="ADAPTER", positional=True, words=True,
+        "paths, aliases or names of adapters: two for diff, one for lineage; for alias: NAME ADAPTER, or NAME --remove;"
+        " for tag: ADAPTER TAG...",
+        (), metavar="ADAPTER", positional=True, words=True,
     )
     name: str | None = _filter()
     base_model: str | None = _filter()
@@ -321,6 +330,11 @@ was indexed. `diff` exits with 1 if the two adapters differ. Any program can rea
         help_text=f"for find: {fields.TARGETS_HELP}", metavar="TEXT[,TEXT...]",
     )
     task: str | None = _filter()
+    data: str | None = _filter(help_text="for find and verify: pattern for the names and hashes of the run's data")
+    alias: str | None = _filter()
+    tag: str | None = _filter()
+    remove: bool = _flag("for alias and tag: remove it", False)
+    delete: bool = _flag("for gc: delete what it lists", False)
     as_json: bool = _flag("for find: one JSON object per line", False, flag="json")
 
     @property
@@ -332,14 +346,29 @@ was indexed. `diff` exits with 1 if the two adapters differ. Any program can rea
         action = self.action
         if self.wanted and action not in ("find", "verify"):
             raise ValueError(f"--{next(iter(self.wanted))} is for find and verify, not for {action}")
-        if self.as_json and action != "find":
-            raise ValueError(f"--json is for find, not for {action}")
-        if action == "diff" and len(self.adapters) != 2:
-            raise ValueError("diff: give the names or paths of two adapters")
-        if action != "diff" and self.adapters:
+        given = {"json": self.as_json, "remove": self.remove, "delete": self.delete}
+        for flag, actions in {"json": ("find",), "remove": ("alias", "tag"), "delete": ("gc",)}.items():
+            if given[flag] and action not in actions:
+                raise ValueError(f"--{flag} is for {' and '.join(actions)}, not for {action}")
+        if action not in _WORDS and self.adapters:
             raise ValueError(f"{action} takes no name of an adapter; give {self.adapters[0]} with --name")
+        least, most, what = _WORDS.get(action, (0, 0, ""))
+        fewer = action == "alias" and self.remove
+        if not least - fewer <= len(self.adapters) <= most - fewer:
+            raise ValueError(f"{action}: give {what}")
+        for label in {"alias": self.adapters[:1], "tag": self.adapters[1:]}.get(action, ()):
+            if not re.fullmatch(LABEL, label):
+                known = "letters, digits and . _ + @ : -, with a letter or digit first"
+                raise ValueError(f"{action} {label}: is not {known}")
 
 
+LABEL = r"^[A-Za-z0-9][A-Za-z0-9._+@:-]{0,127}$"  # an alias or tag
+_WORDS = {  # of an action: the smallest and largest number of words, and what they are
+    "diff": (2, 2, "the names or paths of two adapters"),
+    "lineage": (1, 1, "one adapter"),
+    "tag": (2, 100, "ADAPTER TAG..."),
+    "alias": (2, 2, "NAME ADAPTER, or NAME --remove"),
+}
 FILTERS = fields.marked(IndexSettings, group="find")
 
 
@@ -373,6 +402,9 @@ LoRAs. It cannot serve plain LoRAs. `both` has slots of both kinds. `expanded` h
             raise ValueError(f"--hub {wrong[0]}: is not an owner; give the part of a hub id before the slash")
 
 
+LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"  # the id of a licence in a model card's metadata
+
+
 class PushSettings(CommandSettings, command="push"):
     """The settings of one upload to the Hugging Face hub, validated and frozen."""
 
@@ -383,19 +415,25 @@ examples:
   tiedlora push runs/demo --repo me/demo-tied --base_name HuggingFaceTB/SmolLM2-135M-Instruct
 
 The repository gets the adapter as LoRA for PEFT and vLLM, the native files in native/, a model card with base, method,
-scores, the training command and versions, and the plot of the losses. These files contain no path of this host. Log in
-with `hf auth login`, or set HF_TOKEN.
+scores, licence, the training command and versions, and the plot of the losses. These files contain no path of this
+host. Log in with `hf auth login`, or set HF_TOKEN.
 """
 
     run: str = _flag("run folder, or the folder of a native adapter", metavar="RUN", positional=True)
     repo: str = _flag("repository on the hub", metavar="OWNER/NAME", other_names="repo_id hub_model_id push_to_hub")
     model: str | None = _model()
     base_name: str | None = _flag("hub id of the base [as given to --model in training]", None, metavar="ID")
+    licence: str | None = _flag(
+        "the adapter's licence in the hub's spelling, such as apache-2.0 [as in the base's README.md, or none]", None,
+        flag="license", metavar="ID",
+    )
     private: bool = _flag("make a new repository private", False)
     dry_run: bool = _flag("write the folder and upload nothing", False)
     output: fields.FilePath | None = _output("keep the uploaded files in this folder, which must not exist", None)
     base_differs: bool = _base_differs(help_text="continue although the base differs")
 
     def _check_fit(self) -> None:
+        if self.licence is not None and not re.fullmatch(LICENCE, self.licence):
+            raise ValueError(f"--license {self.licence}: is not an id of the hub, such as apache-2.0 or llama2")
         if self.dry_run and self.output is None:
             raise ValueError("--dry_run writes the folder; give it with --output DIR")

@@ -28,7 +28,9 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 HUB_NAMES = "hub_names"  # in run.yaml: the hub ids of data and tokenizer
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: hash of the content of --chat_template
 # A run.yaml also has these names. They are ignored, so that the file can be given to --config.
-RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
+START_HASH = "init_from_sha256"  # in run.yaml and checkpoints: hash of the tensor file of the adapter of --init_from
+DATA_HASHES = "data_sha256_by_source"  # in run.yaml: hash of the training and validation data by name
+RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH, START_HASH, DATA_HASHES)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
 # The settings of these commands have other names in other tools. Every command gives hints for these other names.

@@ -1,7 +1,9 @@
 """Reads all native adapters inside a folder, to index, verify and compare them."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +13,10 @@ from pydantic import ValidationError
 
 from megatron_tiedlora.base.files import file_sha256, first_problem, read_json_or_none, read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint import native_adapter
+from megatron_tiedlora.config.cli import DATA_HASHES, START_HASH
 from megatron_tiedlora.convert import index, inputs
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
@@ -47,6 +51,10 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
             scores=None if scores is None else json.dumps(scores),
             run=str(folder.parent.relative_to(root)) if in_run else None,
             sha256=sums.get(native_adapter.WEIGHTS_FILE) or file_sha256(weights),
+            init_from=settings.get("init_from"),
+            init_sha256=settings.get(START_HASH),
+            checkpoints=(",".join(_checkpoint_hashes(run)) or None) if in_run else None,
+            data=json.dumps(settings[DATA_HASHES]) if DATA_HASHES in settings else None,
             size=weights.stat().st_size + written.st_size,
             date=datetime.fromtimestamp(written.st_mtime, UTC).isoformat(timespec="seconds"),
         )
@@ -54,6 +62,13 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
         raise UserError(f"{folder}: {first_problem(error)}") from None
     except (OSError, OverflowError, ValueError) as error:  # the last two mean that the file's time is not a valid date
         raise UserError(f"{folder}: cannot be read ({error}); check its files") from None
+
+
+def _checkpoint_hashes(run: RunFolder) -> Iterator[str]:
+    for folder in sorted(run.checkpoints.glob("step_*")):
+        with suppress(UserError):  # it is broken, so that no adapter can start from it
+            _, _, sums = native_adapter.read_config(folder)
+            yield from filter(None, [sums.get(native_adapter.WEIGHTS_FILE)])
 
 
 def find_folders(root: Path) -> Iterator[Path]:
@@ -74,29 +89,47 @@ def find_folders(root: Path) -> Iterator[Path]:
 
 
 def build_index(root: Path) -> tuple[int, list[str]]:
-    """Write the index of the adapters in `root` atomically. It replaces an earlier index.
+    """Write the index of the adapters in `root` atomically. It replaces an earlier index, and keeps its aliases and
+    tags. Tags of adapters that were deleted are removed.
 
     Returns:
-        The number of adapters in the index, and a sentence for each adapter that could not be read.
+        The number of adapters in the index, and a sentence for each adapter that could not be read and each label of no
+        adapter.
 
     Raises:
         UserError: `root` is not a folder, or cannot be written.
     """
-    entries, problems = [], []
+    entries, problems, file = [], [], root / index.INDEX_FILE
     for folder in progress_bar("index", "adapter", find_folders(root)):
         try:
             if inputs.adapter_kind(folder, flag=str(folder)) == "native":
                 entries.append(read_entry(root, folder))
         except UserError as error:
             problems.append(str(error))
-    index.write_index(root, entries)
-    return len(entries), problems
+
+    def earlier(root: Path) -> index.Index:
+        try:
+            return index.read_index(root)
+        except index.EarlierFormat:
+            pass
+        except UserError as error:
+            if os.path.lexists(file) and not file.is_dir():
+                aside = next(one for one in numbered(Path(f"{file}.unreadable")) if not os.path.lexists(one))
+                os.rename(file, aside)
+                problems.append(f"{aside}: is the earlier index, whose aliases and tags could not be read: {error}")
+        return index.Index(())
+
+    with index.changed_index(root, earlier) as content:
+        content.entries = entries
+        content.tags = {(path, tag) for path, tag in content.tags if os.path.lexists(root / path)}
+    return len(entries), [*problems, *content.problems(file)]
 
 
 def verify_entries(root: Path, entries: Sequence[index.Entry]) -> list[str]:
     """Return a sentence for each adapter that is damaged, or has changed since it was indexed."""
     problems = []
-    may_change: dict[str, Any] = {"scores": None, "task": None, "run": None, "date": "", "size": 0}
+    may_change: dict[str, Any] = {"scores": None, "task": None, "run": None, "date": "", "size": 0, "init_from": None,
+                                  "init_sha256": None, "checkpoints": None, "data": None}
     for entry in progress_bar("verify", "adapter", entries):
         try:
             folder = index.entry_folder(root, entry)

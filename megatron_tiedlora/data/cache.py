@@ -65,6 +65,7 @@ class TrainingData:
 
     Attributes:
         sha256: a hash of the token ids and the supervised positions of both splits.
+        sources: the hash of the content of each source by its name.
         mix: one line of text per source about how often its rows are used; empty if the sources have no weights.
         first_row: the index of the first training sample's row among all rows of the training files.
         chats: whether any row is a conversation.
@@ -74,6 +75,7 @@ class TrainingData:
     train: TokenDataset
     validation: TokenDataset
     sha256: str
+    sources: Mapping[str, str]
     mix: tuple[str, ...]
     first_row: int
     chats: bool
@@ -104,7 +106,9 @@ def tokenised_once(
         streams = {split: row_stream(encoding.task, split, files=files, reading=encoding.reading) for split in parts}
         stored: dict[Split, _Stored] = {}
         keys: dict[Split, str] = {}
+        sources: dict[str, str] = {}
         for split, stream in streams.items():
+            sources |= {name: found.rpartition(" ")[2] for name, found in stream.contents(once_per_host)}
             content = stream.sha256(once_per_host)
             first_only = split != "train" and encoding.task.merge_by is not None
             keys[split] = cache_key(encoding, content, first_only=first_only)
@@ -119,7 +123,7 @@ def tokenised_once(
         raise UserError(f"{said}; check its permissions and free disk space") from error
     train = TokenDataset(**stored["train"][0], order=order["train"])
     validation = TokenDataset(**stored[parts[-1]][0], order=order["validation"])
-    return TrainingData(train, validation, **{**facts, "mix": tuple(facts["mix"])})
+    return TrainingData(train, validation, **{**facts, "mix": tuple(facts["mix"]), "sources": sources})
 
 
 def _once(

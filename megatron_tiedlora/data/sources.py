@@ -203,11 +203,16 @@ class RowStream:
     def sha256(self, once: Once = lambda work, *_: work()) -> str:
         """Return a hash of the names and contents of all data files, or of the generated rows. `once` calls the
         functions that read them. Raises UserError if a file is missing or unreadable."""
+        return hashlib.sha256(" ".join(content for _, content in self.contents(once)).encode()).hexdigest()
+
+    def contents(self, once: Once) -> list[tuple[str, str]]:
+        """Return the name of each source with a text about its data, whose last word is the hash of the content (of
+        a single file: its SHA-256). Raises UserError as `sha256` does."""
         found = []
         for source, _, content in self._parts:
             with _readable(source.name):
-                found.append(content(once))
-        return hashlib.sha256(" ".join(found).encode()).hexdigest()
+                found.append((source.name, content(once)))
+        return found
 
     def _flat(self, rows: Iterable[Row]) -> Iterator[Row]:
         task, columns = self.task, self.reading.columns

@@ -167,11 +167,10 @@ def file_key(file: Path) -> tuple[object, ...]:
 
 
 def files_sha256(files: Iterable[Path], once: Once) -> str:
-    """Return a hash of the contents of files, in the given order. Raises UserError if a file cannot be read."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(bytes.fromhex(once(partial(file_sha256, file), *file_key(file))))
-    return digest.hexdigest()
+    """Return the hash of a file, or a hash of the hashes of several files, in the given order. Raises UserError if a
+    file cannot be read."""
+    hashes = [once(partial(file_sha256, file), *file_key(file)) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
 
 
 def names_and_contents(files: Iterable[Path], once: Once) -> str:

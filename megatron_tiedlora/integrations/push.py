@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megatron_tiedlora.base.messages import UserError, first_line, printable, us
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config import cli
-from megatron_tiedlora.config.adapter_settings import PushSettings
+from megatron_tiedlora.config.adapter_settings import LICENCE, PushSettings
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import TASK_NAMES, Settings, make_settings
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
@@ -31,6 +31,8 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 _TIED = "[Tied-LoRA](https://arxiv.org/abs/2311.09578)"
 _OTHERS = {"lora": "[LoRA](https://arxiv.org/abs/2106.09685)", "vera": "[VeRA](https://arxiv.org/abs/2310.11454)"}
 _MARKS = declared(Settings)
+_LICENCE_FIELDS = ("license", "license_name", "license_link")  # in the metadata of a card
+_LARGEST_CARD = 2**20  # bytes
 # Settings that a run derives from other settings and from its model, if they are not given.
 _DERIVED = marked(Settings, derived=True)
 
@@ -66,6 +68,7 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
     name = named or base_name(source)
     if named is None and not source.from_hub:
         say(f"the model card names the base model {name}, like its folder; give --base_name ORG/NAME for its hub name")
+    plot = run.path / "loss.png"
     facts = CardFacts(
         settings.repo,
         adapter,
@@ -74,8 +77,9 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
         base_on_hub=named is not None or source.from_hub,
         settings=files.read_yaml_mapping(run.settings) if run.is_run else {},
         scores=files.read_json_object(run.scores, kind="scores") if run.scores.is_file() else {},
+        licence=_licence(settings.licence, source, say=say),
+        plot=plot if run.is_run and plot.is_file() and not plot.is_symlink() else None,
     )
-    plot = run.path / "loss.png"
     with output_folder.new_output(output) as temporary:
         differs, inside = settings.base_differs, nullcontext(temporary)
         export_peft(source, adapter, output, named=name, base_differs=differs, say=say, new=lambda _: inside)
@@ -85,8 +89,26 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
         except (AttributeError, KeyError, TypeError, ValueError):  # the files may not be those of a run
             raise UserError(f"{run.scores}: this is not a score file of tiedlora train; move it away") from None
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        if run.is_run and plot.is_file() and not plot.is_symlink():
-            shutil.copyfile(plot, temporary / plot.name)
+        if facts.plot is not None:
+            shutil.copyfile(facts.plot, temporary / facts.plot.name)
+
+
+def _licence(given: str | None, source: ModelSource, *, say: Callable[[str], object]) -> dict[str, str]:
+    """Return the licence of the model card: --license, or else the licence in the card of the base."""
+    if given is not None:
+        return {"license": given}
+    card, found = source.weights_folder() / "README.md", dict[str, Any]()
+    with suppress(UserError):
+        text = files.read_small_text(card, largest=_LARGEST_CARD) if card.is_file() else ""
+        if front := re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL):
+            found = files.parse_yaml(front[1], dict, source=str(card))
+    texts = {name: printable(found[name]) for name in _LICENCE_FIELDS if isinstance(found.get(name), str)}
+    if not texts.get("license_link", "https://").startswith("https://"):  # a file in the base's repository
+        del texts["license_link"]
+    if re.fullmatch(LICENCE, texts.get("license", "")):
+        return texts
+    say(f"the model card names no licence, since {card} names none; give it with --license ID")
+    return {}
 
 
 def _hide_paths(folder: Path, facts: "CardFacts") -> None:
@@ -129,6 +151,8 @@ class CardFacts:
         base_on_hub: whether `base` is a hub id.
         settings: content of run.yaml; empty if the file is missing.
         scores: content of scores.json; empty if the file is missing.
+        licence: the metadata of the licence by name; empty if it is unknown.
+        plot: the plot of the losses, or None.
     """
 
     repo: str
@@ -138,6 +162,8 @@ class CardFacts:
     base_on_hub: bool
     settings: Mapping[str, Any]
     scores: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    licence: Mapping[str, str]
+    plot: Path | None
 
 
 def model_card(facts: CardFacts) -> str:
@@ -191,14 +217,15 @@ def _metadata(facts: CardFacts) -> str:
         )
         for name, score in facts.scores.get("after", {}).items()
     ]
-    base: dict[str, Any] = {"base_model": facts.base, "base_model_relation": "adapter"} if facts.base_on_hub else {}
+    more = dict[str, Any](facts.licence)
+    more |= {"base_model": facts.base, "base_model_relation": "adapter"} if facts.base_on_hub else {}
     data = ModelCardData(
         model_name=output_folder.last_name(facts.repo),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", *([] if facts.adapter.config.method in _OTHERS else ["tied-lora"]), "megatron_tiedlora"],
         eval_results=results or None,
-        **base,
+        **more,
     )
     return str(data.to_yaml()).strip()
 
@@ -216,6 +243,8 @@ def _score_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _training_section(facts: CardFacts) -> Iterator[str]:
+    if facts.plot is not None:
+        yield from ("", "## Loss", "", f"![Training and validation loss over the steps of training]({facts.plot.name})")
     chosen = {}
     for name, value in facts.settings.items():
         # The command names the base separately, and test rows are not used in training.

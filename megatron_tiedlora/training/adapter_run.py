@@ -144,6 +144,7 @@ class AdapterRun:
         reason: the reason why training ended; "" before the end.
         recorded: whether run_status.json already records the end of the adapter.
         evaluated: the last evaluation, if `keeps_losses` is set; None if none was stored since the first step.
+        recorded_start: the hash of the adapter of --init_from, by its name in the settings of a checkpoint.
     """
 
     name: str
@@ -163,6 +164,7 @@ class AdapterRun:
     reason: str = ""
     recorded: bool = False
     evaluated: BatchLosses | None = None
+    recorded_start: Mapping[str, str] = field(default_factory=dict)
     _save_due: bool = False
     _last_save: float = field(default_factory=time.monotonic)
 
@@ -417,7 +419,7 @@ class AdapterRun:
                     base_identity=self.base_identity,
                     state=state,
                     moments=moments,
-                    settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
+                    settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256, **self.recorded_start},
                     keep=self.plan.settings.keep_checkpoints,
                     guard=self.folder.guard,
                 )

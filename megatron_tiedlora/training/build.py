@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.checkpoint import base_identity as identity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
-from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
+from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, tensor_file_sha256
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.config.fields import parse_rate_factors
 from megatron_tiedlora.config.settings import Schedule, Settings
@@ -50,6 +50,7 @@ class BuiltModel:
         bytes_read, bytes_kept: the bytes of base weights that each rank read, and the bytes that each rank stores.
         notes: notes for the user about each adapter: the initial values, and how the base differs from the recorded
             base.
+        starts: the hash of the tensor file of --init_from, by the name of an adapter that starts with its values.
     """
 
     runner: Runner
@@ -57,6 +58,7 @@ class BuiltModel:
     bytes_read: tuple[int, ...]
     bytes_kept: tuple[int, ...]
     notes: Mapping[str, tuple[str, ...]]
+    starts: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_model(
@@ -78,12 +80,14 @@ def build_model(
     """
     resumed = checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
+        own = {name: state for name, state in states.items() if state is not None and resumed.get(name) is None}
+        starts = {name: tensor_file_sha256(plans[name].adapter, state) for name, state in own.items()}
         stage, *_ = model = _build_stage(plans, device, kernels, states, weights)
         frozen = [parameter for parameter in stage.layers.parameters() if not parameter.requires_grad]
         stored = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)  # ZeRO-3's partitions
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored)
     runner = _start_engine(plans, model, device, resumed)
-    return BuiltModel(runner, base, tuple(read), tuple(kept), notes)
+    return BuiltModel(runner, base, tuple(read), tuple(kept), notes, starts)
 
 
 States = dict[str, Mapping[str, torch.Tensor] | None]  # each adapter's full tensors by name; None: initial values

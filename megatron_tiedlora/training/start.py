@@ -20,7 +20,16 @@ from megatron_tiedlora.base.messages import UserError, count_text, naming, user_
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
-from megatron_tiedlora.config.cli import HALVING_REASON, HUB_NAMES, OF_ALL, PER_ADAPTER, TEMPLATE_HASH, competitors_of
+from megatron_tiedlora.config.cli import (
+    DATA_HASHES,
+    HALVING_REASON,
+    HUB_NAMES,
+    OF_ALL,
+    PER_ADAPTER,
+    START_HASH,
+    TEMPLATE_HASH,
+    competitors_of,
+)
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
@@ -206,6 +215,9 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         folder = start.folders[name]
         if folder.owner is None:
             folder = _open_run_folder(name, start)
+        found = start.checkpoints[name]
+        started = built.starts.get(name) if found is None else found.settings.get(START_HASH)
+        recorded = {} if started is None else {START_HASH: started}
         adapters[name] = AdapterRun(
             name=name,
             plan=plan,
@@ -214,12 +226,13 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             base_identity=built.base_identity,
             layout=shared.layout_of(plan.adapter),
             folder=folder,
-            log=occupy_run_folder(plan, folder, start.checkpoints[name]),
+            log=occupy_run_folder(plan, folder, found, {DATA_HASHES: start.data[name].sources, **recorded}),
             meter=Meter(plan.source.shape, plan.adapter, peak),
             checks=step.checks[name],
             progress=progress[name],
             ends_apart=start.folders[name] is not start.folder,
             keeps_losses=bool(competitors.get(name)),
+            recorded_start=recorded,
         )
     if not start.own_folders:  # not `end.folder`: a rank that does not see the folder has none
         end.enter(folder_of_run)
@@ -238,7 +251,9 @@ def _write_settings(start: Start) -> None:
     decided_by_rank_0(lambda: start.folder.write_settings(shared, ranks=start.plans[first].grid.world_size))
 
 
-def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Checkpoint | None) -> MetricsLog | None:
+def occupy_run_folder(
+    plan: RunPlan, folder: RunFolder, checkpoint: resume.Checkpoint | None, hashes: Mapping[str, Any]
+) -> MetricsLog | None:
     """Write the resumed checkpoint, run.yaml and the logs to the folder. Return the log on rank 0, else None.
 
     Raises:
@@ -252,7 +267,7 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Check
                 adopt_checkpoint(folder, checkpoint)
                 keep = plan.settings.keep_checkpoints
                 resume.remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
-            write_run_settings(plan, folder)
+            write_run_settings(plan, folder, hashes)
             log = MetricsLog(
                 folder,
                 resumed_step=start.step,
@@ -271,9 +286,10 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Check
     return logs[0] if logs else None
 
 
-def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
-    """Write run.yaml with the resolved settings, hub names, a hash of the chat template, and library versions."""
-    settings = plan.resolved_settings()
+def write_run_settings(plan: RunPlan, folder: RunFolder, hashes: Mapping[str, Any] | None = None) -> None:
+    """Write run.yaml with the resolved settings, hub names, library versions, a hash of the chat template, and the
+    `hashes` of the data and of the adapter of --init_from."""
+    settings = plan.resolved_settings() | dict(hashes or {})
     settings[HUB_NAMES] = hub_ids(settings["tokenizer"], *(settings[name] for name in marked(Settings, holds="rows")))
     if plan.settings.chat_template is not None:
         settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)

@@ -62,7 +62,8 @@ SECRET_SCHEMAS = (
     f"INSERT INTO sqlite_master {ENDLESS} SELECT 'table', 't' || x, 't' || x, 2, 'CREATE TABLE t' || x || '(a, b)' FROM"
     " t LIMIT 20000",
 )
-ACTIONS = (["find"], ["find", "--json"], ["verify"], ["diff", "one", "two"], ["find", "--name", "*o*"],
+ACTIONS = (["lineage", "prod"], ["lineage", "one"], ["find", "--alias", "*", "--tag", "k*"],
+           ["find"], ["find", "--json"], ["verify"], ["diff", "one", "two"], ["find", "--name", "*o*"],
            ["find", "--rank", "4", "--method", "tl?"], ["verify", "--base_model", "*"])  # fmt: skip
 
 
@@ -94,10 +95,11 @@ def changed(draw: Draw, file: Path) -> None:
     for _ in range(draw.randint(1, 3)):
         with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as database:
             if draw.chance(0.6):
-                columns = [name for _, name, *_ in database.execute("PRAGMA table_info(adapters)")]
+                table = draw.choice(["adapters", "adapters", "aliases", "tags"])
+                columns = [name for _, name, *_ in database.execute(f"PRAGMA table_info({table})")]
                 unlock = "UPDATE sqlite_master SET sql = replace(sql, ' NOT NULL', '         ')"
                 database.executescript(UNLOCKED + unlock)
-                script = f"UPDATE adapters SET {draw.choice(columns or ['path'])} = {draw.choice(VALUES)}"
+                script = f"UPDATE {table} SET {draw.choice(columns or ['path'])} = {draw.choice(VALUES)}"
                 script += draw.choice(["", " WHERE rowid = 2"])
             else:
                 script = draw.choice([*SCHEMAS, *(UNLOCKED + words for words in SECRET_SCHEMAS)])
@@ -134,7 +136,8 @@ def test_a_broken_index(natives: dict[str, NativeAdapter], area: Path, examples:
     for place, method in zip((*ADAPTERS, "../outside"), ("tl6", "tl5", "lora", "vera"), strict=True):
         native = natives[method]
         save_adapter(folder / place, native.config, native.base_identity, native.state)
-    assert call("index", [str(folder)]) == 0
+    for words in ([], ["alias", "prod", "one"], ["alias", "best", "runs/three"], ["tag", "one", "keep", "good"]):
+        assert call("index", [str(folder), *words]) == 0
     (folder / "linked").symlink_to(area / "outside")
     file, beside = folder / INDEX_FILE, [folder / f"{INDEX_FILE}{ending}" for ending in ("-journal", "-wal", "-shm")]
     whole, opened = file.read_bytes(), Opened()
@@ -279,9 +282,36 @@ def test_rows_that_no_adapter_has_are_not_read(folder: Path, values: str) -> Non
     assert_not_used(folder)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        "aliases VALUES ('../one', 'one')", "aliases VALUES ('', 'one')", "aliases VALUES ('a', '../outside')",
+        "aliases VALUES ('a' || char(10), 'one')", "aliases VALUES (x'61', 'one')", "tags VALUES ('one', 'a b')",
+        "tags VALUES ('/etc', 'a')", "tags VALUES ('one', hex(zeroblob(65)))", "tags VALUES ('one', x'61')",
+    ],
+)  # fmt: skip
+def test_labels_that_nobody_gave_are_not_read(folder: Path, row: str) -> None:
+    change(folder, f"INSERT INTO {row}")
+    assert_not_used(folder)
+
+
+def test_many_labels_and_copies_take_no_long_time(folder: Path) -> None:
+    """Every adapter is a copy of every other one, and of its start."""
+    own = {"path": "'p' || x", "init_from": "'p'", "init_sha256": "sha256", "checkpoints": "sha256 || ',' || sha256"}
+    copies = ", ".join(own.get(name, name) for name in columns(folder))
+    change(
+        folder,
+        f"""INSERT INTO adapters WITH RECURSIVE t(x) AS ({NUMBERS} LIMIT 2000) SELECT {copies} FROM adapters, t;
+        INSERT INTO tags WITH RECURSIVE t(x) AS ({NUMBERS} LIMIT 20000) SELECT 'p' || (x % 2000), 't' || x FROM t;
+        INSERT INTO aliases WITH RECURSIVE t(x) AS ({NUMBERS} LIMIT 20000) SELECT 'a' || x, 'p' || (x % 2000) FROM t;
+        UPDATE aliases SET path = 'p1' WHERE path = 'p0'; UPDATE tags SET path = 'p1' WHERE path = 'p0'""",
+    )
+    assert asked(folder, "lineage", "a7") == asked(folder, "find", "--tag", "t7", "--alias", "a*") == 0
+
+
 @pytest.mark.parametrize("changed", ["adapters SET scores", "sqlite_master SET sql"])
 def test_a_value_longer_than_any_row_is_not_read(folder: Path, changed: str) -> None:
-    change(folder, f"PRAGMA writable_schema = 1; UPDATE {changed} = '-- ' || hex(zeroblob(150000))")
+    change(folder, f"PRAGMA writable_schema = 1; UPDATE {changed} = '-- ' || hex(zeroblob(300000))")
     assert "string or blob too big" in str(asked(folder, "find"))
     assert_not_used(folder)
 

@@ -16,6 +16,7 @@ from support.run_files import assert_close_run, assert_same_run, files_of, losse
 from support.run_helpers import Base, run, run_ranks, write_base
 from support.run_preludes import kill_at_step
 
+from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.throughput import StepProfiler
@@ -114,6 +115,9 @@ def started(base: Base) -> Path:
 def test_a_run_starts_with_the_adapter_at_step_0(base: Base, started: Path) -> None:
     settings, start = run_settings(started), load_native_adapter(base.folder / "start")
     assert settings["init_from"] == str(base.folder / "start")
+    assert settings["init_from_sha256"] == file_sha256(base.folder / "start/adapter_model.safetensors")
+    sources = {str(file): file_sha256(file) for file in (base.train, base.validation)}
+    assert settings["data_sha256_by_source"] == sources
     facts = start.config.facts
     assert {name: settings[name] for name in facts} == facts
     trained = load_native_adapter(started / "adapter")
@@ -140,6 +144,9 @@ def test_it_resumes_without_the_folder_that_it_started_from(base: Base, started:
     save_adapter(start, other.config, other.base_identity, other.state)
     again(init_from=start, resume="auto")
     assert_same_run(tmp_path / "run", started)
+    names = ("init_from_sha256", "data_sha256_by_source")
+    ran, before = run_settings(tmp_path / "run"), run_settings(started)
+    assert [ran[name] for name in names] == [before[name] for name in names]
     shutil.rmtree(start)
     ended = again(init_from=start, resume="auto")  # a finished run ends at once
     assert "resumed from step 4" in ended.outputs[0]

@@ -94,11 +94,14 @@ class AdapterResolver(LoRAResolver):
             return None
 
     def _in_index(self, name: str) -> Path | None:
-        """Return the folder of the adapter whose run has this name. Raise UserError if several have it."""
-        is_indexed = (self.folder / index.INDEX_FILE).is_file()
-        if not is_indexed or name not in {entry.name for entry in index.find_entries(self.folder, {})}:
+        """Return the folder of the adapter with this alias, or whose run has this name. Raise UserError if several runs
+        have it, or if the alias names no adapter in the index."""
+        if not (self.folder / index.INDEX_FILE).is_file():
             return None
-        return self._real(self.folder / index.find_entry(self.folder, name).path)
+        content = index.read_index(self.folder)
+        if name not in content.aliases and not content.named(name):
+            return None
+        return self._real(self.folder / index.find_entry(self.folder, name, content).path)
 
     def _on_hub(self, name: str) -> Path | None:
         """Download the adapter of the hub repository `name` if its owner is allowed."""

@@ -3,6 +3,7 @@ does about broken rows, files and processes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import multiprocessing
@@ -47,6 +48,17 @@ def test_several_files_with_weights(store: TokenStore, processes: str) -> None:
     c, d = write_rows(store.folder / "c.jsonl", rows(20)), write_rows(store.folder / "d.json", rows(7, first=50))
     mix = store.start({"train": f"{c}:0.25,{d}:0.75", "validation": c}).mix
     assert [line.partition(":")[0] for line in mix] == [c, d], "a mix names the files that were given"
+
+
+def test_the_hash_of_each_source(store: TokenStore) -> None:
+    """A file's is the one that other programs tell. Of a pattern or folder it is one, whatever the number of files."""
+    a, b = write_rows(store.folder / "a.jsonl", rows(20)), write_rows(store.folder / "b.json", rows(7, first=50))
+    (store.folder / "all").mkdir()
+    c, d = (write_rows(store.folder / f"all/{name}.jsonl", rows(9, first=20)) for name in "cd")
+    found = store.start({"train": f"{a}:0.25,{b}:0.25,{store.folder}/all:0.5", "validation": c}).sources
+    own = {name: hashlib.sha256(Path(name).read_bytes()) for name in (a, b, c, d)}
+    both = hashlib.sha256(own[c].digest() + own[d].digest()).hexdigest()
+    assert found == {**{name: own[name].hexdigest() for name in (a, b, c)}, f"{store.folder}/all": both}
 
 
 def test_chats_that_lose_turns(store: TokenStore, processes: str) -> None:

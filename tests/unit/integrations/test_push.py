@@ -60,7 +60,7 @@ def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def card(run: Path, output: Path, base: str | None = None, say: Callable[[str], object] = str) -> str:
     """The card of what is published of a run."""
-    write_published(PushSettings(run=str(run), repo="me/demo", base_name=base), output, say=say)
+    write_published(PushSettings(run=str(run), repo="me/demo", base_name=base, licence="mit"), output, say=say)
     return (output / "README.md").read_text()
 
 
@@ -99,6 +99,7 @@ def test_the_card(run_folder: Path, tmp_path: Path) -> None:
     assert "tiedlora train --model org/base --" in body and "--dropout 0.1" in body and "--layers" not in body
     assert "--train_file rows.jsonl" in body and "--prompt_template '```{prompt}'" in body and "--max_steps 3" in body
     assert "--output_dir" not in body and "torch 2.6" in body
+    assert metadata["license"] == "mit"
     assert "from_pretrained('org/base')" in body and "from_pretrained(model, 'me/demo')" in body
 
 
@@ -185,7 +186,7 @@ def test_names_of_a_strangers_run_are_no_markup(run_folder: Path, tmp_path: Path
     assert result["dataset"]["name"] == "custom" and "<" not in front
     parsed = MarkdownIt("commonmark").enable("table").parse(body)
     inline = [token for block in parsed for token in block.children or ()]
-    assert {token.type for token in inline} == {"text", "code_inline", "link_open", "link_close"}
+    assert {token.type for token in inline} == {"text", "code_inline", "link_open", "link_close", "image"}
     links = [token.attrs["href"] for token in inline if token.type == "link_open"]
     assert links == ["https://arxiv.org/abs/2311.09578"]
     assert not {"html_block"} & {block.type for block in parsed}
@@ -259,6 +260,58 @@ def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tm
     card(run_folder, tmp_path / "out", say=notes.append)
     (note,) = notes
     assert note.startswith("the model card names the base model tiny-base, like its folder; give --base_name ORG/NAME")
+
+
+LICENCES = {
+    "of its card": ("---\nlicense: llama2\ntags: [a]\n---\n# Base\n", {"license": "llama2"}),
+    "other": (
+        "---\r\nlicense: other\r\nlicense_name: of <acme>\nlicense_link: https://acme.org/l\n---",
+        {"license": "other", "license_name": "of <acme>", "license_link": "https://acme.org/l"},
+    ),
+    "a file of its repository": ("---\nlicense: other\nlicense_link: LICENSE\n---\n", {"license": "other"}),
+    "two": ("---\nlicense: [mit, llama2]\n---\n", {}),
+    "no id": ("---\nlicense: 'mit <b>'\n---\n", {}),
+    "not YAML": ("---\nlicense: {\n---\n", {}),
+    "a list": ("---\n- license\n---\n", {}),
+    "not at the start": ("# Base\n---\nlicense: mit\n---\n", {}),
+    "large": ("---\nlicense: mit\n---\n" + "x" * 2**20, {}),
+    "none": (None, {}),
+}
+
+
+@pytest.mark.parametrize("case", LICENCES)
+def test_the_licence_is_the_base_s_or_given_but_never_invented(
+    base: Path, run_folder: Path, tmp_path: Path, case: str
+) -> None:
+    text, expected = LICENCES[case]
+    model = Path(shutil.copytree(base, tmp_path / "tiny-base"))
+    if text is not None:
+        (model / "README.md").write_text(text)
+    for given, licence in ((None, expected), ("apache-2.0", {"license": "apache-2.0"})):
+        notes, output = list[str](), tmp_path / f"out-{given}"
+        settings = PushSettings(run=str(run_folder), repo="me/demo", model=str(model), base_name="a/b", licence=given)
+        write_published(settings, output, say=notes.append)
+        metadata = yaml.safe_load((output / "README.md").read_text().split("---\n", 2)[1])
+        assert {name: value for name, value in metadata.items() if name.startswith("license")} == licence
+        said = f"the model card names no licence, since {model}/README.md names none; give it with --license ID"
+        assert notes == ([] if licence else [said])
+
+
+def test_a_licence_that_is_no_id_is_rejected() -> None:
+    said = refusal(call, "push", ["run", "--repo", "me/demo", "--license", "Apache 2.0"])
+    assert said == "--license Apache 2.0: is not an id of the hub, such as apache-2.0 or llama2"
+
+
+def test_the_card_shows_the_plot(run_folder: Path, tmp_path: Path) -> None:
+    text = card(run_folder, tmp_path / "out")
+    shown = [token for block in MarkdownIt().parse(text) for token in block.children or () if token.type == "image"]
+    assert [token.attrs["src"] for token in shown] == ["loss.png"] and (tmp_path / "out/loss.png").is_file()
+    assert shown[0].content == "Training and validation loss over the steps of training"
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (run / "loss.png").unlink()
+    assert "loss.png" not in card(run, tmp_path / "without")
+    (run / "loss.png").symlink_to(run_folder / "loss.png")
+    assert "loss.png" not in card(run, tmp_path / "link") and not (tmp_path / "link/loss.png").exists()
 
 
 def test_a_base_that_is_not_on_the_hub_is_not_in_the_metadata(run_folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from support.run_files import edit_json
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
+from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert.collection import build_index
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "tiedlora_export.json"
@@ -151,6 +152,20 @@ def test_names_in_the_index(module: Any, root: Path, bases: Path) -> None:
     (root / "adapters.sqlite").write_bytes(b"no database")
     assert "adapters.sqlite: " in refusal(found, resolver, "none", base)
     assert found(resolver, "plain", base) == root / "plain", "names of folders need no index"
+
+
+def test_an_alias_in_the_index(module: Any, root: Path, bases: Path) -> None:
+    """A request that loads it gets what it names now."""
+    resolver, base = resolver_of(module, root), bases / "mine"
+    build_index(root)
+    for target, folder in {"run": "team/run/adapter", "plain": "plain"}.items():
+        assert call("index", [str(root), "alias", "prod", target]) == 0
+        assert found(resolver, "prod", base) == root / folder
+    shutil.rmtree(root / "plain")
+    build_index(root)
+    assert "prod names plain, which is not in the index; " in refusal(found, resolver, "prod", base)
+    assert call("index", [str(root), "alias", "prod", "--remove"]) == 0
+    assert found(resolver, "prod", base) is None
 
 
 def test_an_indexed_adapter_that_a_link_replaced_is_not_found(module: Any, root: Path, bases: Path) -> None:
