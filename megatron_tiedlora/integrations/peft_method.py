@@ -69,6 +69,13 @@ class TiedLoraConfig(PeftConfig):
         except ValueError as error:
             raise UserError(str(error).removeprefix("--")) from None
 
+    def __getattr__(self, name: str) -> Any:
+        # TRL's trainers set these fields after they have added tokens to the model.
+        if name in ("trainable_token_indices", "modules_to_save"):
+            said = "Tied-LoRA does not train embeddings; use a model and a tokenizer that have the added tokens"
+            raise AttributeError(f"{name}: {said}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
         """Fill in missing values for a model, and return the adapter's config. Raises UserError on invalid values."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
@@ -217,6 +224,19 @@ class TiedLoraModel(BaseTuner):
     prefix = "tied_lora_"
     tuner_layer_cls = TiedLoraLinear
     uses_shared_state = True
+
+    def train(self, mode: bool = True) -> "TiedLoraModel":
+        """Switch to training, or to evaluation. Warn if trained factors are not in fp32 any more."""
+        low = {str(weight.dtype) for weight in self.tied_lora_adapters.parameters() if mode and weight.requires_grad}
+        if low - {str(torch.float32)}:
+            warnings.warn(
+                f"the adapter is trained in {', '.join(sorted(low))}, which loses small updates (TRL casts the adapter"
+                " of a quantised model); call model.base_model.tied_lora_adapters.float() before training, unless"
+                " DeepSpeed keeps the weights in fp32",
+                stacklevel=2,
+            )
+        super().train(mode)
+        return self
 
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         _reject_dispatch(model)

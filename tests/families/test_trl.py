@@ -1,0 +1,352 @@
+"""TRL trains the method: the gradients of SFT, DPO and GRPO are those of whole updates, one leaf for each adapted
+linear of a model in fp64, carried to A, B, u and v by hand; the reference model is the base; a saved adapter is native.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.native_files import write_native
+from support.oracle import OracleAdapter, OracleConfig, cast_weights, load_weights, oracle_logits
+from support.oracle_adapter import TARGET_PARTS, tensor_name
+from support.peft_models import TARGETS, hf_model
+from support.tiny_models import random_adapter, write_tiny_model
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+from datasets import Dataset  # noqa: E402
+from peft import (  # noqa: E402
+    PeftModel,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback  # noqa: E402
+
+import megatron_tiedlora  # noqa: E402
+from megatron_tiedlora.checkpoint.sources import demo_model_path  # noqa: E402
+from megatron_tiedlora.peft import TiedLoraConfig  # noqa: E402
+
+STEPS, RANK, ALPHA, BETA, LAYERS = 5, 3, 6.0, 0.3, (1, 3)
+# Rows of different lengths, so that every batch has padding.
+ROWS = [
+    {"prompt": f"{'ab' * row}?", "chosen": f" yes{'!' * row}", "rejected": f" no{'.' * (6 - row)}"} for row in range(8)
+]
+ROWS_OF = {
+    "sft": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS],
+    "dpo": ROWS,
+    "grpo": [{"prompt": row["prompt"]} for row in ROWS],
+}
+OWN: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "dpo": {"beta": BETA},
+    "grpo": {"beta": BETA, "num_generations": 2, "max_completion_length": 6},
+}
+
+
+def reward(completions: Sequence[str], **_: Any) -> list[float]:
+    """Differs between the completions of a prompt."""
+    return [float(sum(map(ord, text)) % 11) for text in completions]
+
+
+@dataclass
+class Run(TrainerCallback):
+    """The gradients of each step, the micro-batches of the first one, and the trainer after the last one."""
+
+    trainer: Any = None
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    batches: list[dict[str, Any]] = field(default_factory=list)
+
+    def on_pre_optimizer_step(self, *_: Any, **keywords: Any) -> None:
+        named = factors_of(keywords["model"]).items()
+        self.gradients.append({name: weight.grad.clone() for name, weight in named if weight.grad is not None})
+
+
+def factors_of(model: Any, adapter: str = "default") -> dict[str, Tensor]:
+    """The parameters of an adapter, by their names in the native format."""
+    mark = f".tied_lora_adapters.{adapter}."
+    return {name.partition(mark)[2]: weight for name, weight in model.named_parameters() if mark in name}
+
+
+def trainer_of(kind: str, model: Any, out: Path, run: Run, **keywords: Any) -> Any:
+    """A trainer of TRL that fills `run`; `keywords` of its config, and `peft_config`."""
+    own = {"reward_funcs": reward} if kind == "grpo" else {}
+    name = kind.upper()
+    peft_config = keywords.pop("peft_config", None)
+    plain = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    common = {"max_steps": STEPS, "per_device_train_batch_size": 4 if kind == "grpo" else 2, "max_grad_norm": 0.0}
+    common |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    config = getattr(trl, f"{name}Config")(str(out), **plain | common | OWN[kind] | keywords)
+
+    class Recorded(getattr(trl, f"{name}Trainer")):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Any:
+            if not run.gradients:
+                run.batches.append(dict(inputs))
+            return super().compute_loss(model, inputs, *args, **keywords)
+
+    data = Dataset.from_list(ROWS_OF[kind])
+    own |= {"peft_config": peft_config, "callbacks": [run]}
+    run.trainer = Recorded(model=model, args=config, train_dataset=data, **own)
+    return run.trainer
+
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 3 layers with 2 key-value heads of 4, or the demo model."""
+    if request.param == "tiny":
+        return write_tiny_model(tmp_path_factory.mktemp("base"), head_dim=12)
+    if not demo_model_path().is_dir():
+        pytest.skip("the demo model is not prepared (tiedlora prepare-demo)")
+    return demo_model_path()
+
+
+def start_of(base: Path, method: str = "tl6") -> OracleAdapter:
+    """Factors none of which is zero, of all linears of two layers."""
+    sizes = OracleConfig.from_folder(base)
+    common: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "layers": LAYERS, "seed": 4, "scale": 0.3}
+    return random_adapter(method, sizes, targets=TARGETS["all"], **common)
+
+
+Runs = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    @cache
+    def run(kind: str, method: str = "tl6", checkpointing: bool = True) -> Run:
+        found, start = Run(), start_of(base, method)
+        config = TiedLoraConfig(method=method, r=RANK, alpha=ALPHA, layers=list(LAYERS), targets="all")
+        out = tmp_path_factory.mktemp("out")
+        own = {"gradient_checkpointing": checkpointing, "model_init_kwargs": {"dtype": "float32"}}
+        trainer = trainer_of(kind, str(base), out, found, peft_config=config, **own)
+        set_peft_model_state_dict(trainer.model, dict(start.tensors))
+        trainer.train()
+        return found
+
+    return run
+
+
+# The dense reference --------------------------------------------------------------------------------------------------
+
+
+class Dense:
+    """The base in fp64, and the base with a leaf added to each adapted linear: the whole update of its weight."""
+
+    def __init__(self, base: Path, start: OracleAdapter) -> None:
+        self.start, self.sizes = start.cast(torch.float64), OracleConfig.from_folder(base)
+        self.base = cast_weights(load_weights(base), torch.float64)
+        self.weights, self.updates = dict(self.base), dict[tuple[str, int], Tensor]()
+        for target in start.targets:
+            for layer in start.layers:
+                a, b, u, v = self.factors(target, layer)
+                update = (v[:, None] * b * u) @ a * (start.alpha / start.rank)
+                self.updates[target, layer] = update.requires_grad_()
+                rows = update.split(self.sizes.target_rows(target))
+                for name, part in zip(TARGET_PARTS[target].values(), rows, strict=True):
+                    self.weights[f"model.layers.{layer - 1}.{name}.weight"] = (
+                        self.base[f"model.layers.{layer - 1}.{name}.weight"] + part
+                    )
+
+    def factors(self, target: str, layer: int) -> tuple[Tensor, ...]:
+        found = self.start.of_layer(layer, target)
+        assert found is not None
+        return found
+
+    def log_probs(self, weights: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Of each token but the first, (B, S - 1)."""
+        logits = oracle_logits(weights, self.sizes, None, tokens, mask)[:, :-1]
+        return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of A, B, u and v: the update is s diag(v) B diag(u) A, and all layers share A and B."""
+        by_update = dict(zip(self.updates, torch.autograd.grad(loss, list(self.updates.values())), strict=True))
+        scale, found = self.start.alpha / self.start.rank, dict[str, Tensor]()
+        for target in self.start.targets:
+            of_layers = list[tuple[Tensor, ...]]()
+            for layer in self.start.layers:
+                a, b, u, v = self.factors(target, layer)
+                g = scale * by_update[target, layer]
+                vg = v[:, None] * g
+                of_layers.append((
+                    u[:, None] * (b.T @ vg),
+                    (vg @ a.T) * u,
+                    ((b.T @ vg) * a).sum(1),
+                    (g * ((b * u) @ a)).sum(1),
+                ))
+            by_factor = dict(zip("ABuv", map(torch.stack, zip(*of_layers, strict=True)), strict=True))
+            found |= {tensor_name(target, name): value.sum(0) if name in "AB" else value
+                      for name, value in by_factor.items()}  # fmt: skip
+        return found
+
+
+def sft_loss(dense: Dense, batches: Iterable[dict[str, Any]]) -> Tensor:
+    losses = list[Tensor]()
+    for batch in batches:
+        log_probs = dense.log_probs(dense.weights, batch["input_ids"], batch["attention_mask"])
+        losses.append(-log_probs[batch["labels"][:, 1:] != -100])
+    return torch.cat(losses).mean()
+
+
+def dpo_loss(dense: Dense, batches: Iterable[dict[str, Any]]) -> Tensor:
+    losses = list[Tensor]()
+    for batch in batches:
+        kept = batch["completion_mask"][:, 1:].bool()
+        policy, reference = (
+            dense.log_probs(weights, batch["input_ids"], batch["attention_mask"]).where(kept, 0).sum(1)
+            for weights in (dense.weights, dense.base)
+        )
+        chosen, rejected = (policy - reference.detach()).chunk(2)
+        losses.append(-logsigmoid(BETA * (chosen - rejected)))
+    return torch.cat(losses).mean()
+
+
+def grpo_loss(dense: Dense, batches: Iterable[dict[str, Any]]) -> Tensor:
+    """Of the default kind (DAPO): a mean over all tokens of the completions. The ratio, 1, also weights the KL term."""
+    losses = list[Tensor]()
+    for batch in batches:
+        tokens, mask = (
+            torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask")
+        )
+        kept = batch["completion_mask"].bool()
+        policy, reference = (
+            dense.log_probs(weights, tokens, mask)[:, -kept.shape[1] :][kept]
+            for weights in (dense.weights, dense.base)
+        )
+        torch.testing.assert_close(batch["ref_per_token_logps"][kept].double(), reference, rtol=1e-4, atol=1e-4)
+        advantages = batch["advantages"][:, None].expand(kept.shape)[kept]
+        assert advantages.abs().max() > 0.1
+        gap = reference - policy
+        losses.append((BETA * (gap.exp() - gap - 1) - advantages) * (policy - policy.detach()).exp())
+    return torch.cat(losses).mean()
+
+
+LOSSES = {"sft": sft_loss, "dpo": dpo_loss, "grpo": grpo_loss}
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference as a share of the norm."""
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+# Tests ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradients_are_those_of_whole_updates(runs: Runs, base: Path, kind: str) -> None:
+    run = runs(kind)
+    dense = Dense(base, start_of(base))
+    wanted = dense.gradients(LOSSES[kind](dense, run.batches))
+    assert len(run.batches) == 2 and len(run.gradients) == STEPS and wanted.keys() == run.gradients[0].keys()
+    assert len(wanted) == 16
+    for name, gradient in wanted.items():
+        assert distance(run.gradients[0][name], gradient) < 2e-5, name
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradient_checkpointing_changes_nothing(runs: Runs, kind: str) -> None:
+    with_it, without = runs(kind), runs(kind, checkpointing=False)
+    assert with_it.trainer.args.gradient_checkpointing and not without.trainer.args.gradient_checkpointing
+    for ours, others in zip(with_it.gradients, without.gradients, strict=True):
+        assert all(distance(ours[name], gradient) < 1e-4 for name, gradient in others.items())
+
+
+@pytest.mark.parametrize(("kind", "method"), [("sft", "tl6"), ("dpo", "vera"), ("grpo", "tl6")])
+def test_the_saved_adapter_is_that_of_the_model(
+    runs: Runs, base: Path, tmp_path: Path, kind: str, method: str
+) -> None:
+    trainer, start = runs(kind, method, checkpointing=False).trainer, start_of(base, method)
+    trainer.save_model(str(tmp_path / "adapter"))
+    saved = OracleAdapter.from_folder(tmp_path / "adapter")
+    held = get_peft_model_state_dict(trainer.model)
+    assert saved.method == method and saved.layers == LAYERS and held.keys() == saved.tensors.keys()
+    for name, tensor in saved.tensors.items():
+        assert torch.equal(tensor, held[name])
+        assert torch.equal(tensor, start.tensors[name]) is (name not in start.trained), name
+    adapter = megatron_tiedlora.load_adapter(tmp_path / "adapter")
+    assert all(torch.equal(adapter.state[name], tensor) for name, tensor in held.items())
+    tokens = torch.randint(3, 320, (2, 9), generator=torch.Generator().manual_seed(2))
+    again = PeftModel.from_pretrained(hf_model(base), tmp_path / "adapter")
+    logits = trainer.model.eval()(tokens).logits
+    torch.testing.assert_close(again(tokens).logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trainer.model.merge_and_unload()(tokens).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_the_reference_is_the_base_and_no_copy_of_it(base: Path, tmp_path: Path, kind: str) -> None:
+    def models() -> int:
+        """Tables of embeddings that live."""
+        gc.collect()
+        return sum(isinstance(one, torch.nn.Embedding) for one in gc.get_objects())
+
+    before, run = models(), Run()
+    trainer = trainer_of(kind, str(base), tmp_path, run, peft_config=TiedLoraConfig(method="tl6"), max_steps=1)
+    dense = Dense(base, start_of(base))
+    trainer.train()
+    assert trainer.ref_model is None and models() == before + 1
+    if kind == "dpo":
+        (batch, *_), kept = run.batches, run.batches[0]["completion_mask"][:, 1:].bool()
+        log_probs = dense.log_probs(dense.base, batch["input_ids"], batch["attention_mask"]).where(kept, 0).sum(1)
+        found = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch)).double()
+        torch.testing.assert_close(found, log_probs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo"])
+def test_a_trained_adapter_is_its_own_reference(base: Path, tmp_path: Path, kind: str) -> None:
+    """TRL adds a frozen copy named "ref"."""
+    start = start_of(base, "vera")
+    write_native(tmp_path / "start", base, start)
+    model, run = PeftModel.from_pretrained(hf_model(base), tmp_path / "start", is_trainable=True), Run()
+    trainer = trainer_of(kind, model, tmp_path, run)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    copy, trained = (OracleAdapter.from_folder(tmp_path / "adapter" / name) for name in ("ref", "."))
+    assert all(torch.equal(copy.tensors[name], tensor) for name, tensor in start.tensors.items())
+    for name, tensor in start.tensors.items():
+        assert torch.equal(trained.tensors[name], tensor) is (name not in start.trained), name
+    assert not any(weight.requires_grad for weight in factors_of(trainer.model, "ref").values())
+
+
+def test_tokens_that_a_trainer_adds_are_rejected(base: Path, tmp_path: Path) -> None:
+    """SFT adds them for a chat template of another model; their embeddings would have to be trained."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|turn|>"])
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(AttributeError, match="trainable_token_indices: Tied-LoRA does not train embeddings"):
+        own = {"chat_template_path": str(tmp_path / "other"), "peft_config": TiedLoraConfig()}
+        trainer_of("sft", str(base), tmp_path, Run(), **own)
+
+
+def test_a_quantised_base(tmp_path: Path) -> None:
+    """TRL stores the trained factors of a quantised model in bf16, which a warning says; they can be fp32 again."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sizes = {"hidden_size": 128, "intermediate_size": 320}
+    folder = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16, **sizes)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    for again in (False, True):
+        model = hf_model(folder, torch.bfloat16, quantization_config=nf4, device_map="cpu")
+        model, run = prepare_model_for_kbit_training(model), Run()
+        trainer = trainer_of("sft", model, tmp_path, run, peft_config=TiedLoraConfig(method="vera", r=RANK))
+        if again:
+            trainer.model.base_model.tied_lora_adapters.float()
+        dtypes = {name: weight.dtype for name, weight in factors_of(trainer.model).items()}
+        assert dtypes["A"] == torch.float32 and dtypes["u"] == (torch.float32 if again else torch.bfloat16)
+        before = factors_of(trainer.model)["u"].detach().clone()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer.train()
+        said = [str(one.message) for one in told if "tied_lora_adapters.float()" in str(one.message)]
+        assert bool(said) is not again
+        assert run.gradients[-1]["u"].isfinite().all() and not torch.equal(factors_of(trainer.model)["u"], before)
+        trainer.save_model(str(tmp_path / "adapter"))
+        assert megatron_tiedlora.load_adapter(tmp_path / "adapter").state["u"].dtype == torch.float32
