@@ -4,7 +4,9 @@
     adapter: tied_lora
     lora_r: 8
     lora_alpha: 8                     # default: lora_r
-    tied_lora_method: tl6             # and tied_lora_layers, _targets, _init_std_a, _init_std_b
+    tied_lora_method: tl6
+    tied_lora_targets: [qkv, o_proj]  # default: qkv
+    tied_lora_layers: [1, 3]          # default: all
 
 The initial values follow axolotl's `seed`. The saved adapter is a native adapter folder.
 """
@@ -21,13 +23,12 @@ from megatron_tiedlora.config.fields import TARGETS_HELP
 from megatron_tiedlora.peft import TiedLoraConfig
 
 NAME = "tied_lora"
-_KEYS = {"lora_r": "r", "lora_alpha": "alpha", "seed": "seed"} | {
-    f"{NAME}_{name}": name for name in ("method", "layers", "targets", "init_std_a", "init_std_b")
-}
+_KEYS = {"lora_r": "r", "lora_alpha": "alpha", "seed": "seed"}
+_KEYS |= {f"{NAME}_{name}": name for name in ("method", "layers", "targets")}
 # What to do about keys of axolotl that this adapter cannot follow.
 _FIXES = {
     "use tied_lora_targets": "lora_target_modules lora_target_linear lora_target_parameters",
-    "use tied_lora_layers (1 is the first layer)": "peft_layers_to_transform",
+    "use tied_lora_layers": "peft_layers_to_transform",
     "axolotl quantises the model for lora and qlora only; remove it": "load_in_4bit load_in_8bit gptq",
     "axolotl saves only the tensors of LoRA then; use DeepSpeed ZeRO-1 or ZeRO-2, or neither": "fsdp fsdp_config",
     "use a model that has the added tokens; their embeddings are not trained": "tokens peft_trainable_token_indices",
@@ -52,8 +53,6 @@ class TiedLoraArgs(BaseModel):
     tied_lora_method: str | None = Field(default=None, description="lora, vera, or tl1 to tl6 (default)")
     tied_lora_layers: list[int] | None = Field(default=None, description="adapted layers, 1-based (default: all)")
     tied_lora_targets: str | list[str] | None = Field(default=None, description=TARGETS_HELP)
-    tied_lora_init_std_a: float | None = Field(default=None, description="init std of A")
-    tied_lora_init_std_b: float | None = Field(default=None, description="init std of B")
 
     @model_validator(mode="before")
     @classmethod
@@ -86,14 +85,11 @@ class TiedLoraPlugin(BasePlugin):  # type: ignore[misc]
         return [AdapterCapabilities(name=NAME)]
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
-        """Return the model with a new adapter, or with the one in `lora_model_dir`, and its config. Return None for
-        another plugin's adapter. With `config_only` the model is None."""
+        """Return the model with the adapter, and the adapter's config; None if the adapter is another plugin's."""
         if cfg.get("adapter") != NAME:
             return None
-        config = axolotl_config(cfg)
-        if config_only:
-            return None, config
-        if not cfg.get("lora_model_dir"):
-            return get_peft_model(model, config), config
-        model = PeftModel.from_pretrained(model, cfg["lora_model_dir"], is_trainable=not inference)
+        config, folder = axolotl_config(cfg), cfg.get("lora_model_dir")
+        if config_only or not folder:
+            return None if config_only else get_peft_model(model, config), config
+        model = PeftModel.from_pretrained(model, folder, is_trainable=not inference)
         return model, model.peft_config["default"]

@@ -70,11 +70,10 @@ class TiedLoraConfig(PeftConfig):
             raise UserError(str(error).removeprefix("--")) from None
 
     def __getattr__(self, name: str) -> Any:
-        # TRL's trainers set these fields after they have added tokens to the model.
-        if name in ("trainable_token_indices", "modules_to_save"):
-            said = "Tied-LoRA does not train embeddings; use a model and a tokenizer that have the added tokens"
-            raise AttributeError(f"{name}: {said}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        said = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name in ("trainable_token_indices", "modules_to_save"):  # TRL reads them after it has added tokens
+            said = f"{name}: Tied-LoRA does not train embeddings; use a model and tokenizer that have the new tokens"
+        raise AttributeError(said)
 
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
         """Fill in missing values for a model, and return the adapter's config. Raises UserError on invalid values."""
@@ -227,16 +226,12 @@ class TiedLoraModel(BaseTuner):
 
     def train(self, mode: bool = True) -> "TiedLoraModel":
         """Switch to training, or to evaluation. Warn if trained factors are not in fp32 any more."""
-        low = {str(weight.dtype) for weight in self.tied_lora_adapters.parameters() if mode and weight.requires_grad}
-        if low - {str(torch.float32)}:
-            warnings.warn(
-                f"the adapter is trained in {', '.join(sorted(low))}, which loses small updates (TRL casts the adapter"
-                " of a quantised model); call model.base_model.tied_lora_adapters.float() before training, unless"
-                " DeepSpeed keeps the weights in fp32",
-                stacklevel=2,
-            )
-        super().train(mode)
-        return self
+        trained = (weight for weight in self.tied_lora_adapters.parameters() if mode and weight.requires_grad)
+        if any(weight.dtype != torch.float32 for weight in trained):
+            said = "the adapter is not in fp32 (TRL casts that of a quantised model), and small updates are lost; call"
+            fix = "model.base_model.tied_lora_adapters.float() before training, unless DeepSpeed has copies in fp32"
+            warnings.warn(f"{said} {fix}", stacklevel=2)
+        return super().train(mode)
 
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         _reject_dispatch(model)

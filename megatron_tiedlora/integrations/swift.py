@@ -10,8 +10,8 @@ and give it to swift; `swift infer --adapters ...` reads both names from the fol
 is all of them. `--model_kwargs '{"tied_lora_layers": [1, 3]}'` chooses layers. The initial values follow `--seed`.
 """
 
-import json
 import os
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -23,30 +23,22 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.peft import TiedLoraConfig
 
 if __name__ != "megatron_tiedlora.integrations.swift":  # swift would also look for modules in this folder
-    fix = "give it a file of your own with the line `import megatron_tiedlora.integrations.swift`"
-    raise UserError(f"--external_plugins {__file__} is a file of the package; {fix}")
-_LORA_ONLY = {"lora_dropout", "lora_bias", "lora_dtype", "lorap_lr_ratio", "use_rslora", "use_dora"} | {
-    *("target_parameters", "modules_to_save", "init_weights")
-}
+    raise UserError(f"--external_plugins {__file__}: give a file with `import megatron_tiedlora.integrations.swift`")
+_LORA_ONLY = ("lora_dropout", "lora_bias", "lora_dtype", "lorap_lr_ratio", "use_rslora", "use_dora", "init_weights")
 
 
 def swift_config(args: Any) -> TiedLoraConfig:
     """Return the PEFT config that swift's flags describe. Raise UserError, with the flag, on those of other tuners."""
     for one in fields(args):
-        value, unused = getattr(args, one.name), {"none", "[]", "0", "0.0", str(one.default).lower()}
-        if one.name in _LORA_ONLY and str(value).lower() not in unused:
+        value, same = getattr(args, one.name), {"none", "[]", "0", "0.0", str(one.default).lower()}
+        if one.name in (*_LORA_ONLY, "target_parameters", "modules_to_save") and str(value).lower() not in same:
             raise UserError(f"--{one.name} {shown(value)} is for LoRA only; remove it")
     targets = "all" if args.target_modules == ["all-linear"] else args.target_modules
+    given = os.environ.get("TIED_LORA_LAYERS")  # swift turns --model_kwargs into variables
+    layers = given and [int(number) for number in re.findall(r"\d+", given)]
     own = {"method": args.tuner_type, "r": args.lora_rank, "alpha": args.lora_alpha, "seed": args.seed}
-    given = os.environ.get("TIED_LORA_LAYERS", "null")  # swift turns --model_kwargs into variables
     try:
-        layers = json.loads(given)
-    except json.JSONDecodeError:
-        layers = given
-    if not isinstance(layers, list | None):
-        raise UserError(f"tied_lora_layers {shown(given)} is not a list such as [1, 3]")
-    try:
-        return TiedLoraConfig(**own, targets=targets, layers=layers, task_type=args.task_type.upper())
+        return TiedLoraConfig(**own, layers=layers, targets=targets, task_type=args.task_type.upper())
     except UserError as error:
         said = "r is --lora_rank, alpha is --lora_alpha, targets is --target_modules"
         raise UserError(f"--tuner_type {args.tuner_type} ({said}): {error}") from None
@@ -61,5 +53,4 @@ class TiedLoraTuner(PeftTuner):  # type: ignore[misc]
         return get_peft_model(model, swift_config(args))
 
 
-# swift has its own tuners named lora and vera.
-tuners_map.update(dict.fromkeys((name for name in METHOD_NAMES if name not in ("lora", "vera")), TiedLoraTuner))
+tuners_map.update(dict.fromkeys(set(METHOD_NAMES) - {"lora", "vera"}, TiedLoraTuner))  # swift has tuners of these names

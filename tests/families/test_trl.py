@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training, set_peft_model_state_dict
 from support.native_files import write_native
 from support.oracle import OracleAdapter, OracleConfig, cast_weights, load_weights, oracle_logits
 from support.oracle_adapter import TARGET_PARTS, tensor_name
@@ -21,36 +23,22 @@ from support.peft_models import TARGETS, hf_model
 from support.tiny_models import random_adapter, write_tiny_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from transformers import BitsAndBytesConfig, TrainerCallback
+
+import megatron_tiedlora
+from megatron_tiedlora.checkpoint.sources import demo_model_path
+from megatron_tiedlora.peft import TiedLoraConfig
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
-
-from datasets import Dataset  # noqa: E402
-from peft import (  # noqa: E402
-    PeftModel,
-    get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
-)
-from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback  # noqa: E402
-
-import megatron_tiedlora  # noqa: E402
-from megatron_tiedlora.checkpoint.sources import demo_model_path  # noqa: E402
-from megatron_tiedlora.peft import TiedLoraConfig  # noqa: E402
-
 STEPS, RANK, ALPHA, BETA, LAYERS = 5, 3, 6.0, 0.3, (1, 3)
 # Rows of different lengths, so that every batch has padding.
 ROWS = [
     {"prompt": f"{'ab' * row}?", "chosen": f" yes{'!' * row}", "rejected": f" no{'.' * (6 - row)}"} for row in range(8)
 ]
-ROWS_OF = {
-    "sft": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS],
-    "dpo": ROWS,
-    "grpo": [{"prompt": row["prompt"]} for row in ROWS],
-}
 OWN: dict[str, dict[str, Any]] = {
-    "sft": {},
+    "sft": {"max_length": 64},
     "dpo": {"beta": BETA},
-    "grpo": {"beta": BETA, "num_generations": 2, "max_completion_length": 6},
+    "grpo": {"beta": BETA, "num_generations": 2, "max_completion_length": 6, "per_device_train_batch_size": 4},
 }
 
 
@@ -78,25 +66,24 @@ def factors_of(model: Any, adapter: str = "default") -> dict[str, Tensor]:
     return {name.partition(mark)[2]: weight for name, weight in model.named_parameters() if mark in name}
 
 
-def trainer_of(kind: str, model: Any, out: Path, run: Run, **keywords: Any) -> Any:
-    """A trainer of TRL that fills `run`; `keywords` of its config, and `peft_config`."""
-    own = {"reward_funcs": reward} if kind == "grpo" else {}
-    name = kind.upper()
-    peft_config = keywords.pop("peft_config", None)
-    plain = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    common = {"max_steps": STEPS, "per_device_train_batch_size": 4 if kind == "grpo" else 2, "max_grad_norm": 0.0}
+def trainer_of(kind: str, model: Any, out: Path, run: Run, peft_config: Any = None, **keywords: Any) -> Any:
+    """A trainer of TRL that fills `run`; `keywords` of its config."""
+    common: dict[str, Any] = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    common |= {"max_steps": STEPS, "per_device_train_batch_size": 2, "max_grad_norm": 0.0, "disable_tqdm": True}
     common |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    config = getattr(trl, f"{name}Config")(str(out), **plain | common | OWN[kind] | keywords)
+    config = getattr(trl, f"{kind.upper()}Config")(str(out), **common | OWN[kind] | keywords)
 
-    class Recorded(getattr(trl, f"{name}Trainer")):  # type: ignore[misc]
+    class Recorded(getattr(trl, f"{kind.upper()}Trainer")):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Any:
             if not run.gradients:
                 run.batches.append(dict(inputs))
             return super().compute_loss(model, inputs, *args, **keywords)
 
-    data = Dataset.from_list(ROWS_OF[kind])
-    own |= {"peft_config": peft_config, "callbacks": [run]}
-    run.trainer = Recorded(model=model, args=config, train_dataset=data, **own)
+    names = {"sft": {"prompt": "prompt", "chosen": "completion"}, "grpo": {"prompt": "prompt"}}
+    rows = [{name: row[old] for old, name in names.get(kind, dict(zip(row, row, strict=True))).items()} for row in ROWS]
+    own = {"reward_funcs": reward} if kind == "grpo" else {}
+    own |= {"train_dataset": Dataset.from_list(rows), "peft_config": peft_config, "callbacks": [run]}
+    run.trainer = Recorded(model=model, args=config, **own)
     return run.trainer
 
 
@@ -117,6 +104,12 @@ def start_of(base: Path, method: str = "tl6") -> OracleAdapter:
     return random_adapter(method, sizes, targets=TARGETS["all"], **common)
 
 
+def models() -> int:
+    """How many models live, by their tables of embeddings."""
+    gc.collect()
+    return sum(isinstance(one, torch.nn.Embedding) for one in gc.get_objects())
+
+
 Runs = Callable[..., Run]
 
 
@@ -124,13 +117,13 @@ Runs = Callable[..., Run]
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @cache
     def run(kind: str, method: str = "tl6", checkpointing: bool = True) -> Run:
-        found, start = Run(), start_of(base, method)
+        found, start, before = Run(), start_of(base, method), models()
         config = TiedLoraConfig(method=method, r=RANK, alpha=ALPHA, layers=list(LAYERS), targets="all")
-        out = tmp_path_factory.mktemp("out")
         own = {"gradient_checkpointing": checkpointing, "model_init_kwargs": {"dtype": "float32"}}
-        trainer = trainer_of(kind, str(base), out, found, peft_config=config, **own)
+        trainer = trainer_of(kind, str(base), tmp_path_factory.mktemp("out"), found, config, **own)
         set_peft_model_state_dict(trainer.model, dict(start.tensors))
         trainer.train()
+        assert getattr(trainer, "ref_model", None) is None and models() == before + 1
         return found
 
     return run
@@ -176,16 +169,11 @@ class Dense:
             for layer in self.start.layers:
                 a, b, u, v = self.factors(target, layer)
                 g = scale * by_update[target, layer]
-                vg = v[:, None] * g
-                of_layers.append((
-                    u[:, None] * (b.T @ vg),
-                    (vg @ a.T) * u,
-                    ((b.T @ vg) * a).sum(1),
-                    (g * ((b * u) @ a)).sum(1),
-                ))
-            by_factor = dict(zip("ABuv", map(torch.stack, zip(*of_layers, strict=True)), strict=True))
-            found |= {tensor_name(target, name): value.sum(0) if name in "AB" else value
-                      for name, value in by_factor.items()}  # fmt: skip
+                bvg = (v[:, None] * b).T @ g
+                of_a, of_b = u[:, None] * bvg, (v[:, None] * g @ a.T) * u
+                of_layers.append((of_a, of_b, (bvg * a).sum(1), (g * ((b * u) @ a)).sum(1)))
+            for name, values in zip("ABuv", map(torch.stack, zip(*of_layers, strict=True)), strict=True):
+                found[tensor_name(target, name)] = values.sum(0) if name in "AB" else values
         return found
 
 
@@ -219,8 +207,7 @@ def grpo_loss(dense: Dense, batches: Iterable[dict[str, Any]]) -> Tensor:
         )
         kept = batch["completion_mask"].bool()
         policy, reference = (
-            dense.log_probs(weights, tokens, mask)[:, -kept.shape[1] :][kept]
-            for weights in (dense.weights, dense.base)
+            dense.log_probs(weights, tokens, mask)[:, -kept.shape[1] :][kept] for weights in (dense.weights, dense.base)
         )
         torch.testing.assert_close(batch["ref_per_token_logps"][kept].double(), reference, rtol=1e-4, atol=1e-4)
         advantages = batch["advantages"][:, None].expand(kept.shape)[kept]
@@ -261,9 +248,7 @@ def test_gradient_checkpointing_changes_nothing(runs: Runs, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "method"), [("sft", "tl6"), ("dpo", "vera"), ("grpo", "tl6")])
-def test_the_saved_adapter_is_that_of_the_model(
-    runs: Runs, base: Path, tmp_path: Path, kind: str, method: str
-) -> None:
+def test_the_saved_adapter_is_that_of_the_model(runs: Runs, base: Path, tmp_path: Path, kind: str, method: str) -> None:
     trainer, start = runs(kind, method, checkpointing=False).trainer, start_of(base, method)
     trainer.save_model(str(tmp_path / "adapter"))
     saved = OracleAdapter.from_folder(tmp_path / "adapter")
@@ -282,25 +267,6 @@ def test_the_saved_adapter_is_that_of_the_model(
 
 
 @pytest.mark.parametrize("kind", ["dpo", "grpo"])
-def test_the_reference_is_the_base_and_no_copy_of_it(base: Path, tmp_path: Path, kind: str) -> None:
-    def models() -> int:
-        """Tables of embeddings that live."""
-        gc.collect()
-        return sum(isinstance(one, torch.nn.Embedding) for one in gc.get_objects())
-
-    before, run = models(), Run()
-    trainer = trainer_of(kind, str(base), tmp_path, run, peft_config=TiedLoraConfig(method="tl6"), max_steps=1)
-    dense = Dense(base, start_of(base))
-    trainer.train()
-    assert trainer.ref_model is None and models() == before + 1
-    if kind == "dpo":
-        (batch, *_), kept = run.batches, run.batches[0]["completion_mask"][:, 1:].bool()
-        log_probs = dense.log_probs(dense.base, batch["input_ids"], batch["attention_mask"]).where(kept, 0).sum(1)
-        found = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch)).double()
-        torch.testing.assert_close(found, log_probs, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["dpo", "grpo"])
 def test_a_trained_adapter_is_its_own_reference(base: Path, tmp_path: Path, kind: str) -> None:
     """TRL adds a frozen copy named "ref"."""
     start = start_of(base, "vera")
@@ -316,37 +282,25 @@ def test_a_trained_adapter_is_its_own_reference(base: Path, tmp_path: Path, kind
     assert not any(weight.requires_grad for weight in factors_of(trainer.model, "ref").values())
 
 
-def test_tokens_that_a_trainer_adds_are_rejected(base: Path, tmp_path: Path) -> None:
-    """SFT adds them for a chat template of another model; their embeddings would have to be trained."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_tokens(["<|turn|>"])
-    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(AttributeError, match="trainable_token_indices: Tied-LoRA does not train embeddings"):
-        own = {"chat_template_path": str(tmp_path / "other"), "peft_config": TiedLoraConfig()}
-        trainer_of("sft", str(base), tmp_path, Run(), **own)
-
-
 def test_a_quantised_base(tmp_path: Path) -> None:
     """TRL stores the trained factors of a quantised model in bf16, which a warning says; they can be fp32 again."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    sizes = {"hidden_size": 128, "intermediate_size": 320}
-    folder = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16, **sizes)
+    folder = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16, hidden_size=128, intermediate_size=320)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    for again in (False, True):
+    for again, dtype in ((False, torch.bfloat16), (True, torch.float32)):
         model = hf_model(folder, torch.bfloat16, quantization_config=nf4, device_map="cpu")
-        model, run = prepare_model_for_kbit_training(model), Run()
-        trainer = trainer_of("sft", model, tmp_path, run, peft_config=TiedLoraConfig(method="vera", r=RANK))
+        config = TiedLoraConfig(method="vera", r=RANK)
+        trainer = trainer_of("sft", prepare_model_for_kbit_training(model), tmp_path, Run(), config)
         if again:
             trainer.model.base_model.tied_lora_adapters.float()
-        dtypes = {name: weight.dtype for name, weight in factors_of(trainer.model).items()}
-        assert dtypes["A"] == torch.float32 and dtypes["u"] == (torch.float32 if again else torch.bfloat16)
-        before = factors_of(trainer.model)["u"].detach().clone()
+        u = factors_of(trainer.model)["u"]
+        before = u.detach().clone()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             trainer.train()
-        said = [str(one.message) for one in told if "tied_lora_adapters.float()" in str(one.message)]
-        assert bool(said) is not again
-        assert run.gradients[-1]["u"].isfinite().all() and not torch.equal(factors_of(trainer.model)["u"], before)
+        assert any("tied_lora_adapters.float()" in str(one.message) for one in told) is not again
+        assert u.dtype == dtype and u.isfinite().all() and not torch.equal(u, before)
         trainer.save_model(str(tmp_path / "adapter"))
         assert megatron_tiedlora.load_adapter(tmp_path / "adapter").state["u"].dtype == torch.float32
+    with pytest.raises(AttributeError, match="trainable_token_indices: Tied-LoRA does not train embeddings"):
+        _ = config.trainable_token_indices  # which SFT reads after it has added tokens
