@@ -69,6 +69,12 @@ class TiedLoraConfig(PeftConfig):
         except ValueError as error:
             raise UserError(str(error).removeprefix("--")) from None
 
+    def __getattr__(self, name: str) -> Any:
+        said = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if name in ("trainable_token_indices", "modules_to_save"):  # TRL reads them after it has added tokens
+            said = f"{name}: Tied-LoRA does not train embeddings; use a model and tokenizer that have the new tokens"
+        raise AttributeError(said)
+
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
         """Fill in missing values for a model, and return the adapter's config. Raises UserError on invalid values."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
@@ -217,6 +223,15 @@ class TiedLoraModel(BaseTuner):
     prefix = "tied_lora_"
     tuner_layer_cls = TiedLoraLinear
     uses_shared_state = True
+
+    def train(self, mode: bool = True) -> "TiedLoraModel":
+        """Switch to training, or to evaluation. Warn if trained factors are not in fp32 any more."""
+        trained = (weight for weight in self.tied_lora_adapters.parameters() if mode and weight.requires_grad)
+        if any(weight.dtype != torch.float32 for weight in trained):
+            said = "the adapter is not in fp32 (TRL casts that of a quantised model), and small updates are lost; call"
+            fix = "model.base_model.tied_lora_adapters.float() before training, unless DeepSpeed has copies in fp32"
+            warnings.warn(f"{said} {fix}", stacklevel=2)
+        return super().train(mode)
 
     def _pre_injection_hook(self, model: Any, config: Any, adapter_name: str) -> None:
         _reject_dispatch(model)
