@@ -121,8 +121,8 @@ def test_a_wrong_label_is_one_line_and_changes_nothing(root: Path, words: list[s
 def test_labels_are_found(said: Callable[..., list[str]]) -> None:
     said("alias", "prod", "new")
     assert said("tag", "prod", "keep", "v2:a") == ["runs/new/adapter: keep, v2:a"]
-    said("tag", "old", "v2:b")
-    assert said("tag", "old", "none", "--remove") == ["runs/old/adapter: v2:b"]
+    said("tag", "old", "v2:b", "extra")
+    assert said("tag", "old", "none", "extra", "--remove") == ["runs/old/adapter: v2:b"]
     for words, names in (
         (("--tag", "v2:*"), ["new", "old"]), (("--alias", "p*"), ["new"]), (("--alias", "*", "--tag", "v2:b"), []),
         (("--data", f"*{'d' * 64}*"), ["middle", "new", "nobody", "old"]), (("--data", "*e*"), []),
