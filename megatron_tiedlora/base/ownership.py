@@ -274,6 +274,14 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, be
                 mark.unlink()
 
 
+def reject_owner(folder: Path, *, held: FolderLock, hint: str) -> None:
+    """Raise FolderTaken if a living launch owns `folder`, which is on the file system of the lock that was just `held`.
+
+    If each of two launches first takes its own folder and then checks the other's, at most one of them continues.
+    """
+    _reject_owned(folder, now=os.fstat(held.descriptor).st_mtime, resumes=False, hint=hint)
+
+
 def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
     """Raise FolderTaken if the folder has a living owner that has not lost its claim to the folder.
 

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from megatron_tiedlora.config import adapter_settings, fields, job_settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime import run_folder, stopping
-from megatron_tiedlora.study import record, tables
+from megatron_tiedlora.study import record, slurm, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 
 LOG_MARK = "$ "  # precedes the command line of each launch in a log
@@ -72,15 +73,29 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
     if settings.tables_from is not None:
         return join_studies(settings.tables_from, user_path(settings.output_dir), take_over=settings.take_over)
     plan = plan_sweep(command)
+    part = "" if settings.part in (None, record.SCORES) else str(settings.part)
     if settings.dry_run:
         show(*plan.dry_run_lines())
+        if plan.options is not None:
+            jobs = submission(plan)
+            show("", f"{plan.folder.script}:", *jobs.script.splitlines(), "")
+            show(*(shlex.join(words) for words in jobs.commands(["JOB"])))
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
+    if settings.part is None:
+        slurm.check_queue(plan.folder)
+    if plan.options is not None and (found := submission(plan)).is_left:
+        return submit_jobs(plan, found)
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
-        with lock_study(plan.folder.path, take_over=settings.take_over) as lock, stopping.StopSignals() as stop:
-            plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner))
-            record.write_record(plan.folder, command, plan.base)
+        with (
+            lock_study(plan.folder.path, part=part, take_over=settings.take_over) as lock,
+            stopping.StopSignals() as stop,
+        ):
+            plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner, part))
+            if settings.part is None:
+                record.write_record(plan.folder, command, plan.base)
+            discard(plan.folder.status, guard=plan.folder.guard)
             work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
             try:
                 work.run()
@@ -91,14 +106,59 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
             return work.end()
 
 
-def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock:
-    """Lock a study's folder for this sweep, and return the lock. A missing folder is created.
+def submission(plan: SweepPlan) -> slurm.Submission:
+    """Return the jobs of the parts of the study that are left. They repeat the flags that no file may give."""
+    settings, folder = plan.command.settings, plan.folder
+    assert plan.options is not None
+    words = [sys.executable, "-u", "-P", "-m", "megatron_tiedlora", "sweep", f"--output_dir={folder.path.absolute()}"]
+    words += [] if settings.launcher_args is None else [f"--launcher_args={settings.launcher_args}"]
+    words += ["--take_over"] if settings.take_over else []
+    groups = {runs[0].name: [run.name for run in runs] for runs in plan.groups()}
+    scored = {name: record.read_score(folder.score(name)) for name in (record.BASE_NAME, *best_runs(plan).values())}
+    base = scored[record.BASE_NAME] is None
+    return slurm.Submission(folder, plan.options, words, groups, base=base, scores=None in scored.values())
+
+
+def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
+    """Submit the jobs of a study, and return the exit status 0.
+
+    Raises:
+        UserError: Slurm rejects a job or is not installed, or another launch writes to the folder.
+    """
+    slurm.call_slurm("sbatch", "--version")
+    show(*plan.dry_run_lines())
+    with lock_study(plan.folder.path, take_over=plan.command.settings.take_over) as lock:
+        folder = replace(plan.folder, owner=lock.owner)
+        record.write_record(folder, plan.command, plan.base)
+        discard(folder.status, guard=folder.guard)
+        numbers = replace(jobs, folder=folder).submit()
+    slurm.release(numbers)  # its part could not lock the folder before
+    where = folder.path / record.LOGS
+    show("", f"  submitted jobs {', '.join(numbers)}, logs in {where}; cancel with: scancel {' '.join(numbers)}")
+    return 0
+
+
+def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> ownership.FolderLock:
+    """Lock a study's folder, or only a part of the study, for this launch, and return the lock.
+
+    A missing folder is created. Several parts may be locked at a time, but none together with the whole study.
 
     Raises:
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
     hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it"
-    return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
+    hint = f"{hint} (--take_over takes the folder anyway)"
+    lock = ownership.take_folder(record.StudyFolder(folder, part=part).own, take_over=take_over, hint=hint)
+    try:
+        for other in [folder] if part else sorted((folder / record.JOBS).glob("*")):
+            if take_over and not part:
+                ownership.take_folder(other, take_over=True, hint=hint).release()
+            else:
+                ownership.reject_owner(other, held=lock, hint=hint)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 @dataclass
@@ -121,7 +181,7 @@ class Sweep:
     failures: dict[str, tuple[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder, self.command = self.plan.folder, self.plan.command
+        self.folder, self.command, self._began = self.plan.folder, self.plan.command, time.monotonic()
         self._done, self._training = 0, list[record.Run]()
         total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
         shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
@@ -133,25 +193,34 @@ class Sweep:
         return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
-        """Score the base model, train the runs, and score the best runs. Launch nothing after a signal.
+        """Score the base model, train the runs, and score the best runs, or do the part of --part. Launch nothing
+        after a signal. The part `scores` trains nothing, so runs that are not finished count as failed.
 
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
         """
-        groups = self.plan.groups()
+        groups, part = self.plan.groups(), self.command.settings.part
+        base = f"score {record.BASE_NAME}"
         with self._bar:
-            self._take_scores()
-            self._score({f"score {record.BASE_NAME}": record.BASE_NAME})
-            if not self.given_up:
-                for runs in groups:
+            if part in (None, record.SCORES):
+                self._take_scores()
+            if part in (None, record.BASE_NAME):
+                self._score({base: record.BASE_NAME})
+            elif part == record.SCORES and record.read_score(self.folder.score(record.BASE_NAME)) is None:
+                self._note(base, None, base)
+            for runs in () if self.given_up else groups:
+                if part == record.SCORES:
+                    self._note_runs(runs)
+                else:
                     self._train(runs)
-                self._score(self._best())
+            if part in (None, record.SCORES) and not self.given_up:
+                self._score(best_runs(self.plan))
             self._count()
 
     def _count(self) -> None:
         """Show the number of finished runs and scores in the progress bar."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
-        names = (record.BASE_NAME, *self._best().values())
+        names = (record.BASE_NAME, *best_runs(self.plan).values())
         done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
         self._done = done
         self._bar.update(done - self._bar.n)
@@ -161,12 +230,6 @@ class Sweep:
         steps = self.plan.runs[run].settings.max_steps
         row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
-
-    def _best(self) -> dict[str, str]:
-        """Return a dict from the score name of each method and rank to the name of its best finished run."""
-        grid, metric = self.plan.grid, self.command.train.eval_metric
-        found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
-        return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
 
     def _train(self, runs: Group) -> None:
         """Train the runs together in one launch. Each run has its own folder."""
@@ -187,12 +250,19 @@ class Sweep:
         self._training = left
         ended = self._start(f"group {first}", "train", given)
         self._training = []
-        if not ended:
+        if ended:
+            self._note_runs(left, first)
+
+    def _note_runs(self, runs: Sequence[record.Run], group: str = "") -> None:
+        """Print how runs of a group ended, whose first run has the name `group` (by default the first of `runs`)."""
+        ends = {run.name: record.read_run(self.folder.run(run.name)) for run in runs}
+        if any((end.state, end.reason) == ("stopped", signal.SIGUSR1.name) for end in ends.values()) and group:
+            self.stop.received.append(signal.SIGUSR1)  # Slurm sends it to the ranks alone before the time limit
             return
-        for run in left:
-            end = record.read_run(folder.run(run.name))
+        for name, end in ends.items():
             words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
-            self._note(run.name, words, f"group {first}", end.reason)
+            if group or words is None:
+                self._note(name, words, f"group {group or runs[0].name}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or several runs together. `wanted` maps score names to run names."""
@@ -270,7 +340,8 @@ class Sweep:
         if words is None:
             lines = last_lines(self.folder.log(log), 40)
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            reason = recorded or (errors or ["it ended without a result"])[-1]
+            unknown = "it ended without a result" if self.folder.log(log).is_file() else "its job has not started it"
+            reason = recorded or (errors or [unknown])[-1]
             self.failures[item] = reason, self.folder.log(log)
             words = f"FAILED: {reason}"
         seconds = time.monotonic() - self._began
@@ -312,7 +383,7 @@ class Sweep:
             show(f"stopped; to resume, repeat the command or give only --output_dir {shlex.quote(str(folder.path))}")
             return 128 + self.stop.received[0]
         self.write_status("failed" if failures else "finished")
-        if not self.given_up:
+        if not self.given_up and not folder.part:
             written = write_tables([record.read_study(folder.path)], folder.path, guard=folder.guard)
             show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
             show(*(f"written    {path}" for path in written))
@@ -324,6 +395,13 @@ class Sweep:
             line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up}"
             show(f"{line} (logs in {folder.path / record.LOGS})", file=sys.stderr)
         return 1 if failures else 0
+
+
+def best_runs(plan: SweepPlan) -> dict[str, str]:
+    """Return a dict from the score name of each method and rank to the name of its best finished run."""
+    grid, metric = plan.grid, plan.command.train.eval_metric
+    found = {point: record.best_run(plan.folder, grid.runs(point), metric=metric) for point in grid.points}
+    return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:

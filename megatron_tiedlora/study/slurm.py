@@ -1,0 +1,217 @@
+"""Submits the parts of a study as jobs of Slurm: the base score, an array with one task per group, and the scores.
+
+Each job runs `tiedlora sweep --part PART` in its allocation. The array starts if the base was scored. The last job
+starts after all tasks, however they ended. The first job is held until all jobs are recorded in `slurm.json`.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.messages import UserError, as_given, naming, one_line
+from megatron_tiedlora.config import fields
+from megatron_tiedlora.config.cli import CommandParser
+from megatron_tiedlora.study.record import BASE_NAME, LOGS, SCORES, StudyFolder
+
+_LONGEST_SECONDS = 120  # for an answer of slurmctld
+# The sweep sets these options itself, needs the numbers of jobs in this queue, or cannot count ranks with them.
+_OWN = "--dependency -d,--output -o,--error -e,--wrap,--wait -W,--clusters -M,--test-only,--ntasks -n,--gpus -G"
+_INSTEAD = "it sets dependencies and logs itself, and ranks follow from --nodes, --ntasks-per-node and --gpus-per-node"
+_NUMBER = (r"(?:\w+:)?([1-9]\d{0,5})", "one number")
+_FORMS = {"array": (r"%([1-9]\d*)", "only a limit such as %4, as each group is a task")}
+_FORMS |= {"signal": (r"USR1@(\d+)", "USR1@SECONDS, on which ranks save")}
+_SCRIPT = """\
+#!/bin/bash
+# Written by tiedlora sweep --slurm. The arguments are parts of the study; a task of the array takes one by its index.
+# Before the time limit, the ranks finish their step and save. The task then returns to the queue and resumes.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+cd {cwd} || exit
+shift "${{SLURM_ARRAY_TASK_ID:-0}}"
+if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+{command} --part="$1"
+status=$?
+
+# 138: the ranks were stopped by USR1 after at least one step of this start, and saved. Every other status is final.
+if [ "$status" -eq 138 ]; then
+    echo "the time limit is near: saved; job $SLURM_JOB_ID returns to the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """The options of sbatch for every job of a study.
+
+    Attributes:
+        nodes, ranks: the number of nodes, and of ranks on each node.
+        limit: `%M` if at most M tasks of the array run at once, else ''.
+    """
+
+    words: tuple[str, ...]
+    nodes: int
+    ranks: int
+    limit: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of an allocation with these options."""
+        nodes = ",".join(f"node{number}" for number in range(1, self.nodes + 1))
+        tasks = f"{self.ranks}(x{self.nodes})"
+        return {"SLURM_JOB_ID": "0", "SLURM_JOB_NODELIST": nodes, "SLURM_TASKS_PER_NODE": tasks}
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The jobs that were submitted last, and the names of the runs of each group by the name of its first run."""
+
+    jobs: list[files.Text]
+    groups: dict[files.Text, list[files.Text]]
+
+
+def job_options(text: str, *, num_gpus: int | None) -> JobOptions:
+    """Return the options of sbatch in --slurm. A node has --num_gpus ranks, else one per task, else one per GPU.
+
+    Raises:
+        UserError: an option is not for a sweep, or has a value from which the number of ranks does not follow.
+    """
+    parser = CommandParser(add_help=False)
+    own = [parser.add_argument(*names.split(), nargs="?", const="") for names in _OWN.split(",")]
+    for names in ("--nodes -N", "--ntasks-per-node", "--gpus-per-node", "--array -a", "--signal"):
+        parser.add_argument(*names.split())
+    with naming("--slurm"):
+        known, others = parser.parse_known_args(fields.launcher_words(text, flag="slurm"))
+        for option in own:
+            if getattr(known, option.dest) is not None:
+                raise UserError(f"{option.option_strings[0]} is not for a sweep; {_INSTEAD}")
+        given, counts = {name: value for name, value in vars(known).items() if value is not None}, dict[str, int]()
+        for name, value in given.items():
+            pattern, fix = _FORMS.get(name, _NUMBER)
+            if (found := re.fullmatch(pattern, value)) is None:
+                raise UserError(f"--{name.replace('_', '-')} {as_given(value)}: give {fix}")
+            counts[name] = int(found[1])
+    nodes, limit = counts.get("nodes", 1), given.pop("array", "")
+    ranks = num_gpus or counts.get("ntasks_per_node") or counts.get("gpus_per_node") or 1
+    given = {"signal": "USR1@180", **given, "nodes": nodes, "ntasks_per_node": ranks}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    return JobOptions(("--job-name=tiedlora-sweep", *others, *words), nodes, ranks, limit)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The jobs of the parts of a study that are left.
+
+    Attributes:
+        command: the command of a job; `--part` is added.
+        groups: the names of the runs of each group, by the name of its first run.
+        base, scores: whether the base model has no score yet, and whether any score is missing.
+    """
+
+    folder: StudyFolder
+    options: JobOptions
+    command: Sequence[str]
+    groups: Mapping[str, list[str]]
+    base: bool
+    scores: bool
+
+    @property
+    def is_left(self) -> bool:
+        """Whether anything is left that needs a job. Otherwise, tables can be written here."""
+        return bool(self.groups) or self.scores
+
+    @property
+    def script(self) -> str:
+        """The batch script, whose arguments are parts of the study. It runs in the current folder."""
+        return _SCRIPT.format(cwd=shlex.quote(str(Path.cwd())), command=shlex.join(self.command))
+
+    def commands(self, numbers: Sequence[str]) -> Iterator[list[str]]:
+        """Yield the sbatch command of each job. Before the next one, the caller appends its number to `numbers`."""
+        logs, is_first = str(self.folder.path.absolute() / LOGS).replace("%", "%%"), True
+        for names in filter(None, ([BASE_NAME] if self.base else [], [*self.groups], [SCORES])):
+            is_array = names == [*self.groups]
+            words = [*self.options.words, f"--output={logs}/slurm-{'%A_%a' if is_array else '%j'}.out"]
+            words += [f"--array=0-{len(names) - 1}{self.options.limit}"] if is_array else []
+            # A failed base score cancels the array, and then the last job reports the failure.
+            after = f"--dependency=after{'ok' if is_array else 'any'}:{'' if is_first else numbers[-1]}"
+            words += ["--hold"] if is_first else ["--kill-on-invalid-dep=yes", after]
+            is_first = False
+            yield ["sbatch", "--parsable", *words, str(self.folder.script.absolute()), *names]
+
+    def submit(self) -> list[str]:
+        """Submit the jobs, write `slurm.json` and return the numbers of the jobs. The first job is held; see `release`.
+
+        Raises:
+            UserError: Slurm rejects a job, or a file cannot be written. Then no job is left in the queue.
+        """
+        folder, submitted = self.folder, list[str]()
+        files.write_text(folder.script, self.script, guard=folder.guard)
+        (folder.path / LOGS).mkdir(exist_ok=True)
+        try:
+            for words in self.commands(submitted):
+                submitted.append(call_slurm(*words).strip())
+            files.write_json(folder.jobs, asdict(Submitted(submitted, dict(self.groups))), guard=folder.guard)
+        except BaseException:
+            with suppress(UserError):
+                call_slurm("scancel", *submitted)
+            raise
+        return submitted
+
+
+def part_names(groups: Iterable[str], *, base: bool) -> list[str]:
+    """Return the names of all parts in the order of their jobs: the base score, the groups, and the scores."""
+    return [*([BASE_NAME] if base else []), *groups, SCORES]
+
+
+def release(jobs: Sequence[str]) -> None:
+    """Let the first job start, after which the others start. Raise UserError if Slurm does not answer."""
+    call_slurm("scontrol", "release", jobs[0])
+
+
+def read_submitted(folder: StudyFolder) -> Submitted:
+    """Return the jobs and groups that were submitted last. Raise UserError if `slurm.json` is not valid."""
+    if not folder.jobs.is_file():
+        return Submitted([], {})
+    return files.read_fields(folder.jobs, files.read_json_object(folder.jobs, kind="a record of jobs"), Submitted)
+
+
+def check_queue(folder: StudyFolder) -> None:
+    """Raise UserError if jobs of the study are queued or run. Without squeue here, only the locks of folders count."""
+    jobs = read_submitted(folder).jobs
+    if not jobs or shutil.which("squeue") is None:
+        return
+    shown = call_slurm("squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}", unless="Invalid job id")
+    if left := shown.split():
+        raise UserError(
+            f"{folder.path}: jobs of this study are queued or run ({', '.join(left)}). Wait until they end, or cancel"
+            f" them with: scancel {' '.join(jobs)}"
+        )
+
+
+def call_slurm(*words: str, unless: str = "") -> str:
+    """Run a program of Slurm and return its output. Raise UserError if it fails, except with the message `unless`."""
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": _LONGEST_SECONDS, "check": False}
+    try:
+        done = subprocess.run(words, env=outside(os.environ), **options)
+    except FileNotFoundError:
+        raise UserError(f"--slurm: {words[0]} is not installed here. Submit on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{words[0]} did not answer for {_LONGEST_SECONDS} s. Try again when Slurm answers") from None
+    if done.returncode and not (unless and unless in done.stderr):
+        raise UserError(f"{words[0]} failed: {one_line(done.stderr.strip()) or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the variables of an allocation, which would also describe it to new jobs."""
+    return {name: value for name, value in environment.items() if name[:6] != "SLURM_" or name == "SLURM_CONF"}
