@@ -67,7 +67,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         "take_over", "take --output_dir over from another launch that is writing it; that launch then stops writing",
     )
     seed: int = _train(
-        "seed", "seed for splitting validation rows off the training rows; give the run's seed for its split",
+        "seed", "seed for splitting validation rows off the training rows; give the run's split_seed",
     )
     timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
 

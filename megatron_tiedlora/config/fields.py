@@ -273,7 +273,8 @@ def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
     """Return a value in its field's form: a list for text with commas, `nf4` for `NF4` or `4bit`, 1000 for `1e3`."""
     own, kinds = declared(kind)[name], _kinds_in(kind.model_fields[name].annotation)
     meant = _part_as_meant(value, own, kinds)
-    if not any(typing.get_origin(one) is tuple for one in kinds) or meant in literal_values(kinds):
+    tuples = [one for one in kinds if typing.get_origin(one) is tuple]
+    if not tuples or meant in literal_values(kinds.difference(*(_kinds_in(one) - {one} for one in tuples))):
         return meant
     parts = [value] if own.words and isinstance(value, str) else comma_separated(value)
     return [_part_as_meant(part, own, kinds) for part in parts] if isinstance(parts, list | tuple) else parts

@@ -315,8 +315,13 @@ class SweepSettings(CommandSettings, command="sweep"):
     ranks: tuple[int, ...] = setting_field(
         "grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS, other_names="r lora_r lora_rank",
     )
-    learning_rates: tuple[float, ...] = setting_field(
-        "grid", "learning rates; the best is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr",
+    learning_rates: tuple[float | Literal["auto"], ...] = setting_field(
+        "grid", "learning rates; the best is scored; auto: see tiedlora train (default: 1e-4,1e-5)",
+        PAPER_LEARNING_RATES, other_names="lr",
+    )
+    seeds: int = setting_field(
+        "grid", "train each adapter with N seeds (--seed, --seed + 1, ...); all seeds of the best rate are scored", 1,
+        ge=1, le=1000, other_names="num_seeds n_seeds",
     )
     single_layers: tuple[int, ...] | Literal["paper"] | None = setting_field(
         "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)",
@@ -380,7 +385,7 @@ class SweepSettings(CommandSettings, command="sweep"):
             if isinstance(numbers, tuple) and min(numbers) < 1:
                 raise ValueError(f"--{name} {min(numbers)}: {name.replace('_', ' ')} start at 1; increase it")
         for rate in self.learning_rates:
-            if rate <= 0:
+            if rate != "auto" and rate <= 0:
                 raise ValueError(f"--learning_rates {rate:g}: a learning rate must be above 0")
         if self.together != "auto" and self.together < 1:
             raise ValueError(f"--together {self.together}: give auto, or an integer of at least 1")
@@ -423,6 +428,11 @@ class SweepCommand:
     settings: SweepSettings
     given: Mapping[str, Any]
     train: Settings
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The training settings of all runs: the given ones, and the seed that decides their validation rows."""
+        return {**self.given, "split_seed": self.train.split_seed}
 
     @property
     def launcher(self) -> LaunchSettings:

@@ -27,7 +27,7 @@ _FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
 TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
 
 # Defaults of a command without --model and --task.
-DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
+DEFAULT_MODEL, DEFAULT_TASK, DEFAULT_SEED = "demo", "demo", 1234
 
 PAPER_DEFAULTS: Mapping[str, Any] = {
     "global_batch_size": 256,
@@ -109,8 +109,12 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         other_names="output out_dir save_dir run_name save_path save output_path logging_dir experiment_name",
     )
     seed: int = _run(
-        "seed of the initialisation and of the order of samples", 1234, ge=0, decides="data", per_adapter=True,
+        "seed of the initialisation and of the order of samples", DEFAULT_SEED, ge=0, decides="data", per_adapter=True,
         other_names="random_seed data_seed",
+    )
+    split_seed: int = _run(
+        "seed of the choice of validation rows among the training rows (default: seed)", ge=0, decides="data",
+        per_adapter=True,
     )
     resume: str = _run(
         "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none", holds="path",
@@ -423,7 +427,12 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
             filled["warmup_steps"] = min(filled["warmup_steps"], int(steps))
         if "init_from" not in filled:
             filled = {"alpha": filled.get("rank", 8), **filled}
-        return {"save_interval": filled["eval_interval"], **filled}
+        return {"save_interval": filled["eval_interval"], "split_seed": filled.get("seed", DEFAULT_SEED), **filled}
+
+    @property
+    def of_rows(self) -> "Settings":
+        """The settings that rows are read with: --split_seed is their seed, so runs can share rows but not an order."""
+        return self.completed(seed=self.split_seed)
 
     @property
     def names_data(self) -> bool:

@@ -5,6 +5,7 @@ Resample i of n answers is row i of `numpy.random.default_rng(seed).integers(n, 
 depend on the answers. So all metrics and models that are scored on one test set use the same resamples.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from megatron_tiedlora.base.installation import installed_versions
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
+from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
 from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, EvaluationPlans
@@ -66,25 +68,40 @@ def score_answers(
         raise UserError("there are no answers to score, because the split is empty; give rows")
     scores = {}
     for metric in map(find_metric, metric_names):
-        value, resampled = _bootstrap(metric, answers, seed=seed, resamples=resamples)
-        low, high = np.percentile(resampled, _PERCENTILES).tolist()
+        ((value, resampled),) = bootstrap(metric, [sample_table(metric, answers)], seed=seed, resamples=resamples)
+        low, high = interval(resampled)
         rule = metric.signature if isinstance(metric.signature, str) else metric.signature(answers)
         scores[metric.name] = Score(metric.name, value, low, high, len(answers), rule)
     return scores
 
 
-def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resamples: int) -> tuple[float, Any]:
-    """Return the value of a metric, and its value for each resample, (resamples,)."""
-    num = len(answers)
-    if metric.corpus is None:
-        samples = [metric.sample(answer) for answer in answers]
-        drawn = _resampled_sums(np.array(samples)[:, None], seed=seed, resamples=resamples)
-        return math.fsum(samples) / num, np.concatenate([sums[:, 0] for sums in drawn]) / num
-    statistics, combine = metric.corpus
-    counts = np.array([statistics(answer) for answer in answers], dtype=np.float64)  # exact up to 2 ** 53
-    drawn = _resampled_sums(counts, seed=seed, resamples=resamples)
-    values = [combine(row) for sums in drawn for row in sums.astype(np.int64).tolist()]
-    return combine(counts.sum(0).astype(np.int64).tolist()), np.array(values)
+def interval(values: Any) -> tuple[float, float]:
+    """Return the ends of the central 95 % of values of any shape."""
+    low, high = np.percentile(values, _PERCENTILES).tolist()
+    return low, high
+
+
+def sample_table(metric: Metric, answers: Sequence[Answer]) -> Any:
+    """Return what a metric counts of each answer, (answers, k) float64: its score, or the counts of `metric.corpus`."""
+    of_one = (lambda answer: (metric.sample(answer),)) if metric.corpus is None else metric.corpus[0]
+    return np.array([of_one(answer) for answer in answers], dtype=np.float64)  # counts are exact up to 2 ** 53
+
+
+def bootstrap(
+    metric: Metric, tables: Sequence[Any], *, seed: int = 0, resamples: int = 1000
+) -> list[tuple[float, Any]]:
+    """Return the value of a metric for each of several tables of the same samples, each (samples, k), and its values
+    for the resamples, (resamples,)."""
+    num, values = len(tables[0]), list[tuple[float, Any]]()
+    drawn = np.concatenate(list(_resampled_sums(np.hstack(tables), seed=seed, resamples=resamples)))
+    for table, sums in zip(tables, np.split(drawn, len(tables), axis=1), strict=True):
+        if metric.corpus is None:
+            values.append((math.fsum(table[:, 0]) / num, sums[:, 0] / num))
+        else:
+            combine = metric.corpus[1]
+            of_resamples = [combine(row) for row in sums.astype(np.int64).tolist()]
+            values.append((combine(table.sum(0).astype(np.int64).tolist()), np.array(of_resamples)))
+    return values
 
 
 def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
@@ -145,6 +162,31 @@ def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
     if example.choices:
         row.update(choices=list(example.choices), choice_scores=list(answer.choice_scores))
     return row
+
+
+def read_samples(folder: Path, metric: Metric) -> tuple[Any, str] | None:
+    """Return the table of `sample_table` from predictions.jsonl, and a hash of the samples; None if there is no file.
+
+    `metric` is the task's first metric. Raises UserError if the file is broken.
+    """
+    file, seen = folder / PREDICTIONS_FILE, hashlib.sha256()
+    if not file.is_file():
+        return None
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+        for row in rows:
+            seen.update(json.dumps([row["prompt"], row["references"]]).encode())
+        if metric.corpus is None:
+            table = np.array([[row["score"]] for row in rows], dtype=np.float64)
+        else:
+            examples = (Example(row["prompt"], "", str(file), tuple(row["references"])) for row in rows)
+            pairs = zip(rows, examples, strict=True)
+            table = sample_table(metric, [Answer(row["prediction"], example) for row, example in pairs])
+        if rows and np.isfinite(table).all():
+            return table, seen.hexdigest()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{file}: not the predictions of tiedlora evaluate; remove the folder and start again")
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

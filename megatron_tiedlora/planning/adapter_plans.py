@@ -200,7 +200,7 @@ def prepare_all_data(plans: Plans) -> dict[str, RunData]:
     data, read = {}, dict[tuple[str, int], RunData]()
     of_data = set(marked(Settings, decides="data"))
     for name, plan in plans.items():
-        values = plan.settings.model_dump_json(include=of_data), plan.max_new_tokens
+        values = plan.settings.of_rows.model_dump_json(include=of_data), plan.max_new_tokens
         if values not in read:
             with naming(name):
                 read[values] = prepare_data(plan)
@@ -238,7 +238,7 @@ def prepare_data(plan: RunPlan) -> RunData:
     """
     if not plan.settings.names_data:
         raise UserError(NO_TRAIN_FILE)
-    settings, shape = plan.settings, plan.source.shape
+    settings, shape = plan.settings.of_rows, plan.source.shape
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
     encoding = open_encoding(settings, model_folder, vocab_size=shape.vocab_size, max_length=settings.max_length)
     tokenizer = encoding.tokenizer

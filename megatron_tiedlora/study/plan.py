@@ -66,8 +66,8 @@ class SweepPlan:
     def groups(self) -> list[Group]:
         """Return the runs to train as groups. The runs of a group are trained together in one launch.
 
-        The runs of one method and rank are compared with each other, so they are in one group if they fit. Finished
-        runs are not trained again, but --halving compares the other runs with them.
+        The runs of one method and rank are compared with each other, so they are in one group if they fit. Otherwise
+        those of one seed are. Finished runs are not trained again, but --halving compares the other runs with them.
 
         With --part, these are the groups that --slurm has planned: the group of the part, all for `scores`.
 
@@ -80,21 +80,21 @@ class SweepPlan:
 
         if (part := self.command.settings.part) is not None:
             submitted, runs = slurm.read_submitted(self.folder).groups, {run.name: run for run in self.runs}
-            if part not in (known := slurm.part_names(submitted, base=True)):
+            if part not in (known := [record.BASE_NAME, *submitted, record.SCORES]):
                 raise UserError(f"--part {part}: --slurm has planned no such part. Give one of {', '.join(known)}")
             chosen = [names for first, names in submitted.items() if part in (first, record.SCORES)]
             return list(filter(is_left, (tuple(runs[name] for name in names) for names in chosen)))
 
-        points = filter(is_left, map(self.grid.runs, self.grid.points))
-        return list(filter(is_left, _packed(list(points), self._may_share)))
+        points = (sum(filter(is_left, _by_seed(self.grid.runs(point))), ()) for point in self.grid.points)
+        return list(filter(is_left, _packed(list(filter(None, points)), self._may_share)))
 
     def _may_share(self, runs: Group) -> bool:
         """Return whether the runs may be trained together, by --together and the free memory."""
         most = self.command.settings.together
         if most != "auto":
             return len(runs) <= most
-        if self.command.settings.halving and len({run.point for run in runs}) == 1:
-            return True  # runs of one point are compared step by step, even if they need more than the free memory
+        if self.command.settings.halving and len({(run.point, run.seed) for run in runs}) == 1:
+            return True  # runs of one point and seed are compared step by step, even if they need more than the memory
         return len(runs) <= job_settings.MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
@@ -161,10 +161,13 @@ class SweepPlan:
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
             state += f" ({end.halved})" if end.halved else ""
             rows.append((run.name, f"{base.trained[run.point.name]:,}", state))
-        runs, scores = len(rows) - 1, len(self.grid.points) + 1
+        runs, scores, seeds = len(rows) - 1, len(self.grid.points) * len(self.grid.seeds) + 1, self.grid.seeds
         of_all = f"{runs} runs and {scores} scores of {base.model} on {base.task} ({base.metric})"
+        own = self.command.train.seed
+        of_seeds = ", ".join(str(own if seed is None else seed) for seed in seeds)
+        of_seeds += f"; validation rows that are split off are those of seed {self.command.train.split_seed}"
         lines = [
-            *aligned_lines([("sweep", of_all), ("folder", str(self.folder.path))], align="<"),
+            *aligned_lines([("sweep", of_all), ("seeds", of_seeds), ("folder", str(self.folder.path))], align="<"),
             "",
             *aligned_lines(rows, align="<><", indent="  "),
         ]
@@ -200,12 +203,17 @@ def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[
         elif len(part) == 1 or may_share(part):
             groups.append(part)
         else:
-            groups += _packed([(run,) for run in part], may_share)
+            seeds = _by_seed(part)
+            groups += _packed(seeds if len(seeds) > 1 else [(run,) for run in part], may_share)
     return groups
 
 
 def _hours_text(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def _by_seed(runs: Group) -> list[Group]:
+    return [tuple(run for run in runs if run.seed == seed) for seed in dict.fromkeys(run.seed for run in runs)]
 
 
 def _free_gpu_bytes() -> float:
@@ -250,9 +258,9 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
         start.check_num_ranks(train, ranks)
     cli.check_together(train)
     source, counts = find_model(train.model, weights=False), dict[str, int]()
-    grid, runs = record.make_grid(settings, source.shape.num_layers), dict[record.Run, run_plan.RunPlan]()
+    grid, runs = record.make_grid(command, source.shape.num_layers), dict[record.Run, run_plan.RunPlan]()
     for run in grid.all_runs:
-        own = make_settings({"ds_config": adapter_plans.DS_CONFIG, **command.given, **run.settings, **where})
+        own = make_settings({"ds_config": adapter_plans.DS_CONFIG, **command.shared, **run.settings, **where})
         runs[run] = run_plan.plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
         adapter_plans.check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())

@@ -1,17 +1,19 @@
 """Defines the grid of a study, and reads and writes the settings and results in the folder of the study.
 
-A point of the grid is a method and a rank. It has one run per learning rate. `sweep.yaml` has the settings, and can be
-passed to --config. A later launch resumes the study if its settings are the same. `base.json` describes the base model
-and the task, so that tables can be made without them, and has the hashes of the data files. `sweep_status.json` records
-how the last launch ended. The results are how each run ended, the best learning rate, and the test scores in per cent.
-They are read from the files of tiedlora train and tiedlora evaluate.
+A point of the grid is a method and a rank. It has one run per learning rate and seed. `sweep.yaml` has the settings,
+and can be passed to --config. A later launch resumes the study if its settings are the same. `base.json` describes the
+base model and the task, so that tables can be made without them, and has the hashes of the data files.
+`sweep_status.json` records how the last launch ended. The results are how each run ended, the best learning rate, and
+the test scores in per cent. They are read from the files of tiedlora train and tiedlora evaluate.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 from megatron_tiedlora.base import files, ownership
@@ -26,6 +28,7 @@ from megatron_tiedlora.config.job_settings import GRID, SWEEP_FILE, SweepCommand
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE, Score
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
+from megatron_tiedlora.study.estimates import AllScored, BySeed, Estimate, estimated, read_scored
 
 SINGLE_LAYER_METHOD, SINGLE_LAYER_TIED = "lora", "tl5"
 PAPER_LAYER_STEP = 4
@@ -52,22 +55,34 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a study: a method and a rank with one learning rate."""
+    """One training run of a study: a method and a rank with one learning rate and one seed.
+
+    Attributes:
+        learning_rate: a number, or `auto`, for which tiedlora train chooses the number.
+        seed: None for the seed of the study, --seed.
+    """
 
     point: Point
-    learning_rate: float
+    learning_rate: float | str
+    seed: int | None = None
 
     @property
     def name(self) -> str:
-        """The name of the run's folder: METHOD-rRANK-lrRATE[-layerN]."""
+        """The name of the run's folder: METHOD-rRANK-lrRATE[-layerN][-seedN]."""
         point = self.point
-        return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{point.layer_part}"
+        return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{point.layer_part}{self.seed_part}"
+
+    @property
+    def seed_part(self) -> str:
+        """The suffix -seedN of names; '' for the study's own seed."""
+        return "" if self.seed is None else f"-seed{self.seed}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """The training settings of this run that the grid determines."""
-        point, layers = self.point, {} if self.point.layer is None else {"layers": self.point.layer}
-        return {"method": point.method, "rank": point.rank, "learning_rate": self.learning_rate, **layers}
+        own = {"layers": self.point.layer, "seed": self.seed}
+        given = {name: value for name, value in own.items() if value is not None}
+        return {"method": self.point.method, "rank": self.point.rank, "learning_rate": self.learning_rate, **given}
 
 
 @dataclass(frozen=True)
@@ -77,11 +92,13 @@ class SweepGrid:
     Attributes:
         table: methods and ranks for Table 2 and the figures.
         table3: methods and ranks for Table 3: LoRA on single layers, then the tied method.
+        seeds: the seeds of each of them, with None for --seed.
     """
 
     table: tuple[Point, ...]
     table3: tuple[Point, ...]
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float | str, ...]
+    seeds: tuple[int | None, ...]
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -89,8 +106,8 @@ class SweepGrid:
         return tuple(dict.fromkeys((*self.table, *self.table3)))
 
     def runs(self, point: Point) -> tuple[Run, ...]:
-        """Return the runs of a method and rank, one per learning rate."""
-        return tuple(Run(point, rate) for rate in self.learning_rates)
+        """Return the runs of a method and rank, one per seed and learning rate. The runs of a seed are consecutive."""
+        return tuple(Run(point, rate, seed) for seed in self.seeds for rate in self.learning_rates)
 
     @property
     def all_runs(self) -> tuple[Run, ...]:
@@ -98,18 +115,20 @@ class SweepGrid:
         return tuple(run for point in self.points for run in self.runs(point))
 
 
-def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
-    """Return the grid of `settings` for a model with `num_layers` layers.
+def make_grid(command: SweepCommand, num_layers: int) -> SweepGrid:
+    """Return the grid of a sweep for a model with `num_layers` layers.
 
     Raises:
         UserError: one of the given layers does not exist in the model.
     """
+    settings = command.settings
     rank, layers = settings.single_layer_rank, single_layers(settings.single_layers, num_layers)
     single = tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers)
     return SweepGrid(
         table=tuple(Point(method, r) for method in settings.methods for r in settings.ranks),
         table3=(*single, Point(SINGLE_LAYER_TIED, rank)) if layers else (),
         learning_rates=settings.learning_rates,
+        seeds=(None, *(command.train.seed + number for number in range(1, settings.seeds))),
     )
 
 
@@ -124,8 +143,10 @@ def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[
     return tuple(wanted)
 
 
-def rate_text(rate: float) -> str:
-    """Return a learning rate as text for names, such as 1e-4 or 2.5e-5. Different rates have different texts."""
+def rate_text(rate: float | str) -> str:
+    """Return a learning rate as text for names, such as 1e-4, 2.5e-5 or auto. Different rates have different texts."""
+    if isinstance(rate, str):
+        return rate
     sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
     assert not sign and isinstance(exponent, int)
     text = "".join(map(str, digits))
@@ -142,7 +163,7 @@ class StudyFolder:
 
     Attributes:
         owner: the sweep that may write to the folder; None if the folder is only read.
-        part: the part of the study that this launch runs beside others, `base` or the name of a group; '' for all.
+        part: the part that this launch runs beside others, `base` or the name of a group; '' for the whole study.
     """
 
     path: Path
@@ -151,18 +172,11 @@ class StudyFolder:
 
     settings = PathIn(SWEEP_FILE)
     base = PathIn("base.json")  # describes the base model and the task
-    jobs = PathIn("slurm.json")  # the jobs and groups that were submitted last
-    script = PathIn("slurm.sbatch")
-
-    @property
-    def own(self) -> Path:
-        """The folder that the launch locks: of the study, or of its part."""
-        return self.path / JOBS / self.part if self.part else self.path
 
     @property
     def status(self) -> Path:
-        """The file that says how the last launch ended; it is missing while a sweep runs."""
-        return self.own / "sweep_status.json"
+        """The file that tells how the last launch ended, in the folder that it locks; it is missing while one runs."""
+        return (self.path / JOBS / self.part if self.part else self.path) / "sweep_status.json"
 
     @property
     def guard(self) -> Guard:
@@ -262,6 +276,8 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
                 f"{where} --{name} {flag_value(old)}, but the value {missing[0]} is now missing; add it, or give a new"
                 " --output_dir"
             )
+    if now.seeds < before.seeds:
+        raise UserError(f"{where} --seeds {before.seeds}, now it is {now.seeds}; give {before.seeds} or more")
     for name in ("test_limit",) if before.single_layers is None else ("single_layer_rank", "test_limit"):
         same, other = ("no limit" if value is None else value for value in (getattr(before, name), getattr(now, name)))
         if same != other:
@@ -314,6 +330,11 @@ class RunEnd:
         """The reason why --halving stopped the run; '' if it did not."""
         return self.reason if self.state == "finished" and self.reason.startswith(HALVING_REASON) else ""
 
+    @property
+    def in_short(self) -> str:
+        """The state, and the reason if the run failed."""
+        return f"{self.state}: {self.reason}" if self.state == "failed" else self.state
+
     def in_words(self, metric: str) -> str:
         """Return a description of how a finished run ended. `metric` is the value of --eval_metric."""
         why = f" ({self.halved})" if self.halved else ""
@@ -325,17 +346,27 @@ class Result:
     """The result of one method and rank of a study.
 
     Attributes:
-        run: the run whose learning rate is best on the validation data; None if no run is finished.
-        missing: unfinished runs with other learning rates, which may still have a better result.
+        runs: the finished runs with the learning rate that is best on the validation data, one per seed.
+        learning_rate: that learning rate; a number also for `auto`.
+        validation: the mean of their best validation results.
+        missing: if there are such runs, the runs without a result, each with the reason. They may have a better result.
+        scores: the test scores of `runs` by seed, and `score`: their mean with its interval.
         stopped: the runs that --halving stopped before their last step, each with the reason.
     """
 
     point: Point
     num_trained: int
-    run: Run | None = None
-    missing: tuple[Run, ...] = ()
-    score: Score | None = None
+    runs: tuple[Run, ...] = ()
+    learning_rate: float | str | None = None
+    validation: float | None = None
+    missing: tuple[tuple[Run, str], ...] = ()
+    scores: BySeed = field(default_factory=dict)
     stopped: tuple[tuple[Run, str], ...] = ()
+
+    @cached_property
+    def score(self) -> Estimate | None:
+        """The mean test score over the seeds with its interval; None if no run has a score."""
+        return estimated(self.scores)
 
 
 @dataclass(frozen=True)
@@ -350,7 +381,7 @@ class Study:
     folder: Path
     base: BaseRecord
     grid: SweepGrid
-    base_score: Score | None
+    base_score: Estimate | None
     results: Mapping[Point, Result]
     own_rows: tuple[str, ...] = ()
 
@@ -382,16 +413,24 @@ def read_run(folder: Path) -> RunEnd:
     return RunEnd(str(state), as_given(reason), step if type(step) is int and 0 <= step < 2**53 else 0, best)
 
 
-def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
-    """Return the first finished run with the best validation result, or None if no run is finished.
+def best_runs(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> tuple[Run, ...]:
+    """Return the finished runs, one per seed, with the first learning rate that has the best mean validation result.
+
+    Only the learning rates with the most finished seeds are compared, because a mean of fewer seeds, such as those that
+    did not diverge, may be better by chance.
 
     Args:
         metric: the value of --eval_metric: `loss`, for which lower is better, or a score.
     """
-    ends = {run: read_run(folder.run(run.name)) for run in runs}
-    sign = 1.0 if metric == "loss" else -1.0
-    finished = {run: sign * end.best for run, end in ends.items() if end.state == "finished" and end.best is not None}
-    return min(finished, key=lambda run: finished[run]) if finished else None
+    by_rate, sign = dict[float | str, dict[Run, float]](), 1.0 if metric == "loss" else -1.0
+    for run in runs:
+        end = read_run(folder.run(run.name))
+        if end.state == "finished" and end.best is not None:
+            by_rate.setdefault(run.learning_rate, {})[run] = sign * end.best
+    order = {run.learning_rate: None for run in runs if run.learning_rate in by_rate}
+    found = [by_rate[rate] for rate in order]
+    best = min(found, key=lambda of_rate: (-len(of_rate), fmean(of_rate.values())), default={})
+    return tuple(best)
 
 
 def read_score(folder: Path) -> Score | None:
@@ -423,25 +462,37 @@ def read_study(path: Path) -> Study:
     if not folder.settings.is_file():
         raise UserError(f"{path}: there is no sweep in this folder; give the --output_dir of a sweep")
     command, base = read_command(folder), read_base(folder)
-    grid = make_grid(command.settings, base.num_layers)
+    grid = make_grid(command, base.num_layers)
     if missing := [point.name for point in grid.points if point.name not in base.trained]:
         raise UserError(f"{folder.base}: the parameter count of {missing[0]} is missing; start the sweep again")
     metric = command.train.eval_metric
-    results = {point: _read_result(folder, grid, point, base, metric) for point in grid.points}
+    best = {point: best_runs(folder, grid.runs(point), metric=metric) for point in grid.points}
+    names = [BASE_NAME, *(run.name for runs in best.values() for run in runs)]
+    found = {name: read_score(folder.score(name)) for name in names}
+    scores = read_scored({folder.score(name): score for name, score in found.items() if score}, base.metric)
+    results = {
+        point: _read_result(folder, point, grid.runs(point), runs, base.trained[point.name], scores)
+        for point, runs in best.items()
+    }
     of_rows = marked(Settings, group="data", by_content=True)
     given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in of_rows}}
     own_rows = tuple(name for name, value in given.items() if value is not None)
-    return Study(path, base, grid, read_score(folder.score(BASE_NAME)), results, own_rows)
+    of_base = scores.get(folder.score(BASE_NAME))
+    return Study(path, base, grid, estimated({None: of_base} if of_base else {}), results, own_rows)
 
 
-def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseRecord, metric: str) -> Result:
-    chosen = best_run(folder, grid.runs(point), metric=metric)
-    ends = {run: read_run(folder.run(run.name)) for run in grid.runs(point)}
-    return Result(
-        point,
-        base.trained[point.name],
-        chosen,
-        tuple(run for run, end in ends.items() if chosen is not None and end.state != "finished"),
-        None if chosen is None else read_score(folder.score(chosen.name)),
-        tuple((run, end.halved.removeprefix(HALVING_REASON)) for run, end in ends.items() if end.halved),
-    )
+def _read_result(
+    folder: StudyFolder, point: Point, runs: Sequence[Run], best: tuple[Run, ...], trained: int, scored: AllScored
+) -> Result:
+    ends = {run: read_run(folder.run(run.name)) for run in runs}
+    scores = {run.seed: one for run in best if (one := scored.get(folder.score(run.name))) is not None}
+    missing = {run: end.in_short for run, end in ends.items() if best and end.state != "finished"}
+    missing |= {run: "no score" for run in best if scores and run.seed not in scores}
+    stopped = tuple((run, end.halved.removeprefix(HALVING_REASON)) for run, end in ends.items() if end.halved)
+    if not best:
+        return Result(point, trained, stopped=stopped)
+    rate: Any = best[0].learning_rate
+    if rate == "auto":  # the run has recorded the number
+        rate = read_yaml(str(RunFolder(folder.run(best[0].name)).settings), Settings)["learning_rate"]
+    validation = fmean(value for run in best if (value := ends[run].best) is not None)
+    return Result(point, trained, best, rate, validation, tuple(missing.items()), scores, stopped)

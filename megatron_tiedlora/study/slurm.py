@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.cli import CommandParser
 from megatron_tiedlora.study.record import BASE_NAME, LOGS, SCORES, StudyFolder
 
+SCRIPT_FILE, JOBS_FILE = "slurm.sbatch", "slurm.json"  # in the folder of the study
 _LONGEST_SECONDS = 120  # for an answer of slurmctld
 # The sweep sets these options itself, needs the numbers of jobs in this queue, or cannot count ranks with them.
 _OWN = "--dependency -d,--output -o,--error -e,--wrap,--wait -W,--clusters -M,--test-only,--ntasks -n,--gpus -G"
@@ -115,20 +116,20 @@ class Submission:
     Attributes:
         command: the command of a job; `--part` is added.
         groups: the names of the runs of each group, by the name of its first run.
-        base, scores: whether the base model has no score yet, and whether any score is missing.
+        unscored: the names of the base model and of the chosen runs that have no score yet.
     """
 
     folder: StudyFolder
     options: JobOptions
     command: Sequence[str]
     groups: Mapping[str, list[str]]
-    base: bool
-    scores: bool
+    unscored: Sequence[str]
 
     @property
-    def is_left(self) -> bool:
-        """Whether anything is left that needs a job. Otherwise, tables can be written here."""
-        return bool(self.groups) or self.scores
+    def parts(self) -> list[list[str]]:
+        """The parts of each job; [] if nothing is left."""
+        jobs = [[BASE_NAME] * (BASE_NAME in self.unscored), [*self.groups], [SCORES]]
+        return [names for names in jobs if names] if self.groups or self.unscored else []
 
     @property
     def script(self) -> str:
@@ -137,30 +138,31 @@ class Submission:
 
     def commands(self, numbers: Sequence[str]) -> Iterator[list[str]]:
         """Yield the sbatch command of each job. Before the next one, the caller appends its number to `numbers`."""
-        logs, is_first = str(self.folder.path.absolute() / LOGS).replace("%", "%%"), True
-        for names in filter(None, ([BASE_NAME] if self.base else [], [*self.groups], [SCORES])):
+        folder = self.folder.path.absolute()
+        for index, names in enumerate(self.parts):
             is_array = names == [*self.groups]
-            words = [*self.options.words, f"--output={logs}/slurm-{'%A_%a' if is_array else '%j'}.out"]
+            log = f"{str(folder / LOGS).replace('%', '%%')}/slurm-{'%A_%a' if is_array else '%j'}.out"
+            words = [*self.options.words, f"--output={log}"]
             words += [f"--array=0-{len(names) - 1}{self.options.limit}"] if is_array else []
             # A failed base score cancels the array, and then the last job reports the failure.
-            after = f"--dependency=after{'ok' if is_array else 'any'}:{'' if is_first else numbers[-1]}"
-            words += ["--hold"] if is_first else ["--kill-on-invalid-dep=yes", after]
-            is_first = False
-            yield ["sbatch", "--parsable", *words, str(self.folder.script.absolute()), *names]
+            after = f"--dependency=after{'ok' if is_array else 'any'}:{numbers[-1] if index else ''}"
+            words += ["--kill-on-invalid-dep=yes", after] if index else ["--hold"]
+            yield ["sbatch", "--parsable", *words, str(folder / SCRIPT_FILE), *names]
 
     def submit(self) -> list[str]:
-        """Submit the jobs, write `slurm.json` and return the numbers of the jobs. The first job is held; see `release`.
+        """Submit the jobs, write `slurm.json` and return the numbers of the jobs. The first job is held.
 
         Raises:
             UserError: Slurm rejects a job, or a file cannot be written. Then no job is left in the queue.
         """
         folder, submitted = self.folder, list[str]()
-        files.write_text(folder.script, self.script, guard=folder.guard)
+        files.write_text(folder.path / SCRIPT_FILE, self.script, guard=folder.guard)
         (folder.path / LOGS).mkdir(exist_ok=True)
         try:
             for words in self.commands(submitted):
                 submitted.append(call_slurm(*words).strip())
-            files.write_json(folder.jobs, asdict(Submitted(submitted, dict(self.groups))), guard=folder.guard)
+            record = asdict(Submitted(submitted, dict(self.groups)))
+            files.write_json(folder.path / JOBS_FILE, record, guard=folder.guard)
         except BaseException:
             with suppress(UserError):
                 call_slurm("scancel", *submitted)
@@ -168,21 +170,12 @@ class Submission:
         return submitted
 
 
-def part_names(groups: Iterable[str], *, base: bool) -> list[str]:
-    """Return the names of all parts in the order of their jobs: the base score, the groups, and the scores."""
-    return [*([BASE_NAME] if base else []), *groups, SCORES]
-
-
-def release(jobs: Sequence[str]) -> None:
-    """Let the first job start, after which the others start. Raise UserError if Slurm does not answer."""
-    call_slurm("scontrol", "release", jobs[0])
-
-
 def read_submitted(folder: StudyFolder) -> Submitted:
     """Return the jobs and groups that were submitted last. Raise UserError if `slurm.json` is not valid."""
-    if not folder.jobs.is_file():
+    file = folder.path / JOBS_FILE
+    if not file.is_file():
         return Submitted([], {})
-    return files.read_fields(folder.jobs, files.read_json_object(folder.jobs, kind="a record of jobs"), Submitted)
+    return files.read_fields(file, files.read_json_object(file, kind="a record of jobs"), Submitted)
 
 
 def check_queue(folder: StudyFolder) -> None:

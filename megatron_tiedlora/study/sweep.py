@@ -26,7 +26,7 @@ from megatron_tiedlora.config import adapter_settings, fields, job_settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime import run_folder, stopping
-from megatron_tiedlora.study import record, slurm, tables
+from megatron_tiedlora.study import figures, record, slurm, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 
 LOG_MARK = "$ "  # precedes the command line of each launch in a log
@@ -78,14 +78,14 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
         show(*plan.dry_run_lines())
         if plan.options is not None:
             jobs = submission(plan)
-            show("", f"{plan.folder.script}:", *jobs.script.splitlines(), "")
+            show("", f"{plan.folder.path / slurm.SCRIPT_FILE}:", *jobs.script.splitlines(), "")
             show(*(shlex.join(words) for words in jobs.commands(["JOB"])))
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
     if settings.part is None:
         slurm.check_queue(plan.folder)
-    if plan.options is not None and (found := submission(plan)).is_left:
-        return submit_jobs(plan, found)
+    if plan.options is not None and (jobs := submission(plan)).parts:
+        return submit_jobs(plan, jobs)
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
         with (
@@ -114,9 +114,9 @@ def submission(plan: SweepPlan) -> slurm.Submission:
     words += [] if settings.launcher_args is None else [f"--launcher_args={settings.launcher_args}"]
     words += ["--take_over"] if settings.take_over else []
     groups = {runs[0].name: [run.name for run in runs] for runs in plan.groups()}
-    scored = {name: record.read_score(folder.score(name)) for name in (record.BASE_NAME, *best_runs(plan).values())}
-    base = scored[record.BASE_NAME] is None
-    return slurm.Submission(folder, plan.options, words, groups, base=base, scores=None in scored.values())
+    scored = (record.BASE_NAME, *chosen_runs(plan).values())
+    unscored = [name for name in scored if record.read_score(folder.score(name)) is None]
+    return slurm.Submission(folder, plan.options, words, groups, unscored)
 
 
 def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
@@ -132,7 +132,7 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
         record.write_record(folder, plan.command, plan.base)
         discard(folder.status, guard=folder.guard)
         numbers = replace(jobs, folder=folder).submit()
-    slurm.release(numbers)  # its part could not lock the folder before
+    slurm.call_slurm("scontrol", "release", numbers[0])  # it could not lock its part before
     where = folder.path / record.LOGS
     show("", f"  submitted jobs {', '.join(numbers)}, logs in {where}; cancel with: scancel {' '.join(numbers)}")
     return 0
@@ -148,7 +148,8 @@ def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> owne
     """
     hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it"
     hint = f"{hint} (--take_over takes the folder anyway)"
-    lock = ownership.take_folder(record.StudyFolder(folder, part=part).own, take_over=take_over, hint=hint)
+    own = record.StudyFolder(folder, part=part).status.parent
+    lock = ownership.take_folder(own, take_over=take_over, hint=hint)
     try:
         for other in [folder] if part else sorted((folder / record.JOBS).glob("*")):
             if take_over and not part:
@@ -183,7 +184,7 @@ class Sweep:
     def __post_init__(self) -> None:
         self.folder, self.command, self._began = self.plan.folder, self.plan.command, time.monotonic()
         self._done, self._training = 0, list[record.Run]()
-        total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
+        total = 1 + len(self.plan.runs) + len({(run.point, run.seed) for run in self.plan.runs})
         shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
         self._bar = progress.progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
 
@@ -214,13 +215,13 @@ class Sweep:
                 else:
                     self._train(runs)
             if part in (None, record.SCORES) and not self.given_up:
-                self._score(best_runs(self.plan))
+                self._score(chosen_runs(self.plan))
             self._count()
 
     def _count(self) -> None:
         """Show the number of finished runs and scores in the progress bar."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
-        names = (record.BASE_NAME, *best_runs(self.plan).values())
+        names = (record.BASE_NAME, *chosen_runs(self.plan).values())
         done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
         self._done = done
         self._bar.update(done - self._bar.n)
@@ -235,7 +236,7 @@ class Sweep:
         """Train the runs together in one launch. Each run has its own folder."""
         if self.stop.received:
             return
-        folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
+        folder, first, several = self.folder, runs[0].name, len({(run.point, run.seed) for run in runs}) < len(runs)
         left = [run for run in runs if not self.plan.is_finished(run)]
         for run in left:  # if this launch fails, an old status must not be read as its reason
             discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
@@ -244,7 +245,7 @@ class Sweep:
             file.parent.mkdir(exist_ok=True)
         entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
         files.write_yaml(file, entries, guard=folder.guard)
-        given = {name: value for name, value in self.command.given.items() if name != "test_file"}
+        given = {name: value for name, value in self.command.shared.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
         given |= {"halving": True} if self.command.settings.halving and several else {}
         self._training = left
@@ -397,11 +398,11 @@ class Sweep:
         return 1 if failures else 0
 
 
-def best_runs(plan: SweepPlan) -> dict[str, str]:
-    """Return a dict from the score name of each method and rank to the name of its best finished run."""
+def chosen_runs(plan: SweepPlan) -> dict[str, str]:
+    """Return a dict from the score name of each method, rank and seed to the name of its best finished run."""
     grid, metric = plan.grid, plan.command.train.eval_metric
-    found = {point: record.best_run(plan.folder, grid.runs(point), metric=metric) for point in grid.points}
-    return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
+    found = (record.best_runs(plan.folder, grid.runs(point), metric=metric) for point in grid.points)
+    return {f"score {run.point.name}{run.seed_part}": run.name for runs in found for run in runs}
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:
@@ -450,11 +451,13 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures, and return the files."""
-    texts = {"table2.md": tables.table2_markdown(studies)}
-    texts["table2.csv"] = csv_text(tables.TABLE2_COLUMNS, tables.table2(studies))
+    made = [("table2", tables.TABLE2_COLUMNS, tables.table2(studies), tables.table2_layout(studies))]
     if any(study.grid.table3 for study in studies):
-        texts["table3.md"] = tables.table3_markdown(studies)
-        texts["table3.csv"] = csv_text(tables.TABLE3_COLUMNS, tables.table3(studies))
+        made += [("table3", tables.TABLE3_COLUMNS, tables.table3(studies), tables.table3_layout(studies))]
+    texts = dict[str, str]()
+    for name, columns, records, table in made:
+        texts |= {f"{name}.md": table.markdown(), f"{name}.csv": csv_text(columns, records)}
+        texts[f"{name}.tex"] = table.latex()
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
-    return [*(folder / name for name in texts), *tables.draw_figures(studies, folder, guard=guard)]
+    return [*(folder / name for name in texts), *figures.draw_figures(studies, folder, guard=guard)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from damage import broken_file, broken_json, changed_fields, damaged
 from fuzzing import Draw, cases, explore, outcome, printable
-from support.sweep_runs import write_scored, write_study
+from support.sweep_runs import table2_markdown, table3_markdown, write_scored, write_study
 from valid import METRICS
 
 from megatron_tiedlora.base.messages import UserError
@@ -17,7 +17,6 @@ from megatron_tiedlora.runtime.launch_env import Host, read_hostfile, slurm_host
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
 from megatron_tiedlora.study.record import Study, StudyFolder, read_base, read_study
 from megatron_tiedlora.study.sweep import last_lines, last_row
-from megatron_tiedlora.study.tables import table2_markdown, table3_markdown
 
 WHOLE = b"# the cluster\nnode1 slots=8\n\n10.0.0.2\tslots=4  # small\nnode-3.local slots=16\n"
 PARTS = ("node1", " slots=", "2", "\n")  # of a line

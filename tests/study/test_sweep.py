@@ -27,7 +27,7 @@ from support.sweep_runs import (
 )
 
 RUNS = [f"{m}-r{r}-lr{lr}" for m in ("lora", "tl6") for r in (2, 3) for lr in ("2e-1", "5e-2")]
-TABLES = ("table2.md", "table2.csv", "figure2.png", "figure3.png")
+TABLES = ("table2.md", "table2.csv", "table2.tex", "figure2.png", "figure3.png")
 
 LOOP, ADAPTER_RUN = "megatron_tiedlora.training.loop", "megatron_tiedlora.training.adapter_run"
 

@@ -47,7 +47,7 @@ def first_start(plan: SweepPlan, private: Path) -> tuple[Any, ...]:
 
 
 def test_the_papers_grid_is_the_default() -> None:
-    grid = make_grid(parse_sweep(["--output_dir=x"]).settings, 32)
+    grid = make_grid(parse_sweep(["--output_dir=x"]), 32)
     assert len(grid.points) == 56 and len({run.name for p in grid.points for run in grid.runs(p)}) == 112
     assert grid.learning_rates == (1e-4, 1e-5) and {point.rank for point in grid.points} == {2, 4, 8, 16, 32, 64, 128}
     assert not grid.table3
@@ -55,19 +55,19 @@ def test_the_papers_grid_is_the_default() -> None:
 
 def test_single_layers_bring_tl5_of_their_rank_once() -> None:
     argv = ["--output_dir=x", "--methods=tl5,tl6", "--ranks=16,8", "--single_layers=2,1", "--single_layer_rank=4"]
-    grid = make_grid(parse_sweep(argv).settings, 3)
+    grid = make_grid(parse_sweep(argv), 3)
     names = [run.name for point in grid.points for run in grid.runs(point)][-6:]
     assert names == [f"{a}-lr{r}{b}" for a, b in (("lora-r4", "-layer2"), ("lora-r4", "-layer1"), ("tl5-r4", ""))
                      for r in ("1e-4", "1e-5")]  # fmt: skip
     assert Point("tl5", 4) not in grid.table
     settings = next(iter(grid.runs(grid.table3[0]))).settings
     assert settings == {"method": "lora", "rank": 4, "learning_rate": 1e-4, "layers": 2}
-    assert len(make_grid(parse_sweep([*argv[:4], "--single_layer_rank=16"]).settings, 3).points) == 4 + 2
+    assert len(make_grid(parse_sweep([*argv[:4], "--single_layer_rank=16"]), 3).points) == 4 + 2
 
 
 def test_all_points_of_a_grid_may_share_a_group() -> None:
     """A setting that runs cannot differ in would need groups of its own."""
-    grid = make_grid(parse_sweep(["--output_dir=x", "--single_layers=1"]).settings, 32)
+    grid = make_grid(parse_sweep(["--output_dir=x", "--single_layers=1"]), 32)
     settings = {name for run in grid.all_runs for name in run.settings}
     assert settings == {"method", "rank", "learning_rate", "layers"} and settings <= PER_ADAPTER
 

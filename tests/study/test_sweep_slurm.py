@@ -140,7 +140,7 @@ def test_the_script(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPa
     program, options = here / "pro gram", slurm.job_options("--array=%3", num_gpus=None)
     program.write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$@" "${SRUN_CPUS_PER_TASK:-no}" > said; exit $WANTED\n')
     program.chmod(0o755)
-    jobs = slurm.Submission(StudyFolder(here / "100%"), options, [str(program), "--a=$b c"], {}, base=True, scores=True)
+    jobs = slurm.Submission(StudyFolder(here / "100%"), options, [str(program), "--a=$b c"], {}, ["base"])
     (here / "script").write_text(jobs.script)
     for wanted, index, cpus in ((138, "1", "4"), (1, None, None), (0, "0", None)):
         extra = {"SLURM_ARRAY_TASK_ID": index, "SLURM_CPUS_PER_TASK": cpus, "SLURM_JOB_ID": "7", "WANTED": str(wanted)}

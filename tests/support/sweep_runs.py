@@ -24,7 +24,8 @@ from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import make_job
 from megatron_tiedlora.config.job_settings import parse_launcher, parse_sweep
-from megatron_tiedlora.study.record import Point, make_grid
+from megatron_tiedlora.study import tables
+from megatron_tiedlora.study.record import Point, Study, make_grid
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT, fork_server, redirect_output
 from support.run_helpers import Base, Ended, World, _be_rank, write_base
@@ -66,7 +67,7 @@ def write_study(
         "model": f"models/{model}",
         "base_hash": "0" * 64,
         "num_layers": layers,
-        "trained": {point.name: num_trained(point) for point in make_grid(command.settings, layers).points},
+        "trained": {point.name: num_trained(point) for point in make_grid(command, layers).points},
         "paper_model": model if known else None,
         "task": task,
         "metric": SCORED[task],
@@ -101,6 +102,16 @@ def write_score(
     content = {"score": score, "n": samples, "confidence_interval": [low, high], "metric": "anything"}
     (scores / "results.json").write_text(json.dumps(content))
     return scores
+
+
+def table2_markdown(studies: Sequence[Study]) -> str:
+    """table2.md."""
+    return tables.table2_layout(studies).markdown()
+
+
+def table3_markdown(studies: Sequence[Study]) -> str:
+    """table3.md."""
+    return tables.table3_layout(studies).markdown()
 
 
 def write_scored(folder: Path, name: str, score: float, **keywords: Any) -> None:

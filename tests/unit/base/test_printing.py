@@ -13,7 +13,7 @@ import pytest
 from support.folders import ROOT
 from support.run_files import edit_json
 from support.run_helpers import Base
-from support.sweep_runs import write_score, write_study
+from support.sweep_runs import table2_markdown, write_score, write_study
 
 from megatron_tiedlora.base.messages import printable, show
 from megatron_tiedlora.cluster.doctor import report_text
@@ -28,7 +28,6 @@ from megatron_tiedlora.runtime.machine import Finding
 from megatron_tiedlora.runtime.stopping import StopSignals
 from megatron_tiedlora.study.record import StudyFolder, read_study
 from megatron_tiedlora.study.sweep import Sweep
-from megatron_tiedlora.study.tables import table2_markdown
 
 TITLE = "\x1b]0;owned\x07"  # sets a terminal's title
 FOREIGN = f"name{TITLE}\x1b[2J\x9b31m\x7f\r\u202e"
