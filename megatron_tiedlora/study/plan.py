@@ -122,16 +122,14 @@ class SweepPlan:
         if on_gpu:
             return _SHARE * _free_gpu_bytes()
         if "gpu" in (self.command.settings.slurm or ""):
-            raise UserError(
-                "--together auto: this machine has no GPU, so the memory of the jobs' GPUs is unknown; give"
-                " their kind to --gpu, or give a number"
-            )
+            why = "this machine has no GPU that shows the memory of the jobs' GPUs"
+            raise UserError(f"--together auto: {why}; give their kind to --gpu, or give a number")
         return _SHARE * psutil.virtual_memory().available / slots
 
     def gpu_hours(self, groups: Sequence[Group]) -> list[float] | None:
-        """Return the predicted hours of all ranks for the training steps of each group; None if the machine is unknown.
+        """Return the predicted hours of all ranks for the steps of each group, without runs that are finished.
 
-        The lengths of samples are those of the data. Finished runs are left out, and unfinished runs start anew."""
+        Return None if the machine is unknown."""
         machine = self.machine
         if machine is None and self.options is not None and next(iter(self.runs.values())).on_gpu:
             machine = machines.GPUS.get(machines.known_gpu(cuda.get_device_name()) or "")
@@ -176,7 +174,7 @@ class SweepPlan:
             free = f"; up to {bytes_in_words(self.free_bytes)} are used" if is_auto else ""
             lines += ["", f"  groups to train together, and the memory of a rank{free}"]
             needed, hours = [self.needed_bytes(runs) for runs in groups], self.gpu_hours(groups)
-            shown = [""] * len(groups) if hours is None else [f"{_hours_text(each)} h" for each in hours]
+            shown = [""] * len(groups) if hours is None else [f"{each:,.2f} h" for each in hours]
             cells = [
                 (str(number), bytes_in_words(size), each, ", ".join(run.name for run in runs))
                 for number, (size, each, runs) in enumerate(zip(needed, shown, groups, strict=True), start=1)
@@ -184,7 +182,7 @@ class SweepPlan:
             lines += aligned_lines(cells, align=">>><", indent="  ")
             unit = f"{'GPU' if next(iter(self.runs.values())).on_gpu else 'rank'} hours"
             if hours is not None:
-                lines.append(f"  {_hours_text(sum(hours))} {unit} of training steps, without validation and scores")
+                lines.append(f"  {sum(hours):,.2f} {unit} of training steps, without validation and scores")
             elif self.options is not None:
                 lines.append(f"  {unit} are unknown; give --gpu, or --constants of `tiedlora plan --measure`")
             if is_auto and max(needed) > self.free_bytes:
@@ -206,10 +204,6 @@ def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[
             seeds = _by_seed(part)
             groups += _packed(seeds if len(seeds) > 1 else [(run,) for run in part], may_share)
     return groups
-
-
-def _hours_text(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _by_seed(runs: Group) -> list[Group]:
@@ -242,7 +236,7 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     options, environment = None, dict(os.environ)
     if settings.slurm is not None:
         options = slurm.job_options(settings.slurm, num_gpus=command.launcher.num_gpus)
-        environment = {**slurm.outside(environment), **options.environment}
+        environment = {**slurm.outside(environment), **options.allocation}
     task, job = tasks.get_task(train.task), start.make_job(command.launcher, environment)
     if options is not None and job.route != "srun":
         raise UserError("--slurm: srun or mpirun starts the ranks in the allocation; remove other launchers and hosts")

@@ -1,7 +1,7 @@
 """Submits the parts of a study as jobs of Slurm: the base score, an array with one task per group, and the scores.
 
-Each job runs `tiedlora sweep --part PART` in its allocation. The array starts if the base was scored. The last job
-starts after all tasks, however they ended. The first job is held until all jobs are recorded in `slurm.json`.
+Each job runs `tiedlora sweep --part PART` in its allocation. The array starts if the base was scored, and the last job
+when all tasks have ended. The first job is held until all jobs are recorded in `slurm.json`.
 """
 
 import os
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.messages import UserError, as_given, naming, one_line
@@ -32,7 +31,6 @@ _FORMS |= {"signal": (r"USR1@(\d+)", "USR1@SECONDS, on which ranks save")}
 _SCRIPT = """\
 #!/bin/bash
 # Written by tiedlora sweep --slurm. The arguments are parts of the study; a task of the array takes one by its index.
-# Before the time limit, the ranks finish their step and save. The task then returns to the queue and resumes.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
@@ -41,8 +39,7 @@ shift "${{SLURM_ARRAY_TASK_ID:-0}}"
 if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 {command} --part="$1"
 status=$?
-
-# 138: the ranks were stopped by USR1 after at least one step of this start, and saved. Every other status is final.
+# 138: before the time limit, USR1 stopped the ranks after at least one step, and they saved. Other ends are final.
 if [ "$status" -eq 138 ]; then
     echo "the time limit is near: saved; job $SLURM_JOB_ID returns to the queue"
     scontrol requeue "$SLURM_JOB_ID"
@@ -56,21 +53,13 @@ class JobOptions:
     """The options of sbatch for every job of a study.
 
     Attributes:
-        nodes, ranks: the number of nodes, and of ranks on each node.
-        limit: `%M` if at most M tasks of the array run at once, else ''.
+        allocation: the variables of an allocation with these options.
+        limit: `%M` if at most M tasks of the array may run at once, else ''.
     """
 
     words: tuple[str, ...]
-    nodes: int
-    ranks: int
+    allocation: Mapping[str, str]
     limit: str
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables of an allocation with these options."""
-        nodes = ",".join(f"node{number}" for number in range(1, self.nodes + 1))
-        tasks = f"{self.ranks}(x{self.nodes})"
-        return {"SLURM_JOB_ID": "0", "SLURM_JOB_NODELIST": nodes, "SLURM_TASKS_PER_NODE": tasks}
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,9 @@ def job_options(text: str, *, num_gpus: int | None) -> JobOptions:
     ranks = num_gpus or counts.get("ntasks_per_node") or counts.get("gpus_per_node") or 1
     given = {"signal": "USR1@180", **given, "nodes": nodes, "ntasks_per_node": ranks}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return JobOptions(("--job-name=tiedlora-sweep", *others, *words), nodes, ranks, limit)
+    names = ",".join(f"node{number}" for number in range(1, nodes + 1))
+    allocation = {"SLURM_JOB_ID": "0", "SLURM_JOB_NODELIST": names, "SLURM_TASKS_PER_NODE": f"{ranks}(x{nodes})"}
+    return JobOptions(("--job-name=tiedlora-sweep", *others, *words), allocation, limit)
 
 
 @dataclass(frozen=True)
@@ -139,10 +130,10 @@ class Submission:
     def commands(self, numbers: Sequence[str]) -> Iterator[list[str]]:
         """Yield the sbatch command of each job. Before the next one, the caller appends its number to `numbers`."""
         folder = self.folder.path.absolute()
+        logs = str(folder / LOGS).replace("%", "%%")
         for index, names in enumerate(self.parts):
             is_array = names == [*self.groups]
-            log = f"{str(folder / LOGS).replace('%', '%%')}/slurm-{'%A_%a' if is_array else '%j'}.out"
-            words = [*self.options.words, f"--output={log}"]
+            words = [*self.options.words, f"--output={logs}/slurm-{'%A_%a' if is_array else '%j'}.out"]
             words += [f"--array=0-{len(names) - 1}{self.options.limit}"] if is_array else []
             # A failed base score cancels the array, and then the last job reports the failure.
             after = f"--dependency=after{'ok' if is_array else 'any'}:{numbers[-1] if index else ''}"
@@ -155,27 +146,25 @@ class Submission:
         Raises:
             UserError: Slurm rejects a job, or a file cannot be written. Then no job is left in the queue.
         """
-        folder, submitted = self.folder, list[str]()
+        folder, jobs = self.folder, list[str]()
         files.write_text(folder.path / SCRIPT_FILE, self.script, guard=folder.guard)
         (folder.path / LOGS).mkdir(exist_ok=True)
         try:
-            for words in self.commands(submitted):
-                submitted.append(call_slurm(*words).strip())
-            record = asdict(Submitted(submitted, dict(self.groups)))
-            files.write_json(folder.path / JOBS_FILE, record, guard=folder.guard)
+            for words in self.commands(jobs):
+                jobs.append(call_slurm(*words).strip())
+            files.write_json(folder.path / JOBS_FILE, asdict(Submitted(jobs, {**self.groups})), guard=folder.guard)
         except BaseException:
             with suppress(UserError):
-                call_slurm("scancel", *submitted)
+                call_slurm("scancel", *jobs)
             raise
-        return submitted
+        return jobs
 
 
 def read_submitted(folder: StudyFolder) -> Submitted:
     """Return the jobs and groups that were submitted last. Raise UserError if `slurm.json` is not valid."""
     file = folder.path / JOBS_FILE
-    if not file.is_file():
-        return Submitted([], {})
-    return files.read_fields(file, files.read_json_object(file, kind="a record of jobs"), Submitted)
+    content = files.read_json_object(file, kind="jobs") if file.is_file() else {"jobs": [], "groups": {}}
+    return files.read_fields(file, content, Submitted)
 
 
 def check_queue(folder: StudyFolder) -> None:
@@ -184,24 +173,22 @@ def check_queue(folder: StudyFolder) -> None:
     if not jobs or shutil.which("squeue") is None:
         return
     shown = call_slurm("squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}", unless="Invalid job id")
-    if left := shown.split():
-        raise UserError(
-            f"{folder.path}: jobs of this study are queued or run ({', '.join(left)}). Wait until they end, or cancel"
-            f" them with: scancel {' '.join(jobs)}"
-        )
+    if left := ", ".join(shown.split()):
+        fix = f"wait until they end, or cancel them: scancel {' '.join(jobs)}"
+        raise UserError(f"{folder.path}: jobs of this study are queued or run ({left}); {fix}")
 
 
 def call_slurm(*words: str, unless: str = "") -> str:
     """Run a program of Slurm and return its output. Raise UserError if it fails, except with the message `unless`."""
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": _LONGEST_SECONDS, "check": False}
     try:
-        done = subprocess.run(words, env=outside(os.environ), **options)
-    except FileNotFoundError:
-        raise UserError(f"--slurm: {words[0]} is not installed here. Submit on a login node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{words[0]} did not answer for {_LONGEST_SECONDS} s. Try again when Slurm answers") from None
+        done = subprocess.run(
+            words, env=outside(os.environ), capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = one_line(getattr(error, "strerror", None) or str(error))
+        raise UserError(f"--slurm: {words[0]} fails ({why}); submit on a login node of the cluster") from None
     if done.returncode and not (unless and unless in done.stderr):
-        raise UserError(f"{words[0]} failed: {one_line(done.stderr.strip()) or f'status {done.returncode}'}")
+        raise UserError(f"{words[0]} fails: {one_line(done.stderr.strip()) or f'status {done.returncode}'}")
     return done.stdout
 
 

@@ -72,8 +72,7 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
     settings = command.settings
     if settings.tables_from is not None:
         return join_studies(settings.tables_from, user_path(settings.output_dir), take_over=settings.take_over)
-    plan = plan_sweep(command)
-    part = "" if settings.part in (None, record.SCORES) else str(settings.part)
+    plan, part = plan_sweep(command), "" if settings.part in (None, record.SCORES) else str(settings.part)
     if settings.dry_run:
         show(*plan.dry_run_lines())
         if plan.options is not None:
@@ -88,10 +87,8 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
         return submit_jobs(plan, jobs)
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
-        with (
-            lock_study(plan.folder.path, part=part, take_over=settings.take_over) as lock,
-            stopping.StopSignals() as stop,
-        ):
+        lock_all = lock_study(plan.folder.path, part=part, take_over=settings.take_over)
+        with lock_all as lock, stopping.StopSignals() as stop:
             plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner, part))
             if settings.part is None:
                 record.write_record(plan.folder, command, plan.base)
@@ -107,12 +104,12 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
 
 
 def submission(plan: SweepPlan) -> slurm.Submission:
-    """Return the jobs of the parts of the study that are left. They repeat the flags that no file may give."""
+    """Return the jobs of the parts of the study that are left. They get the flags that no file may give."""
     settings, folder = plan.command.settings, plan.folder
     assert plan.options is not None
     words = [sys.executable, "-u", "-P", "-m", "megatron_tiedlora", "sweep", f"--output_dir={folder.path.absolute()}"]
-    words += [] if settings.launcher_args is None else [f"--launcher_args={settings.launcher_args}"]
-    words += ["--take_over"] if settings.take_over else []
+    given = {"launcher_args": settings.launcher_args, "take_over": settings.take_over or None}
+    words += [f"--{name}={fields.flag_value(value)}" for name, value in given.items() if value is not None]
     groups = {runs[0].name: [run.name for run in runs] for runs in plan.groups()}
     scored = (record.BASE_NAME, *chosen_runs(plan).values())
     unscored = [name for name in scored if record.read_score(folder.score(name)) is None]
@@ -129,6 +126,7 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
     show(*plan.dry_run_lines())
     with lock_study(plan.folder.path, take_over=plan.command.settings.take_over) as lock:
         folder = replace(plan.folder, owner=lock.owner)
+        slurm.check_queue(folder)  # another command may have submitted them meanwhile
         record.write_record(folder, plan.command, plan.base)
         discard(folder.status, guard=folder.guard)
         numbers = replace(jobs, folder=folder).submit()
@@ -139,16 +137,15 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
 
 
 def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> ownership.FolderLock:
-    """Lock a study's folder, or only a part of the study, for this launch, and return the lock.
+    """Lock a study's folder or a part of the study, and return the lock. A missing folder is created.
 
-    A missing folder is created. Several parts may be locked at a time, but none together with the whole study.
+    Several parts may be locked at a time, but none together with the whole study.
 
     Raises:
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
-    hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it"
-    hint = f"{hint} (--take_over takes the folder anyway)"
-    own = record.StudyFolder(folder, part=part).status.parent
+    hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it (--take_over takes the"
+    own, hint = record.StudyFolder(folder, part=part).status.parent, f"{hint} folder anyway)"
     lock = ownership.take_folder(own, take_over=take_over, hint=hint)
     try:
         for other in [folder] if part else sorted((folder / record.JOBS).glob("*")):
@@ -200,21 +197,18 @@ class Sweep:
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
         """
-        groups, part = self.plan.groups(), self.command.settings.part
-        base = f"score {record.BASE_NAME}"
+        groups, part, base = self.plan.groups(), self.command.settings.part, f"score {record.BASE_NAME}"
+        is_last = part == record.SCORES
         with self._bar:
-            if part in (None, record.SCORES):
+            if part is None or is_last:
                 self._take_scores()
             if part in (None, record.BASE_NAME):
                 self._score({base: record.BASE_NAME})
-            elif part == record.SCORES and record.read_score(self.folder.score(record.BASE_NAME)) is None:
+            elif is_last and record.read_score(self.folder.score(record.BASE_NAME)) is None:
                 self._note(base, None, base)
             for runs in () if self.given_up else groups:
-                if part == record.SCORES:
-                    self._note_runs(runs)
-                else:
-                    self._train(runs)
-            if part in (None, record.SCORES) and not self.given_up:
+                (self._note_runs if is_last else self._train)(runs)
+            if (part is None or is_last) and not self.given_up:
                 self._score(chosen_runs(self.plan))
             self._count()
 
@@ -237,7 +231,8 @@ class Sweep:
         if self.stop.received:
             return
         folder, first, several = self.folder, runs[0].name, len({(run.point, run.seed) for run in runs}) < len(runs)
-        left = [run for run in runs if not self.plan.is_finished(run)]
+        done = list(filter(self.plan.is_finished, runs))
+        left = [run for run in runs if run not in done]
         for run in left:  # if this launch fails, an old status must not be read as its reason
             discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
         file, output = folder.group(f"{first}.yaml"), folder.group(first)
@@ -251,19 +246,18 @@ class Sweep:
         self._training = left
         ended = self._start(f"group {first}", "train", given)
         self._training = []
-        if ended:
-            self._note_runs(left, first)
-
-    def _note_runs(self, runs: Sequence[record.Run], group: str = "") -> None:
-        """Print how runs of a group ended, whose first run has the name `group` (by default the first of `runs`)."""
-        ends = {run.name: record.read_run(self.folder.run(run.name)) for run in runs}
-        if any((end.state, end.reason) == ("stopped", signal.SIGUSR1.name) for end in ends.values()) and group:
+        if any(record.read_run(folder.run(run.name)).reason == signal.SIGUSR1.name for run in left):
             self.stop.received.append(signal.SIGUSR1)  # Slurm sends it to the ranks alone before the time limit
-            return
-        for name, end in ends.items():
+        elif ended:
+            self._note_runs(runs, before=done)
+
+    def _note_runs(self, runs: Group, before: Sequence[record.Run] = ()) -> None:
+        """Print how the runs of a group ended. `before` are those that had finished before."""
+        for run in runs:
+            end = record.read_run(self.folder.run(run.name))
             words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
-            if group or words is None:
-                self._note(name, words, f"group {group or runs[0].name}", end.reason)
+            if run not in before:
+                self._note(run.name, words, f"group {runs[0].name}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or several runs together. `wanted` maps score names to run names."""
