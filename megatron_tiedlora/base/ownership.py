@@ -275,10 +275,8 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, be
 
 
 def reject_owner(folder: Path, *, held: FolderLock, hint: str) -> None:
-    """Raise FolderTaken if a living launch owns `folder`, which is on the file system of the lock that was just `held`.
-
-    If each of two launches first takes its own folder and then checks the other's, at most one of them continues.
-    """
+    """Raise FolderTaken if a living launch owns `folder`. `held` is a lock that was just taken on its file system: if
+    two launches first take one folder each and then check the other's, at most one of them continues."""
     _reject_owned(folder, now=os.fstat(held.descriptor).st_mtime, resumes=False, hint=hint)
 
 

@@ -293,7 +293,7 @@ class SweepSettings(CommandSettings, command="sweep"):
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
         "processes": "how groups of runs are started, one after another; a later launch may change these settings",
-        "slurm": "run the base score, the groups of runs, and the scores as jobs of Slurm",
+        "slurm": "run the study as jobs of Slurm; repeat the command to submit what is left",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -351,10 +351,9 @@ class SweepSettings(CommandSettings, command="sweep"):
 
     slurm: str | None = setting_field(
         "slurm",
-        "submit the study as jobs: the base score, an array with one task per group, then the scores and tables. The"
-        ' value has options of sbatch, e.g. "--nodes=1 --gpus-per-node=8 --time=04:00:00" or "" ("--array=%4": at most'
-        " 4 tasks run at once). Repeat the command to submit what is left",
-        None, lasts="command",
+        "submit the base score, an array with one task per group, and the scores as jobs with these options of sbatch,"
+        ' e.g. "--nodes=1 --gpus-per-node=8 --time=04:00:00 --array=%4" (at most 4 tasks at once), or ""', None,
+        lasts="command",
     )
     gpu: str | None = shared_field(
         Settings, "gpu", "with --slurm or --dry_run: the kind of card, for --together auto and GPU hours",
@@ -362,9 +361,7 @@ class SweepSettings(CommandSettings, command="sweep"):
     )
     constants: str | None = shared_field(PlanSettings, "constants", group="slurm", lasts="command")
     part: str | None = setting_field(
-        "slurm",
-        "run only one part of a study that --slurm has planned, as its jobs do: base, scores, or the group whose first"
-        " run has this name",
+        "slurm", "run one part of a study that --slurm has submitted: base, scores, or the name of a group's first run",
         None, lasts="command",
     )
 

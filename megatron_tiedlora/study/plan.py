@@ -68,8 +68,7 @@ class SweepPlan:
 
         The runs of one method and rank are compared with each other, so they are in one group if they fit. Otherwise
         those of one seed are. Finished runs are not trained again, but --halving compares the other runs with them.
-
-        With --part, these are the groups that --slurm has planned: the group of the part, all for `scores`.
+        With --part, these are the groups that --slurm has planned: the group of the part, or all for `scores`.
 
         Raises:
             UserError: the free memory of the GPUs cannot be read or is unknown, or the part does not exist.

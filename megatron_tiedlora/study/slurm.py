@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.messages import UserError, as_given, naming, one_line
@@ -48,18 +49,12 @@ exit "$status"
 """
 
 
-@dataclass(frozen=True)
-class JobOptions:
-    """The options of sbatch for every job of a study.
-
-    Attributes:
-        allocation: the variables of an allocation with these options.
-        limit: `%M` if at most M tasks of the array may run at once, else ''.
-    """
+class JobOptions(NamedTuple):
+    """The options of sbatch for every job of a study."""
 
     words: tuple[str, ...]
-    allocation: Mapping[str, str]
-    limit: str
+    allocation: Mapping[str, str]  # the variables of an allocation with these options
+    limit: str  # `%M` if at most M tasks of the array may run at once, else ''
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,7 @@ class Submitted:
 def job_options(text: str, *, num_gpus: int | None) -> JobOptions:
     """Return the options of sbatch in --slurm. A node has --num_gpus ranks, else one per task, else one per GPU.
 
-    Raises:
-        UserError: an option is not for a sweep, or has a value from which the number of ranks does not follow.
-    """
+    Raise UserError if an option is not for a sweep, or if the number of ranks does not follow from its value."""
     parser = CommandParser(add_help=False)
     own = [parser.add_argument(*names.split(), nargs="?", const="") for names in _OWN.split(",")]
     for names in ("--nodes -N", "--ntasks-per-node", "--gpus-per-node", "--array -a", "--signal"):
@@ -102,19 +95,13 @@ def job_options(text: str, *, num_gpus: int | None) -> JobOptions:
 
 @dataclass(frozen=True)
 class Submission:
-    """The jobs of the parts of a study that are left.
-
-    Attributes:
-        command: the command of a job; `--part` is added.
-        groups: the names of the runs of each group, by the name of its first run.
-        unscored: the names of the base model and of the chosen runs that have no score yet.
-    """
+    """The jobs of the parts of a study that are left."""
 
     folder: StudyFolder
     options: JobOptions
-    command: Sequence[str]
-    groups: Mapping[str, list[str]]
-    unscored: Sequence[str]
+    command: Sequence[str]  # of a job; `--part` is added
+    groups: Mapping[str, list[str]]  # the names of the runs of each group, by the name of its first run
+    unscored: Sequence[str]  # names without a score: the base model and the best runs
 
     @property
     def parts(self) -> list[list[str]]:
@@ -143,15 +130,13 @@ class Submission:
     def submit(self) -> list[str]:
         """Submit the jobs, write `slurm.json` and return the numbers of the jobs. The first job is held.
 
-        Raises:
-            UserError: Slurm rejects a job, or a file cannot be written. Then no job is left in the queue.
-        """
+        Raise UserError if Slurm rejects a job, or if a file cannot be written. Then no job is left in the queue."""
         folder, jobs = self.folder, list[str]()
         files.write_text(folder.path / SCRIPT_FILE, self.script, guard=folder.guard)
         (folder.path / LOGS).mkdir(exist_ok=True)
         try:
             for words in self.commands(jobs):
-                jobs.append(call_slurm(*words).strip())
+                jobs.append(call_slurm(*words).strip().partition(";")[0])  # a federation adds its cluster
             files.write_json(folder.path / JOBS_FILE, asdict(Submitted(jobs, {**self.groups})), guard=folder.guard)
         except BaseException:
             with suppress(UserError):
@@ -181,9 +166,8 @@ def check_queue(folder: StudyFolder) -> None:
 def call_slurm(*words: str, unless: str = "") -> str:
     """Run a program of Slurm and return its output. Raise UserError if it fails, except with the message `unless`."""
     try:
-        done = subprocess.run(
-            words, env=outside(os.environ), capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False
-        )
+        own = outside(os.environ)
+        done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         why = one_line(getattr(error, "strerror", None) or str(error))
         raise UserError(f"--slurm: {words[0]} fails ({why}); submit on a login node of the cluster") from None

@@ -117,11 +117,7 @@ def submission(plan: SweepPlan) -> slurm.Submission:
 
 
 def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
-    """Submit the jobs of a study, and return the exit status 0.
-
-    Raises:
-        UserError: Slurm rejects a job or is not installed, or another launch writes to the folder.
-    """
+    """Submit the jobs of a study, and return the exit status 0. Raise UserError if Slurm or a folder rejects them."""
     slurm.call_slurm("sbatch", "--version")
     show(*plan.dry_run_lines())
     with lock_study(plan.folder.path, take_over=plan.command.settings.take_over) as lock:
@@ -137,9 +133,7 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
 
 
 def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> ownership.FolderLock:
-    """Lock a study's folder or a part of the study, and return the lock. A missing folder is created.
-
-    Several parts may be locked at a time, but none together with the whole study.
+    """Lock a study's folder, or one part beside others, and return the lock. A missing folder is created.
 
     Raises:
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
