@@ -329,7 +329,7 @@ class Sweep:
         if words is None:
             lines = last_lines(self.folder.log(log), 40)
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            unknown = "it ended without a result" if self.folder.log(log).is_file() else "its job has not started it"
+            unknown = "it ended without a result" if self.folder.log(log).is_file() else "it was not started"
             reason = recorded or (errors or [unknown])[-1]
             self.failures[item] = reason, self.folder.log(log)
             words = f"FAILED: {reason}"

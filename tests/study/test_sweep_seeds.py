@@ -55,15 +55,22 @@ def test_the_seeds_of_a_study_share_rows_but_not_values(whole: Path) -> None:
 
 
 def test_the_best_rate_by_the_mean_of_the_seeds_is_scored_for_all(whole: Path) -> None:
-    (row,) = (r for r in csv.DictReader((whole / "table2.csv").open()) if r["method"] == "tl6" and r["section"][0] == "r")
+    (row,) = (
+        r for r in csv.DictReader((whole / "table2.csv").open()) if r["method"] == "tl6" and r["section"][0] == "r"
+    )
     best = {}
     for rate in ("2e-1", "5e-2"):
         ends = [json.loads(next((whole / "runs" / f"tl6-r2-lr{rate}{s}/checkpoints").glob("step_4/trainer_state.json")).read_text()) for s in SUFFIXES]  # fmt: skip
         best[rate] = sum(end["best_metric"] for end in ends) / 2
     chosen = min(best, key=lambda rate: best[rate])
     assert row["learning_rate"] == chosen and float(row["validation"]) == pytest.approx(best[chosen])
-    scores = [json.loads((whole / "scores" / f"tl6-r2-lr{chosen}{s}/results.json").read_text())["score"] for s in SUFFIXES]
+    scores = [
+        json.loads((whole / "scores" / f"tl6-r2-lr{chosen}{s}/results.json").read_text())["score"] for s in SUFFIXES
+    ]
     assert float(row["score"]) == pytest.approx(sum(scores) / 2) and row["seeds"] == "2"
     assert float(row["spread"]) == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
     text = (whole / "table2.md").read_text()
-    assert f"{float(row['score']):.2f} ± {float(row['spread']):.2f} |" in text and "test rows (resampled) and seeds" in text
+    assert (
+        f"{float(row['score']):.2f} ± {float(row['spread']):.2f} |" in text
+        and "test rows (resampled) and seeds" in text
+    )

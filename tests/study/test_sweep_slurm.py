@@ -30,7 +30,7 @@ RUNS = [f"tl6-r2-lr{rate}" for rate in ("2e-1", "5e-2")]
 SETTINGS = {"methods": "tl6", "ranks": "2", "together": 1}
 # Notes its name and words. sbatch answers with the next number, and rejects the job whose number is in `reject`.
 PROGRAM = """#!/bin/bash
-cd "$(dirname "$0")"; name=$(basename "$0"); echo "$name $*" >> calls
+cd "$(dirname "$0")"; name=$(basename "$0"); echo "$name $*" >> calls; env | grep ^SLURM_JOB >> variables
 case "$name $1" in
     "sbatch --parsable") number=$(($(cat number 2> /dev/null || echo 10) + 1)); echo $number | tee number
         if grep -qs $number reject; then echo "sbatch: error: no such partition" >&2; exit 1; fi ;;
@@ -189,8 +189,11 @@ def test_gpu_hours(study: tuple[Base, Path], tmp_path: Path) -> None:
 # Submitting -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_submitted(study: tuple[Base, Path], tmp_path: Path, programs: Path, capsys: Any) -> None:
+def test_what_is_submitted(
+    study: tuple[Base, Path], tmp_path: Path, programs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "out"
+    monkeypatch.setenv("SLURM_JOB_ID", "5")  # in another allocation
     assert submit(study, folder, "--array=%1", "--dry_run") == 0
     assert calls(programs) == [] and not folder.exists() and "#!/bin/bash" in (shown := capsys.readouterr().out)
     assert submit(study, folder, "--time=9 --array=%1", "--launcher_args=--num_gpus 1") == 0
@@ -212,6 +215,7 @@ def test_what_is_submitted(study: tuple[Base, Path], tmp_path: Path, programs: P
         "groups": {name: [name] for name in RUNS},
     }
     assert '--launcher_args=--num_gpus 1\' --part="$1"' in (folder / "slurm.sbatch").read_text()
+    assert (programs / "variables").read_text() == ""
     assert OWNER_FILE not in (programs / "at_release").read_text().split(), "the first job can lock the folder"
     assert "scancel 11 12 13" in capsys.readouterr().out
 
@@ -283,7 +287,7 @@ def test_a_study_in_parts(study: tuple[Base, Path], tmp_path: Path, programs: Pa
     run(RUNS[0])
     assert not (folder / "table2.md").exists()
     ended = run("scores", expect=1)
-    assert f"{RUNS[1]}: its job has not started it" in ended.outputs[0]
+    assert f"{RUNS[1]}: it was not started" in ended.outputs[0]
     assert "not all learning rates are finished" in (folder / "table2.md").read_text()
     assert json.loads((folder / "sweep_status.json").read_text())["failed"][0]["name"] == RUNS[1]
 
