@@ -181,7 +181,8 @@ class SweepPlan:
             lines += aligned_lines(cells, align=">>><", indent="  ")
             unit = f"{'GPU' if next(iter(self.runs.values())).on_gpu else 'rank'} hours"
             if hours is not None:
-                lines.append(f"  {sum(hours):,.2f} {unit} of training steps, without validation and scores")
+                length = "" if self.source.folder else " with all samples of --max_length"
+                lines.append(f"  {sum(hours):,.2f} {unit} of training steps{length}, without validation and scores")
             elif self.options is not None:
                 lines.append(f"  {unit} are unknown; give --gpu, or --constants of `tiedlora plan --measure`")
             if is_auto and max(needed) > self.free_bytes:
