@@ -81,6 +81,11 @@ def interval(values: Any) -> tuple[float, float]:
     return low, high
 
 
+def student(freedom: int) -> float:
+    """Return Student's t of a two-sided 95 % interval; for more than 10 degrees of freedom, the value of 10."""
+    return (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)[min(freedom, 10) - 1]
+
+
 def sample_table(metric: Metric, answers: Sequence[Answer]) -> Any:
     """Return what a metric counts of each answer, (answers, k) float64: its score, or the counts of `metric.corpus`."""
     of_one = (lambda answer: (metric.sample(answer),)) if metric.corpus is None else metric.corpus[0]
@@ -92,16 +97,14 @@ def bootstrap(
 ) -> list[tuple[float, Any]]:
     """Return the value of a metric for each of several tables of the same samples, each (samples, k), and its values
     for the resamples, (resamples,)."""
-    num, values = len(tables[0]), list[tuple[float, Any]]()
+    num = len(tables[0])
     drawn = np.concatenate(list(_resampled_sums(np.hstack(tables), seed=seed, resamples=resamples)))
-    for table, sums in zip(tables, np.split(drawn, len(tables), axis=1), strict=True):
-        if metric.corpus is None:
-            values.append((math.fsum(table[:, 0]) / num, sums[:, 0] / num))
-        else:
-            combine = metric.corpus[1]
-            of_resamples = [combine(row) for row in sums.astype(np.int64).tolist()]
-            values.append((combine(table.sum(0).astype(np.int64).tolist()), np.array(of_resamples)))
-    return values
+    pairs = zip(tables, np.split(drawn, len(tables), axis=1), strict=True)
+    if metric.corpus is None:
+        return [(math.fsum(table[:, 0]) / num, sums[:, 0] / num) for table, sums in pairs]
+    rows = [np.vstack([table.sum(0), sums]).astype(np.int64).tolist() for table, sums in pairs]
+    values = [list(map(metric.corpus[1], of_table)) for of_table in rows]
+    return [(first, np.array(others)) for first, *others in values]
 
 
 def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
@@ -165,25 +168,22 @@ def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def read_samples(folder: Path, metric: Metric) -> tuple[Any, str] | None:
-    """Return the table of `sample_table` from predictions.jsonl, and a hash of the samples; None if there is no file.
-
-    `metric` is the task's first metric. Raises UserError if the file is broken.
-    """
-    file, seen = folder / PREDICTIONS_FILE, hashlib.sha256()
+    """Return the table of `sample_table` from predictions.jsonl, and a hash of the rows; None if there is no such file.
+    `metric` is the task's first metric. Raises UserError if the file is broken."""
+    file = folder / PREDICTIONS_FILE
     if not file.is_file():
         return None
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-        for row in rows:
-            seen.update(json.dumps([row["prompt"], row["references"]]).encode())
+        examples = [Example(row["prompt"], "", str(file), tuple(row["references"])) for row in rows]
         if metric.corpus is None:
             table = np.array([[row["score"]] for row in rows], dtype=np.float64)
         else:
-            examples = (Example(row["prompt"], "", str(file), tuple(row["references"])) for row in rows)
-            pairs = zip(rows, examples, strict=True)
-            table = sample_table(metric, [Answer(row["prediction"], example) for row, example in pairs])
+            answers = zip((row["prediction"] for row in rows), examples, strict=True)
+            table = sample_table(metric, [Answer(text, example) for text, example in answers])
         if rows and np.isfinite(table).all():
-            return table, seen.hexdigest()
+            texts = json.dumps([(example.prompt, example.references) for example in examples])
+            return table, hashlib.sha256(texts.encode()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{file}: not the predictions of tiedlora evaluate; remove the folder and start again")

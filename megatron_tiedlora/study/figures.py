@@ -4,12 +4,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
-from megatron_tiedlora.study.estimates import averaged
+from megatron_tiedlora.study.estimates import Estimate, averaged
 from megatron_tiedlora.study.record import Study
 from megatron_tiedlora.study.tables import SECTION_TITLES, mean_base, metric_title, model_title, table2_cell, title
 
@@ -23,25 +23,14 @@ BASE_LABEL, PAPER_LABEL = "base model", "the paper"
 NAMES = {name: {"lora": "LoRA", "vera": "VeRA"}.get(name, name.upper()) for name in METHOD_NAMES}
 
 
-class PlotPoint(NamedTuple):
-    """A score at a rank, and how far the error bar reaches below and above the score, in per cent."""
-
-    rank: int
-    value: float
-    below: float
-    above: float
-
-
-def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
+def lines(studies: Sequence[Study]) -> dict[str, dict[int, Estimate]]:
     """Return the mean score over the studies by method and rank, for the ranks at which all studies have a score."""
-    found: dict[str, list[PlotPoint]] = {}
+    found: dict[str, dict[int, Estimate]] = {}
     for method in METHOD_NAMES:
         by_task = [{r.point.rank: r.score for r in s.table_results if r.point.method == method} for s in studies]
         for rank in sorted(set.intersection(*map(set, by_task))):
-            mean = averaged([score for of_task in by_task if (score := of_task[rank]) is not None])
-            found.setdefault(method, []).append(
-                PlotPoint(rank, mean.value, mean.value - mean.low, mean.high - mean.value)
-            )
+            scores = [score for of_task in by_task if (score := of_task[rank]) is not None]
+            found.setdefault(method, {})[rank] = averaged(scores)
     return found
 
 
@@ -97,16 +86,16 @@ def _draw(
 ) -> None:
     """Draw the mean scores of `methods` over the studies in one panel. If `published`, also draw the paper's scores."""
     data, base = {name: points for name, points in lines(studies).items() if name in methods}, mean_base(studies)
-    ranks = {point.rank for points in data.values() for point in points}
+    ranks = {rank for points in data.values() for rank in points}
     for index, (method, points) in enumerate(data.items()):
         colour, mark = STYLES[method]
         # Marks at the same rank are shifted a little, so that their error bars do not overlap.
         shift = 2 ** (0.04 * (index - (len(data) - 1) / 2))
-        at, scores, below, above = zip(*points, strict=True)
+        bars = zip(*((one.value - one.low, one.high - one.value) for one in points.values()), strict=True)
         axes.errorbar(
-            [rank * shift for rank in at],
-            scores,
-            yerr=[below, above],
+            [rank * shift for rank in points],
+            [one.value for one in points.values()],
+            yerr=list(bars),
             label=NAMES[method],
             color=colour,
             marker=mark,
@@ -121,7 +110,7 @@ def _draw(
             positions = [rank * shift for rank in theirs]
             axes.plot(positions, list(theirs.values()), mark, color=colour, markerfacecolor="none", markersize=9)
             axes.plot([], [], "o", color="#444444", markerfacecolor="none", markersize=9, label=PAPER_LABEL)
-    values = [point.value for points in data.values() for point in points]
+    values = [one.value for points in data.values() for one in points.values()]
     if base is not None and values:
         low, high = min(values), max(values)
         span = max(high - low, 1.0)

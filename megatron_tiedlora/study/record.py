@@ -330,11 +330,6 @@ class RunEnd:
         """The reason why --halving stopped the run; '' if it did not."""
         return self.reason if self.state == "finished" and self.reason.startswith(HALVING_REASON) else ""
 
-    @property
-    def in_short(self) -> str:
-        """The state, and the reason if the run failed."""
-        return f"{self.state}: {self.reason}" if self.state == "failed" else self.state
-
     def in_words(self, metric: str) -> str:
         """Return a description of how a finished run ended. `metric` is the value of --eval_metric."""
         why = f" ({self.halved})" if self.halved else ""
@@ -349,7 +344,7 @@ class Result:
         runs: the finished runs with the learning rate that is best on the validation data, one per seed.
         learning_rate: that learning rate; a number also for `auto`.
         validation: the mean of their best validation results.
-        missing: if there are such runs, the runs without a result, each with the reason. They may have a better result.
+        missing: if there are such runs, those without a result, with the reason or ''. They may have a better result.
         scores: the test scores of `runs` by seed, and `score`: their mean with its interval.
         stopped: the runs that --halving stopped before their last step, each with the reason.
     """
@@ -414,7 +409,7 @@ def read_run(folder: Path) -> RunEnd:
 
 
 def best_runs(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> tuple[Run, ...]:
-    """Return the finished runs, one per seed, with the first learning rate that has the best mean validation result.
+    """Return the finished runs, one per seed, with the learning rate that has the best mean validation result.
 
     Only the learning rates with the most finished seeds are compared, because a mean of fewer seeds, such as those that
     did not diverge, may be better by chance.
@@ -427,9 +422,7 @@ def best_runs(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> tuple
         end = read_run(folder.run(run.name))
         if end.state == "finished" and end.best is not None:
             by_rate.setdefault(run.learning_rate, {})[run] = sign * end.best
-    order = {run.learning_rate: None for run in runs if run.learning_rate in by_rate}
-    found = [by_rate[rate] for rate in order]
-    best = min(found, key=lambda of_rate: (-len(of_rate), fmean(of_rate.values())), default={})
+    best = min(by_rate.values(), key=lambda of_rate: (-len(of_rate), fmean(of_rate.values())), default={})
     return tuple(best)
 
 
@@ -486,7 +479,7 @@ def _read_result(
 ) -> Result:
     ends = {run: read_run(folder.run(run.name)) for run in runs}
     scores = {run.seed: one for run in best if (one := scored.get(folder.score(run.name))) is not None}
-    missing = {run: end.in_short for run, end in ends.items() if best and end.state != "finished"}
+    missing = {run: end.reason for run, end in ends.items() if best and end.state != "finished"}
     missing |= {run: "no score" for run in best if scores and run.seed not in scores}
     stopped = tuple((run, end.halved.removeprefix(HALVING_REASON)) for run, end in ends.items() if end.halved)
     if not best:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import product
 from typing import Any
 
 from megatron_tiedlora.base import messages, presets, shapes
@@ -79,7 +80,9 @@ METRIC_TITLES = {
     **{"squad_f1": "F1", "rougeL": "RougeL", "bleu": "BLEU", "accuracy_loglikelihood": "accuracy"},
 }
 NONE, INCOMPLETE = "-", "*"
-_OF_SEEDS = ("seeds", "spread", "difference", "difference_low", "difference_high", "validation")
+_SCORE = ("score", "low", "high", "samples", "seeds", "spread")
+_DIFFERENCE = ("difference", "difference_low", "difference_high")
+_OF_SEEDS = ("seeds", "spread", *_DIFFERENCE, "validation")
 TABLE2_COLUMNS: Sequence[str] = (
     *("model", "section", "method", "task", "metric", "score", "rank", "params_percent_of_best_lora"),
     *("low", "high", "samples", "decline_percent", "learning_rate", "trained_parameters", "all_rates_finished"),
@@ -119,18 +122,12 @@ def _record(
             "stopped_rates": " ".join(dict.fromkeys(rate_text(run.learning_rate) for run, _ in result.stopped)),
             "validation": result.validation,
         }
-    return {**found, **_numbers(score), **_difference(less)}
+    return {**found, **_numbers(score, _SCORE), **_numbers(less, _DIFFERENCE)}
 
 
-def _numbers(score: Estimate | None) -> TableRow:
-    if score is None:
-        return {}
-    found = {"score": score.value, "low": score.low, "high": score.high, "samples": score.num_samples}
-    return {**found, "seeds": score.num_seeds, "spread": score.spread}
-
-
-def _difference(less: Estimate | None) -> TableRow:
-    return {"difference": less.value, "difference_low": less.low, "difference_high": less.high} if less else {}
+def _numbers(one: Estimate | None, names: Sequence[str]) -> TableRow:
+    values = () if one is None else (one.value, one.low, one.high, one.num_samples, one.num_seeds, one.spread)
+    return dict(zip(names, values, strict=False))
 
 
 # Table 2 ----------------------------------------------------------------------------------------------------------
@@ -151,12 +148,11 @@ def table2(studies: Sequence[Study]) -> list[TableRow]:
     for method in methods:
         own = [lora and best_result(s, method, rank=lora.point.rank) for s, lora in zip(studies, best, strict=True)]
         found += _table2_row(studies, own, best, best, section=LORA_RANK, method=method)
-    for method in methods:
-        if method != LORA or methods == [LORA]:
-            own = [best_result(study, method) for study in studies]
-            found += _table2_row(studies, own, best, best, section=BEST_RANK, method=method)
+    for method in (name for name in methods if name != LORA or methods == [LORA]):
+        own = [best_result(study, method) for study in studies]
+        found += _table2_row(studies, own, best, best, section=BEST_RANK, method=method)
     ranks = sorted({point.rank for point in points})
-    for method, rank in ((method, rank) for method in methods for rank in ranks if len(ranks) > 1):
+    for method, rank in product(methods, ranks if len(ranks) > 1 else ()):
         own, same = ([best_result(study, name, rank=rank) for study in studies] for name in (method, LORA))
         found += _table2_row(studies, own, best, same, section=EVERY_RANK, method=method, rank=rank)
     return found
@@ -191,7 +187,7 @@ def _table2_row(
         fall = decline(of_lora, [score.value for score in scores]) if len(of_lora) == len(scores) else None
         mean_change = averaged([one for one in changes if one is not None]) if all(changes) else None
         own = {"model": studies[0].base.model, **where, "task": AVERAGE, "decline_percent": fall}
-        yield {**own, **_numbers(averaged(scores)), **_difference(mean_change)}
+        yield {**own, **_numbers(averaged(scores), _SCORE), **_numbers(mean_change, _DIFFERENCE)}
 
 
 def _value(result: Result) -> float:
@@ -288,7 +284,7 @@ def _score_texts(record: TableRow) -> tuple[str, str]:
 def _difference_text(record: TableRow) -> str:
     if "difference" not in record:
         return NONE
-    return "{} ({} to {})".format(*(_number(record[f"difference{end}"]) for end in ("", "_low", "_high")))
+    return "{} ({} to {})".format(*(_number(record[name]) for name in _DIFFERENCE))
 
 
 def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
@@ -386,10 +382,8 @@ def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]], other: str, re
     if any(record.get("all_rates_finished") == "false" for record in records):
         notes.append(f"- {INCOMPLETE}: not all learning rates{' and seeds' if several else ''} are finished.")
     for study, own in points:
-        missing = [f"  - {run.name}: {why}" for point in own for run, why in study.results[point].missing]
-        more = [f"  - and {len(missing) - _MOST_MISSING} more"] if len(missing) > _MOST_MISSING else []
-        line = f"- {study.base.task}: the marked results lack these runs:"
-        notes += [line, *missing[:_MOST_MISSING], *more] if missing else []
+        failed = [f"{run.name} ({why})" for point in own for run, why in study.results[point].missing if why]
+        notes += [f"- {study.base.task}: no result of {'; '.join(failed)}."] if failed else []
         stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.results[point].stopped]
         line = f"- {study.base.task}: --halving stopped these runs before their last step; each result is from the best"
         notes += [f"{line} step.", *stopped] if stopped else []
@@ -401,7 +395,6 @@ def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]], other: str, re
     ]
 
 
-_MOST_MISSING = 12  # runs that the notes name
 _SPECIAL = {**{char: f"\\{char}" for char in "&%$#_{}"}, "\\": r"\textbackslash{}", "±": r"$\pm$"}
 _LATEX = str.maketrans({**_SPECIAL, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
 

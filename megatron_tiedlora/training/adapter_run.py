@@ -24,7 +24,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, evaluation_sizes
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.engine.runner import Runner
-from megatron_tiedlora.evaluation.results import Score
+from megatron_tiedlora.evaluation.results import Score, student
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.parallel.groups import Grid
@@ -46,8 +46,6 @@ from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 #     S^2 = n / (n - 1) sum (a_j - b_j - D t_j)^2 / N^2.
 
 RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training stopped after it
-# Student's t of a two-sided 95 % interval, for 1, 2, ... degrees of freedom. The last value also serves larger numbers.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class BatchLosses:
             return mean, math.inf
         squares = math.fsum((difference - mean * tokens) ** 2 for difference, tokens in used)
         error = math.sqrt(count / (count - 1) * squares) / total
-        return mean, _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
+        return mean, student(count - 1) * error
 
     def write(self, folder: Path, *, guard: Guard) -> None:
         """Write the evaluation to a run folder. Raise UserError if the file cannot be written."""

@@ -9,68 +9,166 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from support.run_files import losses, run_settings
 from support.run_helpers import Base
-from support.sweep_runs import run_sweep, starts, study_arguments, write_run, write_score, write_study, write_study_base
+from support.sweep_runs import run_sweep, starts, study_arguments, table2_markdown, write_run, write_scored, write_study
+from support.sweep_runs import write_study_base as write_base
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.job_settings import parse_sweep
+from megatron_tiedlora.config import job_settings
+from megatron_tiedlora.config.job_settings import SweepSettings, parse_sweep
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.study.plan import plan_sweep
-from megatron_tiedlora.study.record import Point, make_grid, read_study
+from megatron_tiedlora.study.record import Point, Run, make_grid, read_study
+from megatron_tiedlora.study.tables import table2
+
+SETTINGS: dict[str, Any] = {"ranks": 2, "learning_rates": "2e-1,5e-2", "max_steps": 4, "validation_file": None}
+POINTS, RATES, SUFFIXES = ("lora-r2", "tl6-r2"), ("2e-1", "5e-2"), ("", "-seed6")  # the study's own seed is 5
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
-    return write_study_base(tmp_path_factory.mktemp("study"))
-
-
-SETTINGS: dict[str, Any] = {"ranks": 2, "learning_rates": "2e-1,5e-2", "max_steps": 4, "validation_file": None}
-POINTS, SUFFIXES = ("lora-r2", "tl6-r2"), ("", "-seed6")  # the study's own seed is 5
+    return write_base(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(scope="module")
 def whole(study: tuple[Base, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep with two seeds."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    run(study, folder, seeds=2)
+    run(study_arguments(*study, folder, **SETTINGS, seeds=2), study, folder)
     return folder
 
 
-def run(study: tuple[Base, Path], folder: Path, *, expect: int = 0, **changes: Any) -> Any:
-    arguments = study_arguments(*study, folder, **{**SETTINGS, **changes})
+def run(arguments: list[str], study: tuple[Base, Path], folder: Path, *, expect: int = 0) -> Any:
     return run_sweep(arguments, work=folder.parent / "work", cache=study[0].cache).expect(expect)
 
 
+def best_metric(folder: Path) -> float:
+    return float(json.loads((folder / "checkpoints" / "step_4" / "trainer_state.json").read_text())["best_metric"])
+
+
 def test_the_seeds_of_a_study_share_rows_but_not_values(whole: Path) -> None:
-    names = [f"{p}-lr{lr}{s}" for p in POINTS for s in SUFFIXES for lr in ("2e-1", "5e-2")]
+    names = [f"{point}-lr{rate}{suffix}" for point in POINTS for suffix in SUFFIXES for rate in RATES]
     assert {path.name for path in (whole / "runs").iterdir()} == set(names)
     settings = {name: run_settings(whole / "runs" / name) for name in names}
     assert {name: one["seed"] for name, one in settings.items()} == {n: 6 if "seed6" in n else 5 for n in names}
-    assert {one["split_seed"] for one in settings.values()} == {5}
     # Before training every adapter adds 0, so the loss is the base model's on the rows that were split off.
-    first = {dict(losses(whole / "runs" / name, "validation"))[0] for name in names}
-    assert len(first) == 1
-    last = [losses(whole / "runs" / name, "train")[-1] for name in names]
-    assert len(set(last)) == len(names)  # initial values and the order of samples differ
+    assert len({dict(losses(whole / "runs" / name, "validation"))[0] for name in names}) == 1
+    # Initial values and the order of samples differ.
+    assert len({losses(whole / "runs" / name, "train")[-1] for name in names}) == len(names)
 
 
 def test_the_best_rate_by_the_mean_of_the_seeds_is_scored_for_all(whole: Path) -> None:
-    (row,) = (
-        r for r in csv.DictReader((whole / "table2.csv").open()) if r["method"] == "tl6" and r["section"][0] == "r"
-    )
-    best = {}
-    for rate in ("2e-1", "5e-2"):
-        ends = [json.loads(next((whole / "runs" / f"tl6-r2-lr{rate}{s}/checkpoints").glob("step_4/trainer_state.json")).read_text()) for s in SUFFIXES]  # fmt: skip
-        best[rate] = sum(end["best_metric"] for end in ends) / 2
-    chosen = min(best, key=lambda rate: best[rate])
-    assert row["learning_rate"] == chosen and float(row["validation"]) == pytest.approx(best[chosen])
-    scores = [
-        json.loads((whole / "scores" / f"tl6-r2-lr{chosen}{s}/results.json").read_text())["score"] for s in SUFFIXES
-    ]
-    assert float(row["score"]) == pytest.approx(sum(scores) / 2) and row["seeds"] == "2"
-    assert float(row["spread"]) == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    rows = list(csv.DictReader((whole / "table2.csv").open()))
+    row = next(row for row in rows if (row["method"], row["section"]) == ("tl6", "best_rank"))
+    runs = {rate: [whole / "runs" / f"tl6-r2-lr{rate}{suffix}" for suffix in SUFFIXES] for rate in RATES}
+    means = {rate: sum(map(best_metric, folders)) / 2 for rate, folders in runs.items()}
+    chosen = min(means, key=lambda rate: means[rate])
+    assert row["learning_rate"] == chosen and float(row["validation"]) == pytest.approx(means[chosen])
+    files = [whole / "scores" / folder.name / "results.json" for folder in runs[chosen]]
+    one, other = (json.loads(file.read_text())["score"] for file in files)
+    assert float(row["score"]) == pytest.approx((one + other) / 2) and row["seeds"] == "2"
+    assert float(row["spread"]) == pytest.approx(abs(one - other) / 2**0.5)
     text = (whole / "table2.md").read_text()
-    assert (
-        f"{float(row['score']):.2f} ± {float(row['spread']):.2f} |" in text
-        and "test rows (resampled) and seeds" in text
-    )
+    assert f"{float(row['score']):.2f} ± {float(row['spread']):.2f} |" in text and "rows (resampled) and seeds" in text
+
+
+def test_more_seeds_can_be_added_and_none_left_out(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+    ended = run([f"--output_dir={folder}", "--seeds=1"], study, folder, expect=2)
+    assert "sweep.yaml: the sweep was started with --seeds 2, now it is 1; give 2 or more" in ended.error_line()
+    ended = run([f"--output_dir={folder}", "--split_seed=6"], study, folder, expect=2)
+    assert "--split_seed 5, but the value is now 6" in ended.error_line()
+    run([f"--output_dir={folder}", "--seeds=3", "--together=2"], study, folder)
+    new = [f"group {point}-lr2e-1-seed7" for point in POINTS]
+    assert starts(folder.parent / "work") == [*new, "scores"]  # nothing of the two first seeds again
+    assert {run_settings(path)["split_seed"] for path in (folder / "runs").iterdir()} == {5}
+    assert {row["seeds"] for row in csv.DictReader((folder / "table2.csv").open())} == {"1", "3"}  # 1: the base
+
+
+def test_names_and_settings_of_runs() -> None:
+    grid = make_grid(parse_sweep(["--output_dir=x", "--seeds=3", "--seed=9", "--single_layers=2"]), 4)
+    assert grid.seeds == (None, 10, 11) and len(grid.all_runs) == 57 * 2 * 3
+    assert len({run.name for run in grid.all_runs}) == len(grid.all_runs)
+    first, *_, last = grid.runs(Point("lora", 16, 2))
+    assert (first.name, last.name) == ("lora-r16-lr1e-4-layer2", "lora-r16-lr1e-5-layer2-seed11")
+    settings = {"method": "lora", "rank": 16, "layers": 2}
+    assert first.settings == {**settings, "learning_rate": 1e-4}
+    assert last.settings == {**settings, "learning_rate": 1e-5, "seed": 11}
+    assert Run(Point("tl6", 2), "auto", 7).name == "tl6-r2-lrauto-seed7"
+
+
+def test_the_split_has_the_runs_seed_unless_it_is_given() -> None:
+    assert (make_settings({}).split_seed, make_settings({"seed": 3}).split_seed) == (1234, 3)
+    settings = make_settings({"seed": 3, "split_seed": 4})
+    assert (settings.seed, settings.split_seed, settings.of_rows.seed) == (3, 4, 4)
+    command = parse_sweep(["--output_dir=x", "--seed=3", "--seeds=2"])
+    assert command.shared["split_seed"] == 3 and "split_seed" not in command.given
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"seeds": 0}, "--seeds 0: input should be greater than or equal to 1"),
+        ({"seeds": 1001}, "--seeds 1001: input should be less than or equal to 1000"),
+        ({"learning_rates": "auto,auto"}, "--learning_rates has auto twice"),
+        ({"learning_rates": "automatic"}, "--learning_rates automatic: input should be"),
+    ],
+)
+def test_bad_values(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SweepSettings(output_dir="x", **flags)
+
+
+def test_auto_is_a_learning_rate_alone_or_beside_numbers() -> None:
+    for given, wanted in (("auto", ("auto",)), ("auto,1e-3", ("auto", 1e-3)), (["auto"], ("auto",))):
+        assert SweepSettings(output_dir="x", learning_rates=given).learning_rates == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "groups"),
+    [
+        (["--together=12"], [12]),
+        (["--together=6"], [6, 6]),  # both methods have all their seeds and rates in one group
+        (["--together=4"], [4, 2, 4, 2]),  # whole seeds of a method
+        (["--together=2", "--halving=true"], [2] * 6),
+        (["--together=1"], [1] * 12),
+    ],
+)
+def test_groups_hold_whole_seeds(study: tuple[Base, Path], tmp_path: Path, flags: list[str], groups: list[int]) -> None:
+    plan = plan_sweep(parse_sweep([*study_arguments(*study, tmp_path / "out", **SETTINGS, seeds=3), *flags]))
+    found = plan.groups()
+    assert [len(group) for group in found] == groups
+    if len(groups) < 12:
+        assert all(len({run.learning_rate for run in group}) == 2 for group in found)
+    lines = plan.dry_run_lines()
+    assert "12 runs and 7 scores" in lines[0] and lines[1].split("  ", 1)[1].strip().startswith("5, 6, 7; validation")
+
+
+def test_the_rates_with_the_most_finished_seeds_are_compared(tmp_path: Path) -> None:
+    """A rate at which one seed diverged is not better because the mean leaves that seed out."""
+    folder = write_study(tmp_path / "study", learning_rates=[1e-3, 1e-4], seeds=2)
+    write_run(folder, "lora-r2-lr1e-3", best=0.1)
+    write_run(folder, "lora-r2-lr1e-3-seed1235", state="failed", reason="the loss is nan")
+    for suffix, best in (("", 0.5), ("-seed1235", 0.7)):
+        write_run(folder, f"lora-r2-lr1e-4{suffix}", best=best)
+    result = read_study(folder).results[Point("lora", 2)]
+    assert [run.name for run in result.runs] == ["lora-r2-lr1e-4", "lora-r2-lr1e-4-seed1235"]
+    assert result.validation == pytest.approx(0.6)
+    write_scored(folder, "tl6-r2-lr1e-4", 40.0)
+    text = table2_markdown([read_study(folder)])
+    assert "no result of lora-r2-lr1e-3-seed1235 (the loss is nan)." in text and "| 40.00* |" in text
+    # The mean decides, not the best seed.
+    for suffix, best in (("", 0.2), ("-seed1235", 0.9)):
+        write_run(folder, f"lora-r8-lr1e-3{suffix}", best=best)
+        write_run(folder, f"lora-r8-lr1e-4{suffix}", best=0.5)
+    assert read_study(folder).results[Point("lora", 8)].learning_rate == 1e-4
+
+
+def test_a_rate_of_auto_is_shown_as_the_number_that_the_run_recorded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(job_settings, "resolve_train", lambda settings, given: make_settings({}))
+    folder = write_study(tmp_path / "study", learning_rates=["auto"])
+    write_scored(folder, "lora-r2-lrauto", 40.0)
+    (folder / "runs" / "lora-r2-lrauto" / "run.yaml").write_text("seed: 1\nlearning_rate: 0.0025\n")
+    assert table2([read_study(folder)])[0]["learning_rate"] == "2.5e-3"

@@ -104,6 +104,14 @@ def write_score(
     return scores
 
 
+def write_answers(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], score: float) -> None:
+    """A finished run, its score, and the rows of its predictions.jsonl, which get a prompt and a reference."""
+    write_run(folder, name)
+    scores = write_score(folder, name, score, samples=len(rows))
+    full = [{"prompt": f"p{index}", "prediction": "", "references": ["x"], **row} for index, row in enumerate(rows)]
+    (scores / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in full))
+
+
 def table2_markdown(studies: Sequence[Study]) -> str:
     """table2.md."""
     return tables.table2_layout(studies).markdown()

@@ -177,7 +177,7 @@ def test_a_help_shows_the_types_that_a_flag_takes() -> None:
         return {line[2:].split("  ")[0] for line in flags}
 
     assert {
-        "--learning_rates X[,X...]",
+        "--learning_rates X|auto[,X|auto...]",
         "--together N|auto",
         "--single_layers N[,N...]|paper",
         "--ranks N[,N...]",

@@ -23,8 +23,9 @@ from megatron_tiedlora.data.tasks import get_task
 
 # Scripts of users rely on these names.
 INTERFACE = {
-    "run": "config ds_config output_dir seed resume dry_run world_size plan_for deterministic timeout_minutes"
-    " keep_checkpoints take_over base_differs report_to profile adapters share_micro_batches halving gpu",
+    "run": "config ds_config output_dir seed split_seed resume dry_run world_size plan_for deterministic"
+    " timeout_minutes keep_checkpoints take_over base_differs report_to profile adapters share_micro_batches halving"
+    " gpu",
     "model": "model tokenizer dtype base products keep_transposed max_length",
     "adapter": "init_from method rank alpha layers targets init_std_a init_std_b dropout",
     "parallel": "tensor_parallel pipeline_parallel sequence_parallel overlap replica_check_steps",
