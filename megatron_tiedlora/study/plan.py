@@ -25,6 +25,7 @@ from megatron_tiedlora.data import readers, splits, tasks
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.planning import adapter_plans, machines, planned, run_plan
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.study import record, slurm, tables
 
 _SHARE = 0.8  # usable fraction of the free memory; the rest is for needs that the planner does not know
@@ -40,7 +41,7 @@ class SweepPlan:
         runs: the plan of each run, in training order.
         job: the launcher, hosts and ranks of each launch. The program is added at the launch.
         test_limit: number of test rows that are scored, starting with the first row; None for all rows.
-        machine: the machine of --constants or --gpu; None if they are not given.
+        machine: the machine of --constants or --gpu, with --slurm else this machine's card; None if it is unknown.
         options: the options of sbatch with --slurm, else None.
     """
 
@@ -129,10 +130,7 @@ class SweepPlan:
         """Return the predicted hours of all ranks for the steps of each group, without runs that are finished.
 
         Return None if the machine is unknown."""
-        machine = self.machine
-        if machine is None and self.options is not None and next(iter(self.runs.values())).on_gpu:
-            machine = machines.GPUS.get(machines.known_gpu(cuda.get_device_name()) or "")
-        if machine is None:
+        if (machine := self.machine) is None:
             return None
         left = [{run.name: self.runs[run] for run in runs if not self.is_finished(run)} for runs in groups]
         data: adapter_plans.Data = {}
@@ -245,9 +243,10 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
         machine = machines.read_machine(user_path(settings.constants, flag="--constants"))
     elif settings.gpu is not None:
         machine = machines.GPUS[settings.gpu]
-    # Runs are planned for this machine, unless another one was named.
-    where = {} if machine is None else {"dry_run": True, "plan_for": "gpu" if machine.on_gpu else "cpu"}
-    where |= {} if settings.gpu is None else {"gpu": settings.gpu}
+    elif settings.slurm is not None and uses_gpu():
+        machine = machines.GPUS.get(machines.known_gpu(cuda.get_device_name()) or "")
+    kind = "gpu" if machine is not None and machine.on_gpu else "cpu"
+    where = {} if machine is None else {"dry_run": True, "plan_for": kind, "gpu": settings.gpu}
     with naming("--launcher_args"):
         start.check_num_ranks(train, ranks)
     cli.check_together(train)

@@ -127,8 +127,8 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
         discard(folder.status, guard=folder.guard)
         numbers = replace(jobs, folder=folder).submit()
     slurm.call_slurm("scontrol", "release", numbers[0])  # it could not lock its part before
-    where = folder.path / record.LOGS
-    show("", f"  submitted jobs {', '.join(numbers)}, logs in {where}; cancel with: scancel {' '.join(numbers)}")
+    said = f"  submitted jobs {', '.join(numbers)}; cancel with: scancel {' '.join(numbers)}"
+    show("", said, f"  logs in {folder.path / record.LOGS}")
     return 0
 
 

@@ -66,16 +66,17 @@ def calls(programs: Path) -> list[str]:
     return lines
 
 
-def submit(study: tuple[Base, Path], folder: Path, options: str = "", *more: str, **changes: Any) -> int:
-    arguments = study_arguments(*study, folder, **{**SETTINGS, **changes})
+def submit(study: tuple[Base, Path], folder: Path, options: str = "", *more: str) -> int:
+    arguments = study_arguments(*study, folder, **SETTINGS)
     return sweep(parse_sweep([*arguments, f"--slurm={options}", *more]), scripts=LAUNCH, begin=no_start)
 
 
-# What sbatch is told --------------------------------------------------------------------------------------------------
+def planned(study: tuple[Base, Path], folder: Path, *flags: str, **changes: Any) -> SweepPlan:
+    return plan_sweep(parse_sweep([*study_arguments(*study, folder, **{**SETTINGS, **changes}), *flags]))
 
 
 @pytest.mark.parametrize(
-    ("text", "num_gpus", "nodes", "ranks", "words"),
+    ("text", "num_gpus", "nodes", "ranks", "kept"),
     [
         ("", None, 1, 1, []),
         ("-p gpu -N2 --gpus-per-node=h100:8 --array=%4", None, 2, 8, ["-p", "gpu", "--gpus-per-node=h100:8"]),
@@ -83,17 +84,13 @@ def submit(study: tuple[Base, Path], folder: Path, options: str = "", *more: str
         ("--gpus-per-node=8 --signal=USR1@600", 2, 1, 2, ["--signal=USR1@600"]),
     ],
 )
-def test_options(text: str, num_gpus: int | None, nodes: int, ranks: int, words: list[str]) -> None:
+def test_options(text: str, num_gpus: int | None, nodes: int, ranks: int, kept: list[str]) -> None:
     """The ranks that are planned are those of the allocation; options that are not read stay as they are."""
-    found = slurm.job_options(text, num_gpus=num_gpus)
-    assert found.limit == ("%4" if "%4" in text else "")
-    assert set(words) <= set(found.words) and not any("array" in word for word in found.words)
-    assert list(found.words[-2:]) == [f"--nodes={nodes}", f"--ntasks-per-node={ranks}"] or "gpus" in text
-    assert f"--ntasks-per-node={ranks}" in found.words and any(
-        word.startswith("--signal=USR1@") for word in found.words
-    )
-    assert found.allocation["SLURM_TASKS_PER_NODE"] == f"{ranks}(x{nodes})"
-    assert len(found.allocation["SLURM_JOB_NODELIST"].split(",")) == nodes
+    words, allocation, limit = slurm.job_options(text, num_gpus=num_gpus)
+    assert {*kept, f"--nodes={nodes}", f"--ntasks-per-node={ranks}"} <= set(words) and "array" not in str(words)
+    assert limit == ("%4" if "%4" in text else "") and "--signal=USR1@" in str(words)
+    assert allocation["SLURM_TASKS_PER_NODE"] == f"{ranks}(x{nodes})"
+    assert len(allocation["SLURM_JOB_NODELIST"].split(",")) == nodes
 
 
 @pytest.mark.parametrize(
@@ -115,7 +112,7 @@ def test_options_that_are_rejected(study: tuple[Base, Path], tmp_path: Path, tex
 def test_settings_that_do_not_fit(study: tuple[Base, Path], tmp_path: Path) -> None:
     def message(*flags: str) -> str:
         with pytest.raises(UserError) as raised:
-            plan_sweep(parse_sweep([*study_arguments(*study, tmp_path / "out", **SETTINGS), *flags]))
+            planned(study, tmp_path / "out", *flags)
         return str(raised.value)
 
     (file := tmp_path / "s.yaml").write_text("slurm: --wrap=reboot\n")
@@ -123,13 +120,13 @@ def test_settings_that_do_not_fit(study: tuple[Base, Path], tmp_path: Path) -> N
     assert "needs --slurm or --dry_run" in message("--gpu=h100")
     assert message("--part=base", "--slurm=") == "--part base runs here; remove --slurm"
     assert "srun or mpirun starts the ranks" in message("--slurm=", "--launcher_args=--launcher torchrun")
-    plan = plan_sweep(parse_sweep([*study_arguments(*study, tmp_path / "out", **SETTINGS), "--part=x"]))
-    with pytest.raises(UserError, match=r"--part x: --slurm has planned no such part. Give one of base, scores"):
-        plan.groups()
-    changes = {**SETTINGS, "together": "auto"}
-    jobs = plan_sweep(parse_sweep([*study_arguments(*study, tmp_path / "out", **changes), "--slurm=--gres=gpu:2"]))
-    with pytest.raises(UserError, match=r"this machine has no GPU .* give their kind to --gpu, or give a number"):
-        jobs.groups()
+    for flags, together, said in (
+        ("--part=x", 1, "--part x: --slurm has planned no such part. Give one of base, scores"),
+        ("--slurm=--gres=gpu:2", "auto", "this machine has no GPU .* give their kind to --gpu, or give a number"),
+    ):
+        plan = planned(study, tmp_path / "out", flags, together=together)
+        with pytest.raises(UserError, match=said):
+            plan.groups()
 
 
 def test_the_script(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,23 +147,13 @@ def test_the_script(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPa
         part = "y z" if index == "1" else "x"
         assert (here / "said").read_text().splitlines() == [str(here), "--a=$b c", f"--part={part}", cpus or "no"]
         assert calls(programs) == (["scontrol requeue 7"] if wanted == 138 else [])
-    assert [word for word in next(jobs.commands([])) if "output" in word] == [
-        f"--output={here}/100%%/logs/slurm-%j.out"
-    ]
-
-
-# Hours ----------------------------------------------------------------------------------------------------------------
+    assert f"--output={here}/100%%/logs/slurm-%j.out" in next(jobs.commands([]))
 
 
 def test_gpu_hours(study: tuple[Base, Path], tmp_path: Path) -> None:
     """Hours of a step by its own plan, times steps and ranks; of data, those of the samples' lengths."""
-
-    def planned(*flags: str, **changes: Any) -> SweepPlan:
-        arguments = study_arguments(*study, tmp_path / "out", **{**SETTINGS, **changes})
-        return plan_sweep(parse_sweep([*arguments, "--dry_run", *flags]))
-
     shape: dict[str, Any] = {"model": "llama2-7b", "max_length": 512, "global_batch_size": 16, "dtype": "bf16"}
-    plan = planned("--slurm=--nodes=2 --gpus-per-node=4", "--gpu=h100", **shape)
+    plan = planned(study, tmp_path / "out", "--slurm=--nodes=2 --gpus-per-node=4", "--gpu=h100", "--dry_run", **shape)
     hours = plan.gpu_hours(plan.groups())
     for run, found in zip(plan.runs, hours or (), strict=True):
         step = StepPlan({run.name: plan.runs[run]})
@@ -174,26 +161,23 @@ def test_gpu_hours(study: tuple[Base, Path], tmp_path: Path) -> None:
         seconds = Planned(step=step, layout=step.layout, machine=card, per_node=4).seconds.total
         assert plan.runs[run].layout.dp_size == 8 and found == pytest.approx(16 * seconds * 8 / 3600)
     assert hours is not None and f"  {sum(hours):,.2f} GPU hours of training steps" in "\n".join(plan.dry_run_lines())
-    plan = planned("--slurm=")
+    plan = planned(study, tmp_path / "out", "--slurm=")
     assert plan.gpu_hours(plan.groups()) is None
     assert "rank hours are unknown; give --gpu, or --constants" in "\n".join(plan.dry_run_lines())
 
     (file := tmp_path / "cpu.json").write_text(json.dumps({**machines.CPU.record(), "title": "here"}))
-    plan = planned("--slurm=", f"--constants={file}")
+    plan = planned(study, tmp_path / "out", "--slurm=", f"--constants={file}")
     own = plan.gpu_hours(plan.groups())
     long = sum(Planned(step=(step := StepPlan({"a": p})), layout=step.layout, machine=machines.CPU).hours
                for p in plan.runs.values())  # fmt: skip
     assert own is not None and 0 < sum(own) < long, "samples are shorter than --max_length"
 
 
-# Submitting -----------------------------------------------------------------------------------------------------------
-
-
 def test_what_is_submitted(
     study: tuple[Base, Path], tmp_path: Path, programs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    monkeypatch.setenv("SLURM_JOB_ID", "5")  # in another allocation
+    monkeypatch.setenv("SLURM_JOB_NAME", "x")  # as in another allocation
     assert submit(study, folder, "--array=%1", "--dry_run") == 0
     assert calls(programs) == [] and not folder.exists() and "#!/bin/bash" in (shown := capsys.readouterr().out)
     assert submit(study, folder, "--time=9 --array=%1", "--launcher_args=--num_gpus 1") == 0
@@ -239,9 +223,6 @@ def test_without_slurm(study: tuple[Base, Path], tmp_path: Path, monkeypatch: py
     ):
         submit(study, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
 
 
 def test_parts_are_locked_beside_each_other_and_never_with_the_whole(tmp_path: Path) -> None:
