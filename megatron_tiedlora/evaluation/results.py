@@ -176,11 +176,9 @@ def read_samples(folder: Path, metric: Metric) -> tuple[Any, str] | None:
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
         examples = [Example(row["prompt"], "", str(file), tuple(row["references"])) for row in rows]
-        if metric.corpus is None:
-            table = np.array([[row["score"]] for row in rows], dtype=np.float64)
-        else:
-            answers = zip((row["prediction"] for row in rows), examples, strict=True)
-            table = sample_table(metric, [Answer(text, example) for text, example in answers])
+        answers = [Answer(row["prediction"], example) for row, example in zip(rows, examples, strict=True)]
+        own = metric.corpus is None  # then the score of a row is all that the metric needs of it
+        table = np.array([[row["score"]] for row in rows], dtype=float) if own else sample_table(metric, answers)
         if rows and np.isfinite(table).all():
             texts = json.dumps([(example.prompt, example.references) for example in examples])
             return table, hashlib.sha256(texts.encode()).hexdigest()

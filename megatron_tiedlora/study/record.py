@@ -80,9 +80,9 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The training settings of this run that the grid determines."""
+        found = {"method": self.point.method, "rank": self.point.rank, "learning_rate": self.learning_rate}
         own = {"layers": self.point.layer, "seed": self.seed}
-        given = {name: value for name, value in own.items() if value is not None}
-        return {"method": self.point.method, "rank": self.point.rank, "learning_rate": self.learning_rate, **given}
+        return found | {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -463,10 +463,7 @@ def read_study(path: Path) -> Study:
     names = [BASE_NAME, *(run.name for runs in best.values() for run in runs)]
     found = {name: read_score(folder.score(name)) for name in names}
     scores = read_scored({folder.score(name): score for name, score in found.items() if score}, base.metric)
-    results = {
-        point: _read_result(folder, point, grid.runs(point), runs, base.trained[point.name], scores)
-        for point, runs in best.items()
-    }
+    results = {point: _read_result(folder, grid.runs(point), best[point], base, scores) for point in grid.points}
     of_rows = marked(Settings, group="data", by_content=True)
     given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in of_rows}}
     own_rows = tuple(name for name, value in given.items() if value is not None)
@@ -475,8 +472,9 @@ def read_study(path: Path) -> Study:
 
 
 def _read_result(
-    folder: StudyFolder, point: Point, runs: Sequence[Run], best: tuple[Run, ...], trained: int, scored: AllScored
+    folder: StudyFolder, runs: Sequence[Run], best: tuple[Run, ...], base: BaseRecord, scored: AllScored
 ) -> Result:
+    point, trained = runs[0].point, base.trained[runs[0].point.name]
     ends = {run: read_run(folder.run(run.name)) for run in runs}
     scores = {run.seed: one for run in best if (one := scored.get(folder.score(run.name))) is not None}
     missing = {run: end.reason for run, end in ends.items() if best and end.state != "finished"}

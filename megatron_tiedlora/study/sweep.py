@@ -439,13 +439,13 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures, and return the files."""
-    made = [("table2", tables.TABLE2_COLUMNS, tables.table2(studies), tables.table2_layout(studies))]
+    made = {"table2": (tables.TABLE2_COLUMNS, tables.table2(studies), tables.table2_layout(studies))}
     if any(study.grid.table3 for study in studies):
-        made += [("table3", tables.TABLE3_COLUMNS, tables.table3(studies), tables.table3_layout(studies))]
+        made["table3"] = (tables.TABLE3_COLUMNS, tables.table3(studies), tables.table3_layout(studies))
     texts = dict[str, str]()
-    for name, columns, records, table in made:
-        texts |= {f"{name}.md": table.markdown(), f"{name}.csv": csv_text(columns, records)}
-        texts[f"{name}.tex"] = table.latex()
+    for name, (columns, records, table) in made.items():
+        own = {"md": table.markdown(), "csv": csv_text(columns, records), "tex": table.latex()}
+        texts |= {f"{name}.{ending}": text for ending, text in own.items()}
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
     return [*(folder / name for name in texts), *figures.draw_figures(studies, folder, guard=guard)]

@@ -236,22 +236,20 @@ def table2_layout(studies: Sequence[Study]) -> "Table":
         header += [title(study), "95 % interval", "r", "P%", "decline %", "- LoRA (95 % interval)"]
         header += ["paper", "r", "P%"] if study.base.task in of_paper else []
     header += ["mean score", "average decline %", "- LoRA (95 % interval)"] if several else []
-    sections = []
+    sections = list[tuple[str, list[list[str]]]]()
     for section, heading in SECTION_TITLES.items():
         rows = dict.fromkeys(_row_of(record) for record in records if record["section"] == section)
         with_base = [(BASE_NAME, None)] if rows and any(study.base_score for study in studies) else []
-        body = []
+        sections += [(heading, [])] if rows else []
         for row in (*with_base, *rows):
-            method, wanted = row[0], (section, BASE_NAME)
-            cells = [method, "no adapter" if method == BASE_NAME else tensors_text(method)]
-            own = (record for record in records if _row_of(record) == row and record["section"] in wanted)
+            cells = [row[0], "no adapter" if row[0] == BASE_NAME else tensors_text(row[0])]
+            own = (r for r in records if _row_of(r) == row and r["section"] in (section, BASE_NAME))
             by_task = {record["task"]: record for record in own}
             for study in studies:
                 cells += _cells(by_task.get(study.base.task, {}), with_paper=study.base.task in of_paper)
-            mean = {"score": mean_base(studies)} if method == BASE_NAME else by_task.get(AVERAGE, {})
+            mean = {"score": mean_base(studies)} if row[0] == BASE_NAME else by_task.get(AVERAGE, {})
             of_mean = [*(_number(mean.get(name)) for name in ("score", "decline_percent")), _difference_text(mean)]
-            body.append(cells + (of_mean if several else []))
-        sections += [(heading, body)] if body else []
+            sections[-1][1].append(cells + (of_mean if several else []))
     heading = f"Table 2: {model_title(studies[0])} on {', '.join(title(study) for study in studies)}"
     missing = [] if sections else ["No method has a score yet.", ""]
     return Table(heading, header, sections, (*missing, *_notes2(studies, records)), 2)
@@ -424,18 +422,15 @@ class Table:
 
     def latex(self) -> str:
         r"""Return the table for LaTeX with \usepackage{booktabs}; its cells are those of the Markdown."""
-        width = len(self.header)
-        lines = [r"\begin{table}", rf"\caption{{{latex_text(self.title)}}}"]
-        lines += [rf"\begin{{tabular}}{{{'l' * self.num_texts}{'r' * (width - self.num_texts)}}}", r"\toprule"]
-        lines.append(_latex_row(self.header))
+        columns = "l" * self.num_texts + "r" * (len(self.header) - self.num_texts)
+        lines = [r"\begin{table}", rf"\caption{{{latex_text(self.title)}}}", rf"\begin{{tabular}}{{{columns}}}"]
+        lines += [r"\toprule", _latex_row(self.header)]
         for heading, rows in self.sections:
-            lines.append(r"\midrule")
-            if heading:
-                lines += [rf"\multicolumn{{{width}}}{{l}}{{\emph{{{latex_text(heading)}}}}} \\", r"\midrule"]
-            lines += map(_latex_row, rows)
-        lines += [r"\bottomrule", r"\end{tabular}", r"\par\footnotesize"]
-        lines += [rf"{latex_text(line.strip().removeprefix('- '))}\par" for line in self.notes if line]
-        return "".join(f"{line}\n" for line in (*lines, r"\end{table}"))
+            above = [rf"\multicolumn{{{len(columns)}}}{{l}}{{\emph{{{latex_text(heading)}}}}} \\", r"\midrule"]
+            lines += [r"\midrule", *(above if heading else []), *map(_latex_row, rows)]
+        notes = (rf"{latex_text(line.strip().removeprefix('- '))}\par" for line in self.notes if line)
+        lines += [r"\bottomrule", r"\end{tabular}", r"\par\footnotesize", *notes, r"\end{table}"]
+        return "".join(f"{line}\n" for line in lines)
 
 
 def latex_text(text: str) -> str:

@@ -147,7 +147,7 @@ def test_table3_compares_layers_with_tl5_and_tl5_with_the_best_layer(tmp_path: P
 
 def test_scores_of_other_rows_or_without_rows(tmp_path: Path) -> None:
     study = write_study(tmp_path / "study", seeds=2)
-    write_answers(study, "lora-r2-lr1e-4", [{"score": 50.0}] * 4, 50.0)
+    write_answers(study, "lora-r2-lr1e-4", [{"score": 50.0}] * 500, 50.0)
     write_scored(study, "tl6-r2-lr1e-4", 40.0)  # its answers were removed
     record = next(one for one in table2([read_study(study)]) if one["method"] == "tl6")
     assert numbers(record, "score", "low", "high") == [40.0, 39.0, 41.0] and "difference" not in record
@@ -155,7 +155,8 @@ def test_scores_of_other_rows_or_without_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scores/tl6-r2-lr1e-4: its predictions.jsonl is missing; remove the folder"):
         table2([read_study(study)])
     file = study / "scores" / "tl6-r2-lr1e-4" / "predictions.jsonl"
-    file.write_text(json.dumps({"prompt": "other", "prediction": "", "references": ["x"], "score": 1.0}) + "\n")
+    row = {"prompt": "other", "prediction": "", "references": ["x"], "score": 1.0}
+    file.write_text((json.dumps(row) + "\n") * 500)
     with pytest.raises(UserError, match=r"tl6-r2-lr1e-4: its test rows are not those of .*lora-r2-lr1e-4; remove"):
         read_study(study)
     for broken in ("{}\n", "x\n", "", '{"prompt": "p", "references": ["x"], "score": null}\n'):

@@ -132,6 +132,7 @@ def test_auto_is_a_learning_rate_alone_or_beside_numbers() -> None:
         (["--together=12"], [12]),
         (["--together=6"], [6, 6]),  # both methods have all their seeds and rates in one group
         (["--together=4"], [4, 2, 4, 2]),  # whole seeds of a method
+        (["--together=3"], [2] * 6),
         (["--together=2", "--halving=true"], [2] * 6),
         (["--together=1"], [1] * 12),
     ],
