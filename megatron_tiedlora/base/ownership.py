@@ -274,6 +274,12 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, be
                 mark.unlink()
 
 
+def reject_owner(folder: Path, *, held: FolderLock, hint: str) -> None:
+    """Raise FolderTaken if a living launch owns `folder`. `held` is a lock that was just taken on its file system: if
+    two launches first take one folder each and then check the other's, at most one of them continues."""
+    _reject_owned(folder, now=os.fstat(held.descriptor).st_mtime, resumes=False, hint=hint)
+
+
 def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
     """Raise FolderTaken if the folder has a living owner that has not lost its claim to the folder.
 

@@ -367,8 +367,8 @@ def flag_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def launcher_words(text: str | None) -> list[str]:
-    """Return the arguments in --launcher_args, split as a shell does. Return [] if `text` is None.
+def launcher_words(text: str | None, *, flag: str = "launcher_args") -> list[str]:
+    """Return the arguments in --launcher_args or `flag`, split as a shell does. Return [] if `text` is None.
 
     Raises:
         ValueError: a closing quotation mark is missing.
@@ -376,7 +376,7 @@ def launcher_words(text: str | None) -> list[str]:
     try:
         return shlex.split(text or "")
     except ValueError as error:
-        raise ValueError(f"--launcher_args {text}: {str(error).lower()}; correct the quotation") from None
+        raise ValueError(f"--{flag} {text}: {str(error).lower()}; correct the quotation") from None
 
 
 # Types of settings, which check their own values ----------------------------------------------------------------------

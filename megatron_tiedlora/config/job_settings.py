@@ -299,6 +299,7 @@ class SweepSettings(CommandSettings, command="sweep"):
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
         "processes": "how groups of runs are started, one after another; a later launch may change these settings",
+        "slurm": "run the study as jobs of Slurm; repeat the command to submit what is left",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -354,6 +355,22 @@ class SweepSettings(CommandSettings, command="sweep"):
         "processes", "stop a run if another learning rate has a lower validation loss by more than the noise", False,
     )
 
+    slurm: str | None = setting_field(
+        "slurm",
+        "submit the base score, an array with one task per group, and the scores as jobs with these options of sbatch,"
+        ' e.g. "--nodes=1 --gpus-per-node=8 --time=04:00:00 --array=%4" (at most 4 tasks at once), or ""', None,
+        lasts="command",
+    )
+    gpu: str | None = shared_field(
+        Settings, "gpu", "with --slurm or --dry_run: the kind of card, for --together auto and GPU hours",
+        group="slurm", lasts="command",
+    )
+    constants: str | None = shared_field(PlanSettings, "constants", group="slurm", lasts="command")
+    part: str | None = setting_field(
+        "slurm", "run one part of a study that --slurm has submitted: base, scores, or the name of a group's first run",
+        None, lasts="command",
+    )
+
     @classmethod
     def default_text(cls, name: str) -> str:
         """Return the default of a field for the help; '' for a setting in `GRID`, whose help text states it."""
@@ -383,6 +400,14 @@ class SweepSettings(CommandSettings, command="sweep"):
                 f" {len(self.learning_rates)} or more"
             )
         fields.launcher_words(self.launcher_args)
+        fields.launcher_words(self.slurm, flag="slurm")
+        if self.part is not None and (self.slurm is not None or self.dry_run):
+            raise ValueError(f"--part {self.part} runs here; remove --{'dry_run' if self.slurm is None else 'slurm'}")
+        for name in ("gpu", "constants"):
+            if getattr(self, name) is not None and self.slurm is None and not self.dry_run:
+                raise ValueError(f"--{name} needs --slurm or --dry_run; a sweep here uses the cards of this machine")
+        if self.gpu is not None and self.constants is not None:
+            raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both describe the cards; remove one")
 
 
 def parse_launcher(words: Sequence[str]) -> LaunchSettings:

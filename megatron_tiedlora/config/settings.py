@@ -167,7 +167,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     gpu: str | None = _dry_run(
         "with --dry_run: plan for this card, and predict its speed and whether its memory is enough (status 1 if not)",
         None, choices=GPU_NAMES, other_values=OTHER_GPUS,
-        decided_by={"plan": "give it on the command line", **_ONLY_LISTED},
+        decided_by={"plan": "give it on the command line"},
     )
     deterministic: bool = _run(
         "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False, decides="layout",

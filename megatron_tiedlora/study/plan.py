@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import psutil
+from torch import cuda
 
 from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, naming, user_path
@@ -22,9 +23,10 @@ from megatron_tiedlora.config import cli, fields, job_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data import readers, splits, tasks
 from megatron_tiedlora.data.sources import local_files
-from megatron_tiedlora.planning import adapter_plans, planned, run_plan
+from megatron_tiedlora.planning import adapter_plans, machines, planned, run_plan
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
-from megatron_tiedlora.study import record, tables
+from megatron_tiedlora.runtime.launch_env import uses_gpu
+from megatron_tiedlora.study import record, slurm, tables
 
 _SHARE = 0.8  # usable fraction of the free memory; the rest is for needs that the planner does not know
 
@@ -39,6 +41,8 @@ class SweepPlan:
         runs: the plan of each run, in training order.
         job: the launcher, hosts and ranks of each launch. The program is added at the launch.
         test_limit: number of test rows that are scored, starting with the first row; None for all rows.
+        machine: the machine of --constants or --gpu, with --slurm else this machine's card; None if it is unknown.
+        options: the options of sbatch with --slurm, else None.
     """
 
     command: job_settings.SweepCommand
@@ -48,6 +52,8 @@ class SweepPlan:
     runs: Mapping[record.Run, run_plan.RunPlan]
     job: launchers.Job
     test_limit: int | None
+    machine: machines.Machine | None = None
+    options: slurm.JobOptions | None = None
 
     @property
     def source(self) -> ModelSource:
@@ -63,13 +69,21 @@ class SweepPlan:
 
         The runs of one method and rank are compared with each other, so they are in one group if they fit. Otherwise
         those of one seed are. Finished runs are not trained again, but --halving compares the other runs with them.
+        With --part, these are the groups that --slurm has planned: the group of the part, or all for `scores`.
 
         Raises:
-            UserError: the free memory of the GPUs cannot be read.
+            UserError: the free memory of the GPUs cannot be read or is unknown, or the part does not exist.
         """
 
         def is_left(runs: Group) -> bool:
             return not all(map(self.is_finished, runs))
+
+        if (part := self.command.settings.part) is not None:
+            submitted, runs = slurm.read_submitted(self.folder).groups, {run.name: run for run in self.runs}
+            if part not in (known := [record.BASE_NAME, *submitted, record.SCORES]):
+                raise UserError(f"--part {part}: --slurm has planned no such part. Give one of {', '.join(known)}")
+            chosen = [names for first, names in submitted.items() if part in (first, record.SCORES)]
+            return list(filter(is_left, (tuple(runs[name] for name in names) for names in chosen)))
 
         points = (sum(filter(is_left, _by_seed(self.grid.runs(point))), ()) for point in self.grid.points)
         return list(filter(is_left, _packed(list(filter(None, points)), self._may_share)))
@@ -102,9 +116,34 @@ class SweepPlan:
     @cached_property
     def free_bytes(self) -> float:
         """The bytes that each rank may use with --together auto. Ranks on CPUs share the memory of their machine."""
-        if next(iter(self.runs.values())).on_gpu:
+        on_gpu, slots = next(iter(self.runs.values())).on_gpu, self.job.hosts[0].slots
+        if self.machine is not None:
+            return _SHARE * self.machine["memory"] / (1 if on_gpu else slots)
+        if on_gpu:
             return _SHARE * _free_gpu_bytes()
-        return _SHARE * psutil.virtual_memory().available / self.job.hosts[0].slots
+        if "gpu" in (self.command.settings.slurm or ""):
+            why = "this machine has no GPU that shows the memory of the jobs' GPUs"
+            raise UserError(f"--together auto: {why}; give their kind to --gpu, or give a number")
+        return _SHARE * psutil.virtual_memory().available / slots
+
+    def gpu_hours(self, groups: Sequence[Group]) -> list[float] | None:
+        """Return the predicted hours of all ranks for the steps of each group, without runs that are finished.
+
+        Return None if the machine is unknown."""
+        if (machine := self.machine) is None:
+            return None
+        left = [{run.name: self.runs[run] for run in runs if not self.is_finished(run)} for runs in groups]
+        data: adapter_plans.Data = {}
+        if self.source.folder is not None:
+            data = adapter_plans.prepare_all_data({name: plan for plans in left for name, plan in plans.items()})
+            left = [adapter_plans.counted(plans, data) for plans in left]
+        hours = []
+        for plans in left:
+            step = planned.StepPlan.first(plans, data, shares=True)
+            card = step.shared.with_attention(machine, packed=bool(data))
+            layout = planned.Planned(step=step, layout=step.layout, machine=card, per_node=self.job.hosts[0].slots)
+            hours.append(layout.hours * self.job.size)
+        return hours
 
     def dry_run_lines(self) -> list[str]:
         """Return the lines of the dry run: a table of all runs, and a table of the joint launches and their memory."""
@@ -131,12 +170,19 @@ class SweepPlan:
             is_auto = self.command.settings.together == "auto"
             free = f"; up to {bytes_in_words(self.free_bytes)} are used" if is_auto else ""
             lines += ["", f"  groups to train together, and the memory of a rank{free}"]
-            needed = [self.needed_bytes(runs) for runs in groups]
+            needed, hours = [self.needed_bytes(runs) for runs in groups], self.gpu_hours(groups)
+            shown = [""] * len(groups) if hours is None else [f"{each:,.2f} h" for each in hours]
             cells = [
-                (str(number), bytes_in_words(size), ", ".join(run.name for run in runs))
-                for number, (size, runs) in enumerate(zip(needed, groups, strict=True), start=1)
+                (str(number), bytes_in_words(size), each, ", ".join(run.name for run in runs))
+                for number, (size, each, runs) in enumerate(zip(needed, shown, groups, strict=True), start=1)
             ]
-            lines += aligned_lines(cells, align=">><", indent="  ")
+            lines += aligned_lines(cells, align=">>><", indent="  ")
+            unit = f"{'GPU' if next(iter(self.runs.values())).on_gpu else 'rank'} hours"
+            if hours is not None:
+                length = "" if self.source.folder else " with all samples of --max_length"
+                lines.append(f"  {sum(hours):,.2f} {unit} of training steps{length}, without validation and scores")
+            elif self.options is not None:
+                lines.append(f"  {unit} are unknown; give --gpu, or --constants of `tiedlora plan --measure`")
             if is_auto and max(needed) > self.free_bytes:
                 less = "give a --base of fewer bits or a shorter --max_length"
                 lines += ["", f"  warning: a group needs more memory than this; {less}"]
@@ -185,15 +231,29 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     settings, train = command.settings, command.train
     folder = record.StudyFolder(user_path(settings.output_dir))
     record.check_folder(folder)
-    task, job = tasks.get_task(train.task), start.make_job(command.launcher, os.environ)
-    ranks = job.size
+    options, environment = None, dict(os.environ)
+    if settings.slurm is not None:
+        options = slurm.job_options(settings.slurm, num_gpus=command.launcher.num_gpus)
+        environment = {**slurm.outside(environment), **options.allocation}
+    task, job = tasks.get_task(train.task), start.make_job(command.launcher, environment)
+    if options is not None and job.route != "srun":
+        raise UserError("--slurm: srun or mpirun starts the ranks in the allocation; remove other launchers and hosts")
+    machine, ranks = None, job.size
+    if settings.constants is not None:
+        machine = machines.read_machine(user_path(settings.constants, flag="--constants"))
+    elif settings.gpu is not None:
+        machine = machines.GPUS[settings.gpu]
+    elif settings.slurm is not None and uses_gpu():
+        machine = machines.GPUS.get(machines.known_gpu(cuda.get_device_name()) or "")
+    kind = "gpu" if machine is not None and machine.on_gpu else "cpu"
+    where = {} if machine is None else {"dry_run": True, "plan_for": kind, "gpu": settings.gpu}
     with naming("--launcher_args"):
         start.check_num_ranks(train, ranks)
     cli.check_together(train)
     source, counts = find_model(train.model, weights=False), dict[str, int]()
     grid, runs = record.make_grid(command, source.shape.num_layers), dict[record.Run, run_plan.RunPlan]()
     for run in grid.all_runs:
-        own = make_settings({"ds_config": adapter_plans.DS_CONFIG, **command.shared, **run.settings})
+        own = make_settings({"ds_config": adapter_plans.DS_CONFIG, **command.shared, **run.settings, **where})
         runs[run] = run_plan.plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
         adapter_plans.check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
@@ -220,4 +280,4 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     limit = settings.test_limit
     if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows, a sweep all
         limit = len(splits.load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
-    return SweepPlan(command, folder, base, grid, runs, job, limit)
+    return SweepPlan(command, folder, base, grid, runs, job, limit, machine, options)

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any, get_args
 
 from megatron_tiedlora.base import files, ownership
-from megatron_tiedlora.base.files import Guard, Size, Text, discard, read_fields, read_json_object, unguarded
+from megatron_tiedlora.base.files import Guard, Size, Text, read_fields, read_json_object, unguarded
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
@@ -154,7 +154,7 @@ def rate_text(rate: float | str) -> str:
     return f"{mantissa}e{exponent + len(text) - 1}"
 
 
-RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
+RUNS, GROUPS, SCORES, LOGS, JOBS = "runs", "groups", "scores", "logs", "jobs"
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,20 @@ class StudyFolder:
 
     Attributes:
         owner: the sweep that may write to the folder; None if the folder is only read.
+        part: the part that this launch runs beside others, `base` or the name of a group; '' for the whole study.
     """
 
     path: Path
     owner: ownership.Owner | None = field(default=None, compare=False)
+    part: str = ""
 
     settings = PathIn(SWEEP_FILE)
     base = PathIn("base.json")  # describes the base model and the task
-    status = PathIn("sweep_status.json")  # how the last launch ended; missing while a sweep runs
+
+    @property
+    def status(self) -> Path:
+        """The file that tells how the last launch ended, in the folder that it locks; it is missing while one runs."""
+        return (self.path / JOBS / self.part if self.part else self.path) / "sweep_status.json"
 
     @property
     def guard(self) -> Guard:
@@ -218,11 +224,11 @@ def check_folder(folder: StudyFolder) -> None:
 
     The folder of a launch that was killed before it wrote its settings is accepted."""
     path = folder.path
-    folders = (RUNS, GROUPS, SCORES, LOGS)
+    folders = (RUNS, GROUPS, SCORES, LOGS, JOBS)
     # The folder also has YAML lists of adapters, and temporary files of them if a sweep was killed.
     found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(files.TEMPORARY_PREFIX))
     groups = (item for item in found if item.suffix != ".yaml")
-    reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
+    reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *(path / JOBS).glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
@@ -287,7 +293,6 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
     content = {name: value for name, value in found.items() if value is not None}
     files.write_json(folder.base, asdict(base), guard=folder.guard)  # first, so that it lacks no point of sweep.yaml
     files.write_yaml(folder.settings, content, guard=folder.guard)
-    discard(folder.status, guard=folder.guard)
 
 
 def read_command(folder: StudyFolder) -> SweepCommand:

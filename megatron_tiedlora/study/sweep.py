@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from megatron_tiedlora.config import adapter_settings, fields, job_settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime import run_folder, stopping
-from megatron_tiedlora.study import figures, record, tables
+from megatron_tiedlora.study import figures, record, slurm, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 
 LOG_MARK = "$ "  # precedes the command line of each launch in a log
@@ -71,16 +72,27 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
     settings = command.settings
     if settings.tables_from is not None:
         return join_studies(settings.tables_from, user_path(settings.output_dir), take_over=settings.take_over)
-    plan = plan_sweep(command)
+    plan, part = plan_sweep(command), "" if settings.part in (None, record.SCORES) else str(settings.part)
     if settings.dry_run:
         show(*plan.dry_run_lines())
+        if plan.options is not None:
+            jobs = submission(plan)
+            show("", f"{plan.folder.path / slurm.SCRIPT_FILE}:", *jobs.script.splitlines(), "")
+            show(*(shlex.join(words) for words in jobs.commands(["JOB"])))
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
+    if settings.part is None:
+        slurm.check_queue(plan.folder)
+    if plan.options is not None and (jobs := submission(plan)).parts:
+        return submit_jobs(plan, jobs)
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
-        with lock_study(plan.folder.path, take_over=settings.take_over) as lock, stopping.StopSignals() as stop:
-            plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner))
-            record.write_record(plan.folder, command, plan.base)
+        lock_all = lock_study(plan.folder.path, part=part, take_over=settings.take_over)
+        with lock_all as lock, stopping.StopSignals() as stop:
+            plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner, part))
+            if settings.part is None:
+                record.write_record(plan.folder, command, plan.base)
+            discard(plan.folder.status, guard=plan.folder.guard)
             work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
             try:
                 work.run()
@@ -91,14 +103,54 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
             return work.end()
 
 
-def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock:
-    """Lock a study's folder for this sweep, and return the lock. A missing folder is created.
+def submission(plan: SweepPlan) -> slurm.Submission:
+    """Return the jobs of the parts of the study that are left. They get the flags that no file may give."""
+    settings, folder = plan.command.settings, plan.folder
+    assert plan.options is not None
+    words = [sys.executable, "-u", "-P", "-m", "megatron_tiedlora", "sweep", f"--output_dir={folder.path.absolute()}"]
+    given = {"launcher_args": settings.launcher_args, "take_over": settings.take_over or None}
+    words += [f"--{name}={fields.flag_value(value)}" for name, value in given.items() if value is not None]
+    groups = {runs[0].name: [run.name for run in runs] for runs in plan.groups()}
+    scored = (record.BASE_NAME, *chosen_runs(plan).values())
+    unscored = [name for name in scored if record.read_score(folder.score(name)) is None]
+    return slurm.Submission(folder, plan.options, words, groups, unscored)
+
+
+def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
+    """Submit the jobs of a study, and return the exit status 0. Raise UserError if Slurm or a folder rejects them."""
+    slurm.call_slurm("sbatch", "--version")
+    show(*plan.dry_run_lines())
+    with lock_study(plan.folder.path, take_over=plan.command.settings.take_over) as lock:
+        folder = replace(plan.folder, owner=lock.owner)
+        slurm.check_queue(folder)  # another command may have submitted them meanwhile
+        record.write_record(folder, plan.command, plan.base)
+        discard(folder.status, guard=folder.guard)
+        numbers = replace(jobs, folder=folder).submit()
+    slurm.call_slurm("scontrol", "release", numbers[0])  # it could not lock its part before
+    said = f"  submitted jobs {', '.join(numbers)}; cancel with: scancel {' '.join(numbers)}"
+    show("", said, f"  logs in {folder.path / record.LOGS}")
+    return 0
+
+
+def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> ownership.FolderLock:
+    """Lock a study's folder, or one part beside others, and return the lock. A missing folder is created.
 
     Raises:
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
-    hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it"
-    return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
+    hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it (--take_over takes the"
+    own, hint = record.StudyFolder(folder, part=part).status.parent, f"{hint} folder anyway)"
+    lock = ownership.take_folder(own, take_over=take_over, hint=hint)
+    try:
+        for other in [folder] if part else sorted((folder / record.JOBS).glob("*")):
+            if take_over and not part:
+                ownership.take_folder(other, take_over=True, hint=hint).release()
+            else:
+                ownership.reject_owner(other, held=lock, hint=hint)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 @dataclass
@@ -121,7 +173,7 @@ class Sweep:
     failures: dict[str, tuple[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder, self.command = self.plan.folder, self.plan.command
+        self.folder, self.command, self._began = self.plan.folder, self.plan.command, time.monotonic()
         self._done, self._training = 0, list[record.Run]()
         total = 1 + len(self.plan.runs) + len({(run.point, run.seed) for run in self.plan.runs})
         shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
@@ -133,25 +185,31 @@ class Sweep:
         return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
-        """Score the base model, train the runs, and score the best runs. Launch nothing after a signal.
+        """Score the base model, train the runs, and score the best runs, or do the part of --part. Launch nothing
+        after a signal. The part `scores` trains nothing, so runs that are not finished count as failed.
 
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
         """
-        groups = self.plan.groups()
+        groups, part, base = self.plan.groups(), self.command.settings.part, f"score {record.BASE_NAME}"
+        is_last = part == record.SCORES
         with self._bar:
-            self._take_scores()
-            self._score({f"score {record.BASE_NAME}": record.BASE_NAME})
-            if not self.given_up:
-                for runs in groups:
-                    self._train(runs)
-                self._score(self._best())
+            if part is None or is_last:
+                self._take_scores()
+            if part in (None, record.BASE_NAME):
+                self._score({base: record.BASE_NAME})
+            elif is_last and record.read_score(self.folder.score(record.BASE_NAME)) is None:
+                self._note(base, None, base)
+            for runs in () if self.given_up else groups:
+                (self._note_runs if is_last else self._train)(runs)
+            if (part is None or is_last) and not self.given_up:
+                self._score(chosen_runs(self.plan))
             self._count()
 
     def _count(self) -> None:
         """Show the number of finished runs and scores in the progress bar."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
-        names = (record.BASE_NAME, *self._best().values())
+        names = (record.BASE_NAME, *chosen_runs(self.plan).values())
         done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
         self._done = done
         self._bar.update(done - self._bar.n)
@@ -162,18 +220,13 @@ class Sweep:
         row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
-    def _best(self) -> dict[str, str]:
-        """Return a dict from the score name of each method, rank and seed to the name of its best finished run."""
-        grid, metric = self.plan.grid, self.command.train.eval_metric
-        found = (record.best_runs(self.folder, grid.runs(point), metric=metric) for point in grid.points)
-        return {f"score {run.point.name}{run.seed_part}": run.name for runs in found for run in runs}
-
     def _train(self, runs: Group) -> None:
         """Train the runs together in one launch. Each run has its own folder."""
         if self.stop.received:
             return
         folder, first, several = self.folder, runs[0].name, len({(run.point, run.seed) for run in runs}) < len(runs)
-        left = [run for run in runs if not self.plan.is_finished(run)]
+        done = list(filter(self.plan.is_finished, runs))
+        left = [run for run in runs if run not in done]
         for run in left:  # if this launch fails, an old status must not be read as its reason
             discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
         file, output = folder.group(f"{first}.yaml"), folder.group(first)
@@ -187,12 +240,18 @@ class Sweep:
         self._training = left
         ended = self._start(f"group {first}", "train", given)
         self._training = []
-        if not ended:
-            return
-        for run in left:
-            end = record.read_run(folder.run(run.name))
+        if any(record.read_run(folder.run(run.name)).reason == signal.SIGUSR1.name for run in left):
+            self.stop.received.append(signal.SIGUSR1)  # Slurm sends it to the ranks alone before the time limit
+        elif ended:
+            self._note_runs(runs, before=done)
+
+    def _note_runs(self, runs: Group, before: Sequence[record.Run] = ()) -> None:
+        """Print how the runs of a group ended. `before` are those that had finished before."""
+        for run in runs:
+            end = record.read_run(self.folder.run(run.name))
             words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
-            self._note(run.name, words, f"group {first}", end.reason)
+            if run not in before:
+                self._note(run.name, words, f"group {runs[0].name}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or several runs together. `wanted` maps score names to run names."""
@@ -270,7 +329,8 @@ class Sweep:
         if words is None:
             lines = last_lines(self.folder.log(log), 40)
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            reason = recorded or (errors or ["it ended without a result"])[-1]
+            unknown = "it ended without a result" if self.folder.log(log).is_file() else "it was not started"
+            reason = recorded or (errors or [unknown])[-1]
             self.failures[item] = reason, self.folder.log(log)
             words = f"FAILED: {reason}"
         seconds = time.monotonic() - self._began
@@ -312,7 +372,7 @@ class Sweep:
             show(f"stopped; to resume, repeat the command or give only --output_dir {shlex.quote(str(folder.path))}")
             return 128 + self.stop.received[0]
         self.write_status("failed" if failures else "finished")
-        if not self.given_up:
+        if not self.given_up and not folder.part:
             written = write_tables([record.read_study(folder.path)], folder.path, guard=folder.guard)
             show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
             show(*(f"written    {path}" for path in written))
@@ -324,6 +384,13 @@ class Sweep:
             line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up}"
             show(f"{line} (logs in {folder.path / record.LOGS})", file=sys.stderr)
         return 1 if failures else 0
+
+
+def chosen_runs(plan: SweepPlan) -> dict[str, str]:
+    """Return a dict from the score name of each method, rank and seed to the name of its best finished run."""
+    grid, metric = plan.grid, plan.command.train.eval_metric
+    found = (record.best_runs(plan.folder, grid.runs(point), metric=metric) for point in grid.points)
+    return {f"score {run.point.name}{run.seed_part}": run.name for runs in found for run in runs}
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:

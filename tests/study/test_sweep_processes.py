@@ -111,7 +111,7 @@ def test_one_after_another_and_a_failure_is_kept(study: tuple[Base, Path], tmp_p
     world.work.run()
     assert world.events == [f"group {m}-r2-lr2e-1 {what}" for m in ("lora", "tl6") for what in ("begins", "ends")]
     assert list(world.work.failures) == [run.name for run in plan.grid.all_runs] and not world.work.given_up
-    assert {reason for reason, _ in world.work.failures.values()} == {"it ended without a result"}
+    assert {reason for reason, _ in world.work.failures.values()} == {"it was not started"}
 
 
 def full_disk(*_: Any, **__: Any) -> Any:

@@ -113,7 +113,7 @@ def test_an_evaluation_hands_on_what_it_shares() -> None:
 
 def test_what_a_sweep_records() -> None:
     assert set(SweepSettings.model_fields) - set(fields.marked(SweepSettings, lasts="")) == {
-        *("output_dir", "dry_run", "take_over", "tables_from")
+        *("output_dir", "dry_run", "take_over", "tables_from", "slurm", "gpu", "constants", "part")
     }
 
 
@@ -146,7 +146,8 @@ def test_a_shared_field_keeps_its_limits_and_its_names() -> None:
 @pytest.mark.parametrize("kind", [Settings, EvaluateSettings, SweepSettings], ids=lambda kind: kind.__name__)
 def test_what_the_user_decides_anew_is_not_read_from_files(kind: type[fields.CommandSettings], tmp_path: Path) -> None:
     file, names = tmp_path / "mine.yaml", fields.marked(kind, lasts="command")
-    assert names == (("take_over",) if kind is SweepSettings else ("take_over", "base_differs"))
+    others = ("slurm", "gpu", "constants", "part") if kind is SweepSettings else ("base_differs",)
+    assert names == ("take_over", *others)
     for name in names:
         file.write_text(f"{name}: true\n")
         with pytest.raises(UserError, match=f"^{file}: {name} is not read from a file; give --{name} on the command"):
