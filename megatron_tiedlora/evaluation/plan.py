@@ -159,7 +159,7 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
 
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
     """Return the plan of one evaluation. Raises UserError if its settings, model and ranks do not fit together."""
-    task, (settings, of_run) = get_task(settings.task), _as_trained(settings)
+    task, (settings, of_run) = get_task(settings.task), as_trained(settings)
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:
@@ -200,7 +200,7 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     return source.base_format(given)
 
 
-def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
+def as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
     """Return the settings and notes. If the user did not give an option for reading rows, it is taken from the
     adapter's run. The notes list differences between the prompts of the run and of the evaluation. Raises UserError if
     the user's settings contradict the run's options, or if the run's chat template file has changed."""
