@@ -383,9 +383,9 @@ def mix_(words: Tensor) -> Tensor:
     return words
 
 
-def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
+def token_keys(token_index: Tensor, *, seed: int, stream: str = "dropout") -> Tensor:
     """Return a 32-bit key in int64 for each token. The token indices are int64 and not negative."""
-    salt = stream_seed(seed, "dropout")
+    salt = stream_seed(seed, stream)
     low = mix_((token_index & _WORD) ^ (salt & _WORD))
     return mix_(low ^ (token_index >> 32) ^ (salt >> 32))
 

@@ -1,4 +1,4 @@
-"""Generate answers to a task's held-out rows by greedy decoding, and score the answers. The model may be a base
+"""Generate answers to a task's held-out rows, greedily or by sampling, and score the answers. The model may be a base
 model, an adapter, a merged model or a PEFT folder.
 
     tiedlora evaluate                                                                  the demo model on the demo task
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,12 +81,13 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     )
     if is_main:
         show(*headline(plans, scored, stage.attention_route(device, plan.dtype)))
-    with stop.deferred(), closing(Decoder(stage, groups, plan.source.shape)) as decoder:
+    with stop.deferred(), closing(Decoder(stage, groups, plan.source.shape, sampling=plan.sampling)) as decoder:
         answers = answer_all(decoder, scored, grid=plan.grid, agree=stop.agree, progress=is_main)
     if output is None:
         return
     stop.raise_if_requested()
-    found = {name: (own, answers[name], score_answers(own.task.metrics, answers[name])) for name, own in plans.items()}
+    score = partial(score_answers, decoding=str(plan.sampling) if settings.temperature else "")
+    found = {name: (own, answers[name], score(own.task.metrics, answers[name])) for name, own in plans.items()}
     with stop.deferred():  # this is short and must finish
         write_results(found, output)
     show(*score_table(found, output.path))

@@ -50,7 +50,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
     """
 
-    about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
+    about: ClassVar[str] = "Answer a task's rows and score the answers, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = {
         "run": "where answers and scores go",
         "model": "the model that generates the answers",
@@ -67,7 +67,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         "take_over", "take --output_dir over from another launch that is writing it; that launch then stops writing",
     )
     seed: int = _train(
-        "seed", "seed for splitting validation rows off the training rows; give the run's seed for its split",
+        "seed", "seed of --temperature, and for splitting validation rows off training rows (give the run's seed)",
     )
     timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
 
@@ -129,6 +129,14 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         " at most four times this number in all",
         16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
+    temperature: float = setting_field(
+        "data", "sample answers from softmax(logits / T); 0: greedy decoding", 0.0, ge=0, metavar="T",
+        other_names="do_sample temp",
+    )
+    top_p: float = setting_field(
+        "data", "with --temperature: sample only from the most likely tokens with a total probability of at least P",
+        1.0, gt=0, le=1, metavar="P",
+    )
     limit: int | None = setting_field(
         "data", "answer only the first N rows [all; demo 24]", None, ge=1,
         other_names="max_samples num_samples eval_samples",
@@ -147,6 +155,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     def _check_fit(self) -> None:
         if self.adapter is not None and self.adapters is not None:
             raise ValueError("give either --adapter or --adapters, not both")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError(f"--top_p {self.top_p:g} needs --temperature above 0; decoding is greedy without it")
         if self.adapters == ():
             raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:

@@ -135,7 +135,7 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
 def answer_all(
     decoder: Decoder, scored: Mapping[str, ScoredSet], *, grid: Grid, agree: Agree = bool, progress: bool = False
 ) -> dict[str, list[Answer]]:
-    """Generate answers to the prompts of each adapter by greedy decoding.
+    """Generate answers to the prompts of each adapter. A sampled answer depends on the index of its sample.
 
     The prompts are divided over the data-parallel ranks. All ranks run the same number of batches and agree on when to
     stop. With ZeRO-3, every call of the model is also a collective. A rank without prompts computes the first prompt
@@ -189,8 +189,9 @@ class _AskedSet:
         """Return the prompts of this rank's samples in a batch. If there are none, return the first of all prompts."""
         scored, start = self.scored, self.grid.dp_rank * self.batch_size
         self.asked = self.batches[number][start : start + self.batch_size]
-        ids = [scored.prompts[index].tolist() for index in self.asked or self.order[:1]]
-        return Prompts(ids, scored.encoding.end_ids, scored.max_new_tokens, self.is_end, self.adapter)
+        rows = self.asked or self.order[:1]
+        ids = [scored.prompts[index].tolist() for index in rows]
+        return Prompts(ids, scored.encoding.end_ids, scored.max_new_tokens, self.is_end, self.adapter, rows)
 
     def take(self, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
         """Store the answers of the batch, and score the choices of its samples."""

@@ -1,5 +1,5 @@
-"""Generates tokens by greedy decoding with a key-value cache, for prompts of different lengths and in any parallel
-layout. Also computes the log-likelihoods of several endings of a prompt. The prompt is computed only once.
+"""Generates tokens with a key-value cache, for prompts of different lengths and in any parallel layout. Also computes
+the log-likelihoods of several endings of a prompt. The prompt is computed only once.
 
 A decoder calls the pipeline stage of this rank with key-value caches. A call may have rows of several adapters. Each
 adapter's rows have their own caches and attention calls, but the base's matmuls run over the rows of all adapters. A
@@ -28,6 +28,7 @@ from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.batch import filled
+from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, Step, find_step_graphs
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
@@ -56,14 +57,18 @@ class Decoder:
     """
 
     def __init__(
-        self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
+        self,
+        stage: Stage,
+        groups: ParallelGroups,
+        shape: ModelShape,
+        *,
+        calls_together: bool = False,
+        sampling: Sampling = GREEDY,
     ) -> None:
-        """Prepare to call a stage in evaluation mode. With `calls_together`, all ranks must make the same number of
-        calls, because ZeRO-3 gathers weights in each call."""
-        self.stage = stage
-        self.pipeline, self.choices = groups.pipeline, groups.choices
-        self.shape = shape
-        self.calls_together = calls_together
+        """Prepare to call a stage in evaluation mode. `sampling` says how `generate` chooses tokens. With
+        `calls_together`, all ranks must make the same number of calls, because ZeRO-3 gathers weights in each call."""
+        self.stage, self.pipeline, self.choices = stage, groups.pipeline, groups.choices
+        self.shape, self.calls_together, self.sampling = shape, calls_together, sampling
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
@@ -85,8 +90,7 @@ class Decoder:
         self.close()
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
         heads = self.shape.heads
-        local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
-        shape = batch, local_kv_heads, capacity, heads.dim
+        shape = batch, heads.num_kv // self.stage.tensor_parallel.group.size, capacity, heads.dim
         return [KeyValueCache.empty(*shape, like, self.granularity) for _ in self.stage.blocks]
 
     def take_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
@@ -163,8 +167,7 @@ class Decoder:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
         options: dict[str, Any] = {"labels": of_tokens, "segments": segments, "caches": all_caches, "wanted": picked}
         predict = partial(self.stage.predict, **options, updates=self._updates_of(segments))
-        firsts = [(some.caches[0], some.tokens.shape[1]) for some in rows]
-        read = [(cache.keys.data_ptr(), cache.num_read(length)) for cache, length in firsts]
+        read = [(own[0].keys.data_ptr(), own[0].num_read(new.shape[1])) for new, _, own, _ in rows]
         return (segments, *read), predict, inputs, positions
 
     def _updates_of(self, segments: AdapterSegments) -> Mapping[int, LayerUpdate]:
@@ -207,8 +210,7 @@ def _among_all(segments: AdapterSegments, wanted: RowTensors) -> Iterator[torch.
     """Yield each adapter's `wanted` positions, (b,) int64, as indices into the concatenated tokens of all adapters."""
     start = 0
     for segment, positions in zip(segments, wanted, strict=True):
-        first = start + torch.arange(segment.num_rows, device=positions.device) * segment.length
-        yield first + positions
+        yield start + torch.arange(segment.num_rows, device=positions.device) * segment.length + positions
         start += segment.num_tokens
 
 
@@ -242,6 +244,7 @@ class Prompts:
         end_ids: the token ids that end a sequence.
         is_end: a function that gets the new tokens of a sequence, and returns whether the sequence has ended.
         adapter: the name of the adapter, or ONLY if the stage has at most one adapter.
+        numbers: the row number of each prompt, on which its samples depend (default: the prompt's index).
     """
 
     prompts: Sequence[Sequence[int]]
@@ -249,11 +252,12 @@ class Prompts:
     max_new_tokens: int
     is_end: Callable[[Sequence[int]], bool] = lambda _: False
     adapter: str = ONLY
+    numbers: Sequence[int] = range(2**31)
 
 
 @torch.no_grad()
 def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
-    """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
+    """Continue each prompt with its most likely tokens, or samples, until `end_ids`, `is_end` or `max_new_tokens`.
 
     Each adapter's prompts have the same order, caches and attention calls as in a batch without other adapters. Only
     the base's matmuls run over the rows of all adapters. An adapter is skipped once all of its sequences have ended.
@@ -267,9 +271,9 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
     Raises:
         Exception: an error of `agree`. At that time, no message is in flight between the stages.
     """
-    num_steps = max(some.max_new_tokens for some in given)
+    num_steps, num_stages = max(some.max_new_tokens for some in given), decoder.pipeline.size
     batches = [
-        [_Batch(decoder, some, prompts, num_steps) for prompts in split_evenly(some.prompts, decoder.pipeline.size)]
+        [_Batch(decoder, some, part, num_steps) for part in split_evenly(range(len(some.prompts)), num_stages)]
         for some in given
     ]
     parts = [_Part(decoder, [batch for batch in some if batch is not None]) for some in zip_longest(*batches)]
@@ -278,7 +282,7 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
         for part in parts:
             part.advance()
         agrees = step % every == 0 or step == num_steps
-        if not agrees and decoder.pipeline.size > 1:
+        if not agrees and num_stages > 1:
             continue
         for part in parts:  # no message may be in flight when all ranks agree, or stages would deadlock
             part.collect()
@@ -323,19 +327,19 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) ->
 class _Batch:
     """A batch of sequences of one adapter, with the longest sequences first."""
 
-    def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
-        """Make empty caches for `prompts`, which are some of the adapter's prompts. At most `num_steps` tokens per
-        sequence are computed, and at most `given.max_new_tokens` of them are used."""
+    def __init__(self, decoder: Decoder, given: Prompts, indices: Sequence[int], num_steps: int) -> None:
+        """Make empty caches for some of the adapter's prompts, by index. At most `num_steps` tokens per sequence are
+        computed, and at most `given.max_new_tokens` of them are used."""
         self.given = given
-        self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        self.prompts = [prompts[index] for index in self.order]
+        self.order = sorted(indices, key=lambda index: -len(given.prompts[index]))
+        self.prompts = [given.prompts[index] for index in self.order]
         self.lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=decoder.device)
+        self.numbers = torch.tensor([given.numbers[index] for index in self.order], device=decoder.device)
         self.most = num_steps if decoder.calls_together else given.max_new_tokens
-        self.caches = decoder.take_caches(len(prompts), len(self.prompts[0]) + self.most)
-        self.rows: list[list[int]] = [[] for _ in prompts]
+        self.caches = decoder.take_caches(len(indices), len(self.prompts[0]) + self.most)
+        self.rows: list[list[int]] = [[] for _ in indices]
         self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once it exists
-        self.ended = [False] * len(prompts)
-        self.num_chosen = 0
+        self.ended, self.num_chosen = [False] * len(indices), 0
 
     @property
     def is_done(self) -> bool:
@@ -372,16 +376,14 @@ class _Batch:
 
     def in_given_order(self) -> list[list[int]]:
         """Return the new tokens of each prompt, in the order of the prompts."""
-        found = dict(zip(self.order, self.rows, strict=True))
-        return [found[index] for index in range(len(found))]
+        return [row for _, row in sorted(zip(self.order, self.rows, strict=True))]
 
 
 class _Part:
     """Sequences of one or several adapters that go through the stages together."""
 
     def __init__(self, decoder: Decoder, batches: Sequence[_Batch]) -> None:
-        self.decoder = decoder
-        self.batches = list(batches)
+        self.decoder, self.batches = decoder, batches
         self.computed: list[_Batch] = []  # batches whose newest tokens have not been received
         self.waiting: Callable[[], torch.Tensor] | None = None
 
@@ -399,12 +401,17 @@ class _Part:
         if self.computed[0].num_chosen == 0:
             chosen = self._read_prompts()
         else:
-            chosen = _most_likely(self.decoder.forward([batch.newest_rows() for batch in self.computed]))
+            logits = self.decoder.forward([batch.newest_rows() for batch in self.computed])
+            chosen = self._choose(logits, [(batch, slice(None)) for batch in self.computed])
         for batch in self.computed:
             batch.num_chosen += 1
         self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
         if self.decoder.pipeline.size == 1:
             self.collect()
+
+    def _choose(self, logits: torch.Tensor | None, call: Sequence[tuple[_Batch, slice]]) -> torch.Tensor | None:
+        places = ((batch.numbers[run], batch.num_chosen) for batch, run in call)
+        return None if logits is None else self.decoder.sampling.choose(logits, places)
 
     def capture(self) -> None:
         """Capture the next step. If there is none, capture the last one, for later batches with these caches."""
@@ -418,12 +425,11 @@ class _Part:
         whole = self.decoder.calls_together  # the number of calls must not depend on the prompts of a rank
         for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
             present = [(batch, run) for batch, run in zip(self.computed, turn, strict=True) if run is not None]
-            sizes = [len(batch.prompts[run.start]) * (run.stop - run.start) for batch, run in present]
-            sized = ((one, size, PROMPT_TOKENS_AT_ONCE) for one, size in zip(present, sizes, strict=True))
+            sized = [((b, r), len(b.prompts[r.start]) * (r.stop - r.start), PROMPT_TOKENS_AT_ONCE) for b, r in present]
             for call in [present] if whole else filled(sized):
                 rows = [batch.prompt_rows(run, self.decoder.device) for batch, run in call]
                 wanted = [batch.lengths[run] - 1 for batch, run in call]
-                chosen = _most_likely(self.decoder.forward(rows, wanted=wanted))
+                chosen = self._choose(self.decoder.forward(rows, wanted=wanted), call)
                 if chosen is not None:
                     parts = chosen.split([len(positions) for positions in wanted])
                     for (batch, _), part in zip(call, parts, strict=True):
@@ -437,14 +443,9 @@ class _Part:
         """Receive the generated tokens from the last stage, if some are expected."""
         if self.waiting is None:
             return
-        chosen = self.waiting()
-        self.waiting = None
+        chosen, self.waiting = self.waiting(), None
         for batch, part in zip(self.computed, chosen.split([len(b.rows) for b in self.computed]), strict=True):
             batch.take(part)
-
-
-def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
-    return None if logits is None else logits.argmax(-1)
 
 
 @torch.no_grad()
@@ -475,8 +476,7 @@ def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Samp
 
 
 def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[list[float]]:
-    device = decoder.device
-    counts = [len(endings) for _, endings in samples]
+    device, counts = decoder.device, [len(endings) for _, endings in samples]
     rows = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)).to(device)
     before = [list(prompt[:-1]) for prompt, _ in samples]
     after = [[prompt[-1], *ending] for prompt, endings in samples for ending in endings]
@@ -492,8 +492,8 @@ def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[li
     labels = pad_right([row[1:] for row in after], IGNORED_LABEL, device)
     starts = torch.tensor([len(prompt) for prompt in before], device=device)[rows]
     positions = starts[:, None] + torch.arange(tokens.shape[1], device=device)
-    taken = [cache.take(rows) for cache in caches]
-    losses = decoder.forward([AdapterRows(tokens, positions, taken, adapter)], labels=[labels])
+    caches = [cache.take(rows) for cache in caches]
+    losses = decoder.forward([AdapterRows(tokens, positions, caches, adapter)], labels=[labels])
     if losses is None:
         return [[] for _ in samples]
     found = iter((-losses.view_as(tokens).double().sum(dim=1)).tolist())

@@ -31,6 +31,7 @@ from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.evaluation.sampling import Sampling
 from megatron_tiedlora.model.weights import Stages, check_layout, layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu
@@ -73,6 +74,11 @@ class EvaluationPlan:
     def base_format(self) -> str | None:
         """Return the storage format of the blocks' linear layers, or None if they are stored in `dtype`."""
         return _base_format(self.settings, self.source, self.adapter)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Return how the tokens of the answers are chosen."""
+        return Sampling(self.settings.temperature, self.settings.top_p, self.settings.seed)
 
     @property
     def adapter_name(self) -> str:

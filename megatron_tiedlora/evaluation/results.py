@@ -58,10 +58,11 @@ class Score:
 
 
 def score_answers(
-    metric_names: Sequence[str], answers: Sequence[Answer], *, seed: int = 0, resamples: int = 1000
+    metric_names: Sequence[str], answers: Sequence[Answer], *, decoding: str = "", seed: int = 0, resamples: int = 1000
 ) -> dict[str, Score]:
     """Return the scores by metric, in the order of `metric_names`. The interval depends on the order of the answers.
-    Raises UserError if there are no answers, if a metric is unknown, or if it cannot score an example."""
+    The signature of a metric that reads the generated text ends with `decoding`, unless that is ''. Raises UserError if
+    there are no answers, if a metric is unknown, or if it cannot score an example."""
     if not answers:
         raise UserError("there are no answers to score, because the split is empty; give rows")
     scores = {}
@@ -69,6 +70,7 @@ def score_answers(
         value, resampled = _bootstrap(metric, answers, seed=seed, resamples=resamples)
         low, high = np.percentile(resampled, _PERCENTILES).tolist()
         rule = metric.signature if isinstance(metric.signature, str) else metric.signature(answers)
+        rule += f"; {decoding}" if decoding and not metric.needs_choice_scores else ""
         scores[metric.name] = Score(metric.name, value, low, high, len(answers), rule)
     return scores
 
@@ -120,7 +122,7 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
         ("model", f"{plan.source.name} in {dtype}{quantised}{adapter}{merged}"),
         ("data", f"task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}"),
         ("layout", f"tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}"),
-        ("decoding", f"greedy, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
+        ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
         ("attention", str(attention)),
         *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
         *(("note", note) for note in shared),

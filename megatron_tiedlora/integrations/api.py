@@ -22,8 +22,10 @@ from megatron_tiedlora.checkpoint import load_model, sources
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
+from megatron_tiedlora.parallel.shard_spec import stream_seed
 from megatron_tiedlora.runtime import launch_env, process_group, stopping
 from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES
 from megatron_tiedlora.training.run import train_rank
@@ -132,32 +134,63 @@ def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: boo
 
 
 @overload
-def generate(model: Any, prompts: str, *, tokenizer: Any = None, **keywords: Any) -> str: ...
+def generate(model: Any, prompts: str, **keywords: Any) -> str: ...
 @overload
-def generate(model: Any, prompts: Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> list[str]: ...
-def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> str | list[str]:
-    """Generate answers to prompts by greedy decoding, and return the answers without the prompts.
+def generate(model: Any, prompts: Sequence[str], **keywords: Any) -> list[str]: ...
+def generate(
+    model: Any,
+    prompts: str | Sequence[str],
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = Settings.model_fields["seed"].default,
+    tokenizer: Any = None,
+    **keywords: Any,
+) -> str | list[str]:
+    """Generate answers to prompts with transformers' `generate`, and return the answers without the prompts.
+
+    The same seed gives the same answers on the same device, but other samples than in `tiedlora evaluate`. PyTorch's
+    random state is restored. Answers do not depend on other prompts, but equal prompts in one call get other samples.
 
     Args:
         prompts: one prompt, or a sequence of prompts.
+        temperature: samples are from softmax(logits / temperature). The default is greedy decoding.
+        top_p: samples are only from the most likely tokens with a total probability of at least `top_p`.
         tokenizer: a transformers tokenizer (default: the tokenizer that was used to train the attached adapter, or else
             the tokenizer in the model's folder).
-        keywords: further arguments of transformers' `generate` (default: max_new_tokens=256, do_sample=False).
+        keywords: further arguments of transformers' `generate` (default: max_new_tokens=256).
+
+    Raises:
+        UserError: `temperature`, `top_p` or `seed` is out of range, or `top_p` is given without a temperature.
     """
+    checked = EvaluateSettings(temperature=temperature, top_p=top_p, seed=seed)
     if tokenizer is None:
         from megatron_tiedlora.data.tokenizer import load_tokenizer
 
         state = getattr(model, _STATE, None)
         own = None if state is None else state.adapter.base_identity.tokenizer
         tokenizer = load_tokenizer(own or model.config.name_or_path)
-    options = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, **keywords}
-    answers = []
-    for prompt in [prompts] if isinstance(prompts, str) else prompts:  # one by one, as padding may change the last bits
+    options: dict[str, Any] = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    if temperature:  # transformers' default of top_k is 50
+        options |= {"do_sample": True, "temperature": checked.temperature, "top_p": checked.top_p, "top_k": 0}
+    options |= keywords
+    answers = []  # one by one, as padding may change the last bits
+    for index, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        with torch.no_grad():
+        with torch.no_grad(), _seeded(stream_seed(checked.seed, f"sampling.{index}")):
             found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
         answers.append(tokenizer.decode(found[0, tokens.shape[1] :], skip_special_tokens=True))
     return answers[0] if isinstance(prompts, str) else answers
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's generators of the CPU and of all GPUs in a block, and restore their states when it ends."""
+    generators = torch.cuda.default_generators  # empty before the first use of a GPU
+    with torch.random.fork_rng(range(len(generators))):
+        for generator in (torch.default_generator, *generators):
+            generator.manual_seed(seed)
+        yield
 
 
 def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:

@@ -153,6 +153,23 @@ def test_layouts_answer_as_one_rank_does(models: Models, alone: Path, layout: di
     assert decoded == ([NUM_ROWS, NUM_ROWS] if layout else [4, 4])
 
 
+@pytest.mark.parametrize("layout", [{"tensor_parallel": 2}, {}], ids=["tp2", "dp2"])
+def test_sampled_answers_are_those_of_one_rank(models: Models, layout: dict[str, int], tmp_path: Path) -> None:
+    """Whatever else the ranks and their batches are; and the results say how they were sampled."""
+    how = {"adapter": models.native, "temperature": 0.7, "top_p": 0.95}
+    run_of(models, tmp_path / "one", **how, seed=5)
+    ended = run_of(models, tmp_path / "two", **how, seed=5, ranks=2, batch_size=2, **layout)
+    assert "\ndecoding   sampled at temperature 0.7 and top_p 0.95, seed 5, at most 12 tokens" in ended.outputs[0]
+    assert texts(tmp_path / "one") == texts(tmp_path / "two")
+    assert sum(one != two for one, two in zip(texts(tmp_path / "one"), models.expected, strict=True)) > 3
+    found = results(tmp_path / "two")
+    assert {"temperature": 0.7, "top_p": 0.95, "seed": 5}.items() <= found["settings"].items()
+    assert found["signature"].endswith("; sampled at temperature 0.7 and top_p 0.95, seed 5")
+    if layout:
+        run_of(models, tmp_path / "other", **how, seed=6)
+        assert texts(tmp_path / "other") != texts(tmp_path / "one")
+
+
 def test_what_is_written(models: Models, alone: Path) -> None:
     rows, found = predictions(alone), results(alone)
     lines = [json.loads(line) for line in models.rows.read_text().splitlines()]
@@ -165,7 +182,7 @@ def test_what_is_written(models: Models, alone: Path) -> None:
     assert found["scores"]["exact_match"]["score"] == found["score"]
     assert (found["task"], found["metric"], found["n"]) == ("custom", "exact_match", NUM_ROWS)
     low, high = found["confidence_interval"]
-    assert 0 <= low < found["score"] < high <= 100 and found["signature"]
+    assert 0 <= low < found["score"] < high <= 100 and "sampled" not in found["signature"]
     assert set(found["settings"]) == set(EvaluateSettings.model_fields)
     resolved = {"model": str(models.base), "max_length": 256, "max_new_tokens": NEW_TOKENS, "task": "custom"}
     assert found["settings"] | resolved == found["settings"]
@@ -347,6 +364,10 @@ BAD: dict[str, tuple[int, Callable[[Models, Path], dict[str, Any]], list[str]]] 
         ["bad.jsonl:1", "'label'"],
     ),
     "template": (1, _given(prompt_template="{nothing}"), ["--prompt_template", "'nothing'"]),
+    "cold": (1, _given(temperature=-1), ["--temperature -1: input should be greater than or equal to 0"]),
+    "no_nucleus": (1, _given(temperature=1, top_p=0), ["--top_p 0: input should be greater than 0"]),
+    "large_nucleus": (1, _given(temperature=1, top_p=1.5), ["--top_p 1.5: input should be less than or equal to 1"]),
+    "greedy_nucleus": (1, _given(top_p=0.9), ["--top_p 0.9 needs --temperature above 0"]),
 }
 
 

@@ -30,14 +30,20 @@ def decoded_adapter(folder: Path) -> OracleAdapter:
 
 
 def build(
-    folder: Path, *, grid: Grid, adapted: bool = True, merged: bool = False, calls_together: bool = False
+    folder: Path,
+    *,
+    grid: Grid,
+    adapted: bool = True,
+    merged: bool = False,
+    calls_together: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     """A decoder of this rank's part of the model in `folder`, with `decoded_adapter` or without an adapter."""
     source = find_model(str(folder))
     adapter = native_adapter(source, decoded_adapter(folder)) if adapted else None
     groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
     stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
-    stage = load_model(source, adapter, dtype=torch.float32, grid=grid, groups=groups, stages=stages, merged=merged)
+    stage = load_model(source, adapter, dtype=dtype, grid=grid, groups=groups, stages=stages, merged=merged)
     return Decoder(stage, groups, source.shape, calls_together=calls_together)
 
 

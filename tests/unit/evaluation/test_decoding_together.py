@@ -19,6 +19,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
@@ -31,6 +32,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 NUM_PROMPTS = {"a": 9, "b": 4, "c": 1, "d": 12}  # one has fewer prompts than a pipeline has parts
 MOST = {"a": 20, "b": 11, "c": 20, "d": 5}
 ALONE = Grid(0, 1)
+SAMPLED = Sampling(0.8, 0.95, seed=3)
 # What other orders of a matmul's sums may change, relative to the largest logit. They changed 8e-7 in fp32 (4 rows of
 # this model), and 5e-3 in bf16 (of one as wide as SmolLM2-135M); another adapter changes 0.8.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
@@ -129,11 +131,11 @@ def test_logits_have_the_bits_of_a_decoder_of_its_own(
         start += len(prompts)
 
 
-@pytest.mark.parametrize("calls_together", [False, True])
-def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together: bool) -> None:
+@pytest.mark.parametrize(("calls_together", "sampling"), [(False, GREEDY), (True, GREEDY), (False, SAMPLED)])
+def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together: bool, sampling: Sampling) -> None:
     """Also if some end early, as they do with an end token that one of them soon gives."""
-    together = decoder_of(folder, calls_together=calls_together)
-    own = {name: decoder_of(folder, name) for name in ADAPTERS}
+    together = decoder_of(folder, calls_together=calls_together, sampling=sampling)
+    own = {name: decoder_of(folder, name, sampling=sampling) for name in ADAPTERS}
     expected = {name: alone(decoder, name) for name, decoder in own.items()}
     assert len({str(rows) for rows in expected.values()}) == len(expected)
     found = generate(together, [asked(name) for name in ADAPTERS])
@@ -170,7 +172,8 @@ def test_likelihoods_of_one_of_several(folder: Path, name: str) -> None:
 
 def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, Any]:
     grid = Grid(torch.distributed.get_rank(), world_size, tp_size=tp, pp_size=pp)
-    decoders = [decoder_of(Path(folder), grid=grid, calls_together=together) for together in (False, True)]
+    kinds = (False, GREEDY), (True, GREEDY), (True, SAMPLED)
+    decoders = [decoder_of(Path(folder), grid=grid, calls_together=one, sampling=other) for one, other in kinds]
     tokens = [generate(decoder, [asked(name) for name in ADAPTERS]) for decoder in decoders]
     return {"tokens": tokens, "likelihoods": ending_log_likelihoods(decoders[1], samples("a"), adapter="a")}
 
@@ -181,10 +184,12 @@ def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, An
 )
 def test_every_layout(folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
     """All ranks have all tokens; three stages have parts with some of the adapters under way."""
-    expected = [alone(decoder_of(folder, name), name) for name in ADAPTERS]
+    expected, sampled = (
+        [alone(decoder_of(folder, name, sampling=sampling), name) for name in ADAPTERS] for sampling in (GREEDY, SAMPLED)
+    )
     likelihoods = ending_log_likelihoods(decoder_of(folder, "a"), samples("a"))
     world = tp * pp
     for rank, found in enumerate(run_on_ranks(_decode_rank, str(folder), world, tp, pp, ranks=world, folder=tmp_path)):
-        assert found["tokens"] == [expected, expected]
+        assert found["tokens"] == [expected, expected, sampled] and expected != sampled
         if Grid(rank, world, tp_size=tp, pp_size=pp).pp_rank == pp - 1:
             assert torch.allclose(torch.tensor(found["likelihoods"]), torch.tensor(likelihoods), rtol=1e-5, atol=1e-4)

@@ -85,6 +85,31 @@ def test_five_lines_load_an_adapter_and_generate(bases: dict[str, Path], tmp_pat
     assert answer != tiedlora.generate(tiedlora.detach(model), "The sky is", max_new_tokens=12)
 
 
+def test_samples_are_repeatable_and_leave_the_random_state(bases: dict[str, Path]) -> None:
+    """They are transformers' own, whatever its defaults and the model's."""
+    model = hf_model(bases["llama"])
+    state = torch.get_rng_state()
+    how: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.7, "seed": 3}
+    answers = tiedlora.generate(model, ["The sky is"] * 2 + ["Another"], **how)
+    assert torch.equal(torch.get_rng_state(), state) and len(set(answers)) == 3
+    torch.rand(9)
+    assert tiedlora.generate(model, "The sky is", **how) == answers[0]
+    assert tiedlora.generate(model, ["no", "no", "Another"], **how)[2] == answers[2]
+    assert tiedlora.generate(model, "The sky is", **{**how, "seed": 4}) != answers[0]
+    greedy = tiedlora.generate(model, "The sky is", max_new_tokens=12, seed=3)
+    assert greedy != answers[0]
+    assert tiedlora.generate(model, "The sky is", **{**how, "top_p": 1e-6}) == greedy
+    given: dict[str, Any] = {}
+    model.generate = lambda tokens, **options: given.update(options) or tokens
+    tiedlora.generate(model, "The sky is", temperature=2, top_p=0.5, num_beams=3)
+    chosen = {"do_sample": True, "temperature": 2.0, "top_p": 0.5, "top_k": 0, "num_beams": 3, "max_new_tokens": 256}
+    assert chosen.items() <= given.items()
+    with pytest.raises(tiedlora.UserError, match="--top_p 0.5 needs --temperature above 0"):
+        tiedlora.generate(model, "The sky is", top_p=0.5)
+    with pytest.raises(tiedlora.UserError, match="--temperature -1: input should be greater than or equal to 0"):
+        tiedlora.generate(model, "The sky is", temperature=-1)
+
+
 def test_what_does_not_fit_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:
     native = write_adapter(tmp_path / "native", bases["llama"])
     model = tiedlora.attach(hf_model(bases["llama"]), native)

@@ -1,0 +1,220 @@
+"""Sampled tokens: those of an oracle in plain Python, of the right frequencies, the same in any company and layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.forked_ranks import run_on_ranks
+from support.recorded_graphs import recorded
+from support.tiny_decoders import build
+from support.tiny_models import write_tiny_model
+
+from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling, _nucleus
+from megatron_tiedlora.parallel import rows as parts
+from megatron_tiedlora.parallel.groups import Grid
+
+LEVEL = 1e-3  # a right sampler fails a test of frequencies with this probability, once for all, as the seed is fixed
+SAMPLING = Sampling(0.9, 0.9, seed=5)
+Rows = list[list[int]]
+
+
+# The oracle ---------------------------------------------------------------------------------------------------------
+
+
+def mixed(word: int) -> int:
+    """The hash of 32 bits, by Python's integers."""
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
+        word = (word ^ word >> shift) * factor % 2**32
+    return word
+
+
+def noise(seed: int, row: int, position: int, token: int) -> float:
+    """The Gumbel noise of one token."""
+    keys = []
+    for half in ("high", "low"):
+        salt = int.from_bytes(hashlib.sha256(f"{seed}:sampling.{half}".encode()).digest()[:8], "little") >> 1
+        keys.append(mixed(mixed(position ^ salt % 2**32) ^ row ^ salt >> 32))
+    first = mixed(keys[0] ^ mixed(token))
+    number = mixed(first ^ keys[1]) * 2**20 + (first >> 12)
+    return -math.log(-math.log((number + 0.5) / 2**52))
+
+
+def nucleus(logits: Sequence[float], temperature: float, top_p: float) -> dict[int, float]:
+    """The tokens that may be sampled, most likely first and smaller ids first, and the probability of each of them."""
+    most = max(logits)
+    weights = [math.exp((logit - most) / temperature) for logit in logits]
+    kept: dict[int, float] = {}
+    for token in sorted(range(len(logits)), key=lambda token: (-weights[token], token)):
+        kept[token] = weights[token]
+        if math.fsum(kept.values()) >= top_p * math.fsum(weights):
+            break
+    return {token: weight / math.fsum(kept.values()) for token, weight in kept.items()}
+
+
+def expected_token(logits: Sequence[float], row: int, position: int, how: Sampling) -> int:
+    score = {
+        token: logits[token] / how.temperature + noise(how.seed, row, position, token)
+        for token in nucleus(logits, how.temperature, how.top_p)
+    }
+    return max(score, key=lambda token: score[token])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.3, 1.0), (1.0, 1.0), (2.5, 0.9), (1.0, 0.5), (0.7, 1e-9)])
+def test_tokens_are_those_of_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, top_p: float, dtype: torch.dtype
+) -> None:
+    """Rows and positions of one call may be any; bf16 logits have many ties. Few rows at a time give the same."""
+    logits = (3 * torch.randn(24, 77, generator=torch.Generator().manual_seed(1))).to(dtype)
+    places = [(torch.tensor([7, 0, 2**31 - 1, 5]), 0), (torch.arange(13, 0, -1), 3), (torch.arange(7), 499)]
+    at = [(row, position) for rows, position in places for row in rows.tolist()]
+    how = Sampling(temperature, top_p, seed=11)
+    expected = [expected_token(own, *place, how) for own, place in zip(logits.tolist(), at, strict=True)]
+    assert how.choose(logits, places).tolist() == expected
+    monkeypatch.setattr(parts, "NUMBERS_AT_ONCE", 5 * 77)
+    assert how.choose(logits, places).tolist() == expected
+    assert (expected == logits.argmax(-1).tolist()) == (top_p < 0.1)
+
+
+def test_temperature_0_is_the_most_likely_token() -> None:
+    """A temperature of next to nothing, too; and one of infinity in effect samples from all."""
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(2)) * 40
+    places = [(torch.arange(64), 0)]
+    for how in (GREEDY, Sampling(0.0, 0.5, 3), Sampling(5e-324), Sampling(1e-5, 0.9)):
+        assert torch.equal(how.choose(logits, places), logits.argmax(-1)), how
+    assert len(set(Sampling(1e15).choose(logits, places).tolist())) > 25
+
+
+def test_the_nucleus_is_that_of_transformers() -> None:
+    from transformers import TopPLogitsWarper
+
+    scores = 2 * torch.randn(200, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for top_p in (1e-12, 0.1, 0.5, 0.9, 0.999):
+        theirs = TopPLogitsWarper(top_p)(torch.empty(0), scores) > -torch.inf
+        assert torch.equal(_nucleus(scores, top_p), theirs)
+    ties = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]], dtype=torch.float64).mul(math.log(2))  # of 11: 2 4 2 1 2
+    for top_p, kept in ((4 / 11, [1]), (0.5, [0, 1]), (0.6, [0, 1, 2]), (0.9, [0, 1, 2, 4]), (0.95, [0, 1, 2, 3, 4])):
+        assert _nucleus(ties, top_p)[0].nonzero()[:, 0].tolist() == kept
+    halves = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    assert _nucleus(halves, 0.5).tolist() == [[True, False, False]]  # at least 0.5: not more
+
+
+# Frequencies --------------------------------------------------------------------------------------------------------
+
+
+def p_value(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Pearson's chi-square test: the probability of counts at least as far from what is expected."""
+    expected = probabilities * counts.sum()
+    assert expected.min() > 5
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.5, 0.8)])
+def test_frequencies_are_the_probabilities(temperature: float, top_p: float) -> None:
+    """Of single tokens; and of pairs that follow each other in an answer, or stand in neighbouring rows, or come from
+    neighbouring seeds: they are independent."""
+    logits = torch.tensor([0.3, 1.2, -0.5, 0.8, 0.0, 1.1, -0.2, 0.6])
+    kept = nucleus(logits.tolist(), temperature, top_p)
+    assert len(kept) == 8 if top_p == 1 else 3 < len(kept) < 8
+
+    def drawn(seed: int) -> torch.Tensor:
+        """Tokens (positions, rows), as numbers in the nucleus."""
+        how, rows = Sampling(temperature, top_p, seed), torch.arange(400)
+        tokens = torch.stack([how.choose(logits.expand(400, -1), [(rows, position)]) for position in range(200)])
+        assert set(tokens.unique().tolist()) == set(kept)
+        return torch.searchsorted(torch.tensor(sorted(kept)), tokens)
+
+    found, other = drawn(1), drawn(2)
+    single = torch.tensor([kept[token] for token in sorted(kept)], dtype=torch.float64)
+    assert p_value(found.flatten().bincount(minlength=len(kept)), single) > LEVEL
+    for one, two in ((found[::2], found[1::2]), (found[:, ::2], found[:, 1::2]), (found, other)):
+        counts = (one * len(kept) + two).flatten().bincount(minlength=len(kept) ** 2)
+        assert p_value(counts, torch.outer(single, single).flatten()) > LEVEL
+
+
+# Decoding -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("sampling") / "model", tokenizer=False)
+
+
+def prompts() -> Rows:
+    draw = random.Random(4)
+    return [[draw.randint(3, 319) for _ in range(draw.randint(1, 30))] for _ in range(11)]
+
+
+def sample(decoder: Decoder, numbers: Sequence[int] = range(11), *, how: Sampling = SAMPLING, new: int = 12) -> Rows:
+    """The answers of the prompts with these numbers."""
+    decoder.sampling = how
+    return generate(decoder, [Prompts([prompts()[n] for n in numbers], (), new, numbers=numbers)])[0]
+
+
+@torch.no_grad()
+def test_answers_are_the_oracle_s(folder: Path) -> None:
+    """Each token follows from the logits of a whole pass over prompt and answer."""
+    decoder = build(folder, grid=Grid(0, 1))
+    for row, (prompt, answer) in enumerate(zip(prompts(), sample(decoder), strict=True)):
+        ids = torch.tensor([prompt + answer])
+        logits = decoder.stage.predict(ids, torch.arange(ids.shape[1])[None])[0, len(prompt) - 1 : -1].tolist()
+        assert answer == [expected_token(own, row, position, SAMPLING) for position, own in enumerate(logits)]
+
+
+def test_company_changes_nothing_and_the_seed_does(folder: Path) -> None:
+    decoder = build(folder, grid=Grid(0, 1))
+    expected = sample(decoder)
+    order = random.Random(2).sample(range(11), 11)
+    assert sample(decoder, order) == [expected[n] for n in order]
+    assert [sample(decoder, [n])[0] for n in range(11)] == expected
+    assert sample(decoder, new=3) == [row[:3] for row in expected]
+    others = [sample(decoder, how=how) for how in (GREEDY, Sampling(0.9, 0.9, 6), Sampling(0.9), Sampling(0.3, 0.9))]
+    for other in others:
+        assert sum(one != two for one, two in zip(other, expected, strict=True)) > 8
+    assert others[2] != others[3]
+    decoder.sampling = SAMPLING
+    (alike,) = generate(decoder, [Prompts([prompts()[0]] * 5, (), 12)])
+    assert len({tuple(row) for row in alike}) == 5 and alike[0] == expected[0]  # row 0 has the noise of row 0
+    assert sample(build(folder, grid=Grid(0, 1), calls_together=True)) == expected
+    graphs = recorded(decoder, granularity=8)
+    assert sample(decoder) == expected and graphs.num_replays > 5
+
+
+def _sample_rank(folder: str, world: int, tp: int, pp: int, dtype: torch.dtype, how: Sampling) -> Any:
+    grid = Grid(torch.distributed.get_rank(), world, tp_size=tp, pp_size=pp)
+    numbers = range(grid.dp_rank, 11, grid.dp_size)
+    return dict(zip(numbers, sample(build(Path(folder), grid=grid, dtype=dtype), numbers, how=how), strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dp", "tp", "pp"), [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 1)])
+def test_every_layout_samples_the_same(
+    folder: Path, tmp_path: Path, dp: int, tp: int, pp: int, dtype: torch.dtype
+) -> None:
+    """Tensor-parallel ranks add in another order, which changes bf16 logits. So answers may go apart, but only where the
+    two tokens' sums of logit and noise are nearly equal."""
+    rounds, world = dtype == torch.bfloat16, dp * tp * pp
+    how = Sampling(1.0, seed=7) if rounds and tp > 1 else SAMPLING
+    decoder = build(folder, grid=Grid(0, 1), dtype=dtype)
+    expected = sample(decoder, how=how)
+    for found in run_on_ranks(_sample_rank, str(folder), world, tp, pp, dtype, how, ranks=world, folder=tmp_path):
+        assert len(found) >= 11 // dp
+        for row, answer in found.items():
+            if answer != expected[row]:
+                pairs = zip(answer, expected[row], strict=True)
+                at, (one, two) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
+                ids = torch.tensor([prompts()[row] + answer[:at]])
+                with torch.no_grad():
+                    logits = decoder.stage.predict(ids, torch.arange(ids.shape[1])[None])[0, -1].tolist()
+                scores = [logits[token] / how.temperature + noise(how.seed, row, at, token) for token in (one, two)]
+                assert rounds and abs(scores[0] - scores[1]) < 0.1, (row, at, scores)
