@@ -87,6 +87,12 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         " run, a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
         None, words=True, per_adapter=True,
     )
+    engine: Literal["own", "vllm"] = setting_field(
+        "model",
+        "what generates the answers: this package, or vLLM, in an environment with both; then start one process, and"
+        " --tensor_parallel is the number of vLLM's",
+        "own",
+    )
     base_differs: bool = _same("base_differs", "use the adapter although base or tokenizer differ", group="model")
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
     tokenizer: str | None = _train("tokenizer")
@@ -123,11 +129,11 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     add_bos: fields.AddBos | None = _as_trained("add_bos")
     special_tokens_in_text: fields.SpecialTokensInText | None = _as_trained("special_tokens_in_text")
     max_new_tokens: int | None = _train("max_new_tokens")
-    batch_size: int = setting_field(
+    batch_size: int | None = setting_field(
         "data",
         "prompts per data-parallel rank that are answered together; with --adapters this number for each adapter, and"
-        " at most four times this number in all",
-        16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
+        " at most four times this number in all [16; --engine vllm: as vLLM decides]",
+        None, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
     temperature: float = setting_field(
         "data", "sample answers from softmax(logits / T); 0: greedy decoding", 0.0, ge=0, metavar="T",
@@ -161,6 +167,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:
             raise ValueError("--merge_adapter needs --adapter")
+        if self.engine == "vllm":
+            self._check_vllm()
         if self.base_differs and self.adapter is None and self.adapters is None:
             raise ValueError("--base_differs needs --adapter")
         if self.validation_file is not None and self.train_file is not None:
@@ -170,6 +178,15 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             if getattr(self, name) is not None:
                 other = "validation" if self.split == "test" else "test"
                 raise ValueError(f"--{name} needs --split {other}; this command answers the {self.split} rows")
+
+
+    def _check_vllm(self) -> None:
+        if self.merge_adapter:
+            raise ValueError("--engine vllm keeps an adapter separate; without it: tiedlora merge, and --model MERGED")
+        if self.pipeline_parallel > 1:
+            raise ValueError("--engine vllm has no --pipeline_parallel here; give --tensor_parallel")
+        if self.base not in (None, UNQUANTISED):
+            raise ValueError(f"--engine vllm does not quantise as --base {self.base}; give --base {UNQUANTISED}")
 
 
 def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:

@@ -36,6 +36,7 @@ from megatron_tiedlora.model.weights import Stages, check_layout, layer_costs, p
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 
+BATCH_SIZE = 16  # the default of --batch_size
 TABLE_FILE = "table.csv"  # the scores of several adapters
 
 _READING = marked(EvaluateSettings, as_trained=True)
@@ -76,6 +77,11 @@ class EvaluationPlan:
         return _base_format(self.settings, self.source, self.adapter)
 
     @property
+    def batch_size(self) -> int | None:
+        """Return the number of prompts that a rank answers at once, or None if vLLM decides."""
+        return self.settings.batch_size or (BATCH_SIZE if self.settings.engine == "own" else None)
+
+    @property
     def sampling(self) -> Sampling:
         """Return how the tokens of the answers are chosen."""
         return Sampling(self.settings.temperature, self.settings.top_p, self.settings.seed)
@@ -98,6 +104,7 @@ class EvaluationPlan:
             "base": self.base_format or UNQUANTISED,
             "max_length": self.settings.max_length or self.source.shape.limit.tokens,
             "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
             "limit": self.limit,
         }
 
@@ -166,6 +173,10 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
     """Return the plan of one evaluation. Raises UserError if its settings, model and ranks do not fit together."""
     task, (settings, of_run) = get_task(settings.task), as_trained(settings)
+    if settings.engine == "vllm":
+        if world_size > 1:
+            raise UserError(f"--engine vllm: {world_size} ranks were started; start one, as vLLM starts its own")
+        world_size = settings.tensor_parallel
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:
@@ -200,6 +211,8 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
+    if settings.engine == "vllm" and source.stored_base is None:
+        raise UserError(f"--engine vllm does not quantise as the adapter's run ({given}); give --base {UNQUANTISED}")
     if settings.merge_adapter:
         said = f"--merge_adapter adds the adapter to weights in --dtype, but the base is in {given}"
         raise UserError(f"{said}; give --base none")

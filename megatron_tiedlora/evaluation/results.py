@@ -31,7 +31,7 @@ _DRAWN_AT_ONCE = 2_000_000
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 DEFAULT_PARENT = "evaluations"
-_LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
+_LIBRARIES = ("torch", "deepspeed", "transformers", "vllm", "rouge-score", "sacrebleu")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
         yield times.astype(np.float64) @ table
 
 
-def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
+def headline(
+    plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute | str
+) -> list[str]:
     """Return lines about the evaluation to print before its progress bar, with one line for each adapter of --adapters.
     `attention` names the kernels that compute the attention of prompts."""
     name, plan = next(iter(plans.items()))
@@ -117,12 +119,12 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
     merged = ", merged" if settings.merge_adapter else ""
     cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
     shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]
-    prompts = count_text(settings.batch_size, "prompt")
+    prompts = f"{count_text(plan.batch_size, 'prompt')} at once per rank" if plan.batch_size else "all prompts at once"
     rows = [
         ("model", f"{plan.source.name} in {dtype}{quantised}{adapter}{merged}"),
         ("data", f"task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}"),
         ("layout", f"tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}"),
-        ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
+        ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts}"),
         ("attention", str(attention)),
         *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
         *(("note", note) for note in shared),
