@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base.installation import require_extra, require_vllm
 from megatron_tiedlora.base.messages import show
@@ -24,14 +24,13 @@ from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_tiedlora.base.output_folder import NewOutput
-    from megatron_tiedlora.evaluation.answering import OwnAnswerer, ScoredSet
+    from megatron_tiedlora.evaluation.answering import ScoredSet
     from megatron_tiedlora.evaluation.plan import EvaluationPlans
-    from megatron_tiedlora.model.fused_attention import AttentionRoute
     from megatron_tiedlora.runtime.ending import End
     from megatron_tiedlora.runtime.stopping import StopRequests
+
+_LIBRARIES = {"rougeL": "rouge_score", "bleu": "sacrebleu"}  # of metrics; an environment of vLLM may lack them
 
 
 def main(settings: EvaluateSettings) -> int:
@@ -59,32 +58,48 @@ def main(settings: EvaluateSettings) -> int:
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
     # These import transformers, which takes seconds; signals are handled already.
-    from megatron_tiedlora.evaluation.answering import answer_all, read_scored
-    from megatron_tiedlora.evaluation.metrics import find_metric
+    from megatron_tiedlora.evaluation.answering import Answerer, answer_all, read_scored
     from megatron_tiedlora.evaluation.plan import plan_evaluations
     from megatron_tiedlora.evaluation.results import headline, score_answers, score_table, write_results
 
-    is_main, is_own = rank == 0, settings.engine == "own"
+    is_main, uses_vllm = rank == 0, settings.engine == "vllm"
     plans = plan_evaluations(settings, rank=rank, world_size=world_size)
     plan, scored = next(iter(plans.values())), read_scored(plans)
-    require_extra("eval", only=[find_metric(name).module for name in plan.task.metrics])
-    answerer: Any
-    if is_own:
+    if not uses_vllm:
+        from megatron_tiedlora.adapters.adapter_groups import ONLY
+        from megatron_tiedlora.checkpoint.load_model import load_model
+        from megatron_tiedlora.engine.engine import make_groups, make_process_grid
+        from megatron_tiedlora.evaluation.generate import Decoder
         from megatron_tiedlora.runtime.process_group import join_process_group
 
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
         output = take_results_folder(settings, plans, scored, end)
-        answerer, attention = _own_answerer(plans, device)
+        groups = make_groups(plan.grid, make_process_grid(plan.grid))
+        stage = load_model(
+            plan.source,
+            plan.adapter if ONLY in plans else {n: own.adapter for n, own in plans.items() if own.adapter is not None},
+            dtype=plan.dtype,
+            base_format=plan.base_format,
+            device=device,
+            grid=plan.grid,
+            groups=groups,
+            stages=plan.stages,
+            merged=settings.merge_adapter,
+            progress=is_main,
+        )
+        attention = str(stage.attention_route(device, plan.dtype))
+        answerer = Answerer(Decoder(stage, groups, plan.source.shape, sampling=plan.sampling))
     else:
         from megatron_tiedlora.integrations.vllm.answerer import VllmAnswerer
 
-        output, attention = take_results_folder(settings, plans, scored, end), "vLLM's"
-        answerer = VllmAnswerer(plans, scored)
+        require_extra("eval", only=[_LIBRARIES[name] for name in plan.task.metrics if name in _LIBRARIES])
+        output = take_results_folder(settings, plans, scored, end)
+        answerer, attention = VllmAnswerer(plans, scored), "vLLM's"
     if is_main:
         show(*headline(plans, scored, attention))
-    # vLLM makes no collective of this process, which a signal may stop at any time.
-    with stop.deferred() if is_own else nullcontext(), closing(answerer):
+    # With vLLM, no other rank waits for this one.
+    with nullcontext() if uses_vllm else stop.deferred(), closing(answerer):
         answers = answer_all(answerer, scored, grid=plan.grid, agree=stop.agree, progress=is_main)
     if output is None:
         return
@@ -94,32 +109,6 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     with stop.deferred():  # this is short and must finish
         write_results(found, output)
     show(*score_table(found, output.path))
-
-
-def _own_answerer(plans: EvaluationPlans, device: torch.device) -> tuple[OwnAnswerer, AttentionRoute]:
-    """Load this rank's part of the model, and return it with its attention kernels."""
-    from megatron_tiedlora.adapters.adapter_groups import ONLY
-    from megatron_tiedlora.checkpoint.load_model import load_model
-    from megatron_tiedlora.engine.engine import make_groups, make_process_grid
-    from megatron_tiedlora.evaluation.answering import OwnAnswerer
-    from megatron_tiedlora.evaluation.generate import Decoder
-
-    plan = next(iter(plans.values()))
-    groups = make_groups(plan.grid, make_process_grid(plan.grid))
-    stage = load_model(
-        plan.source,
-        plan.adapter if ONLY in plans else {n: own.adapter for n, own in plans.items() if own.adapter is not None},
-        dtype=plan.dtype,
-        base_format=plan.base_format,
-        device=device,
-        grid=plan.grid,
-        groups=groups,
-        stages=plan.stages,
-        merged=plan.settings.merge_adapter,
-        progress=plan.grid.rank == 0,
-    )
-    decoder = Decoder(stage, groups, plan.source.shape, sampling=plan.sampling)
-    return OwnAnswerer(decoder), stage.attention_route(device, plan.dtype)
 
 
 def take_results_folder(

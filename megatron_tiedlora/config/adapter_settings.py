@@ -89,8 +89,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     )
     engine: Literal["own", "vllm"] = setting_field(
         "model",
-        "what generates the answers: this package, or vLLM, in an environment with both; then start one process, and"
-        " --tensor_parallel is the number of vLLM's",
+        "what generates the answers: this package, or vLLM in one process, which starts --tensor_parallel others",
         "own",
     )
     base_differs: bool = _same("base_differs", "use the adapter although base or tokenizer differ", group="model")
@@ -129,11 +128,11 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     add_bos: fields.AddBos | None = _as_trained("add_bos")
     special_tokens_in_text: fields.SpecialTokensInText | None = _as_trained("special_tokens_in_text")
     max_new_tokens: int | None = _train("max_new_tokens")
-    batch_size: int | None = setting_field(
+    batch_size: int = setting_field(
         "data",
         "prompts per data-parallel rank that are answered together; with --adapters this number for each adapter, and"
-        " at most four times this number in all [16; --engine vllm: as vLLM decides]",
-        None, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
+        " at most four times this number in all [--engine vllm: 256]",
+        16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
     temperature: float = setting_field(
         "data", "sample answers from softmax(logits / T); 0: greedy decoding", 0.0, ge=0, metavar="T",
@@ -156,6 +155,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
+        if filled.get("engine") == "vllm":
+            filled.setdefault("batch_size", 256)
         return filled
 
     def _check_fit(self) -> None:
@@ -167,8 +168,13 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:
             raise ValueError("--merge_adapter needs --adapter")
-        if self.engine == "vllm":
-            self._check_vllm()
+        own = {
+            "--merge_adapter; merge with tiedlora merge": self.merge_adapter,
+            "--pipeline_parallel; give --tensor_parallel": self.pipeline_parallel > 1,
+            f"--base {self.base}; give --base {UNQUANTISED}": self.base not in (None, UNQUANTISED),
+        }
+        for name in (name for name, is_set in own.items() if is_set and self.engine == "vllm"):
+            raise ValueError(f"--engine vllm does not work with {name}")
         if self.base_differs and self.adapter is None and self.adapters is None:
             raise ValueError("--base_differs needs --adapter")
         if self.validation_file is not None and self.train_file is not None:
@@ -178,15 +184,6 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             if getattr(self, name) is not None:
                 other = "validation" if self.split == "test" else "test"
                 raise ValueError(f"--{name} needs --split {other}; this command answers the {self.split} rows")
-
-
-    def _check_vllm(self) -> None:
-        if self.merge_adapter:
-            raise ValueError("--engine vllm keeps an adapter separate; without it: tiedlora merge, and --model MERGED")
-        if self.pipeline_parallel > 1:
-            raise ValueError("--engine vllm has no --pipeline_parallel here; give --tensor_parallel")
-        if self.base not in (None, UNQUANTISED):
-            raise ValueError(f"--engine vllm does not quantise as --base {self.base}; give --base {UNQUANTISED}")
 
 
 def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:

@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
@@ -123,8 +124,8 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
     settings, folder, vocab_size = plan.settings, plan.source.weights_folder(), plan.source.shape.vocab_size
     encoding = open_encoding(settings, folder, vocab_size=vocab_size, max_length=plan.longest_prompt)
     rows = read_split(settings, settings.split, tokenizer=encoding.tokenizer, limit=plan.limit)
-    together = len(rows) if settings.engine == "vllm" else plan.batch_size or 1
-    return encode_scored(rows, encoding, max_new_tokens=plan.max_new_tokens, batch_size=together)
+    batch_size = len(rows) if settings.engine == "vllm" else settings.batch_size  # vLLM makes its own batches
+    return encode_scored(rows, encoding, max_new_tokens=plan.max_new_tokens, batch_size=batch_size)
 
 
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
@@ -133,41 +134,23 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
         raise UserError(f"{count_text(differing, 'rank')} read different rows from rank 0; give every host the same")
 
 
-class Answerer(Protocol):
-    """A model that continues prompts and scores endings, as `generate` and `ending_log_likelihoods` do."""
+class Answerer:
+    """Continues prompts and scores endings with this package's decoder. A subclass may do so with another program.
+    `is_last` is whether this rank has log-likelihoods."""
 
-    @property
-    def is_last(self) -> bool:
-        """Return whether this rank has log-likelihoods."""
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.is_last = decoder, decoder.is_last
 
-    def generate(self, given: Sequence[Prompts], *, agree: Agree) -> list[list[list[int]]]:
-        """Return the new tokens of each prompt of each adapter."""
-
-    def score(self, samples: Sequence[Sample], *, adapter: str) -> list[list[float]]:
-        """Return the log-likelihood of each ending of each sample."""
-
-
-@dataclass(frozen=True)
-class OwnAnswerer:
-    """The model of this package, called by its decoder."""
-
-    decoder: Decoder
-
-    @property
-    def is_last(self) -> bool:
-        """See `Decoder`."""
-        return self.decoder.is_last
-
-    def generate(self, given: Sequence[Prompts], *, agree: Agree) -> list[list[list[int]]]:
+    def generate(self, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
         """See the function `generate`."""
         return generate(self.decoder, given, agree=agree)
 
-    def score(self, samples: Sequence[Sample], *, adapter: str) -> list[list[float]]:
+    def score(self, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
         """See `ending_log_likelihoods`."""
         return ending_log_likelihoods(self.decoder, samples, adapter=adapter)
 
     def close(self) -> None:
-        """See `Decoder.close`."""
+        """Free the memory beside the model, or end the other program."""
         self.decoder.close()
 
 

@@ -67,7 +67,6 @@ class Metric:
         needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model scores each choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
         corpus: a function answer -> a fixed number of counts, and a function sums of these counts -> the value.
-        module: the module of another library that the metric imports; '' if there is none.
     """
 
     name: str
@@ -76,7 +75,6 @@ class Metric:
     needs_choice_scores: bool = False
     check: Callable[[Example], None] = lambda _: None
     corpus: tuple[Callable[[Answer], tuple[int, ...]], Callable[[Sequence[int]], float]] | None = None
-    module: str = ""
 
 
 # Exact match and F1 -------------------------------------------------------------------------------------------------
@@ -291,14 +289,8 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric("squad", squad_exact_match, f"SQuAD v1.1 exact match: {_SQUAD_RULE}"),
         Metric("squad_f1", squad_f1, f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"),
-        Metric("rougeL", rouge_l, lambda _: _ROUGE_RULE.format(version("rouge-score")), module="rouge_score"),
-        Metric(
-            "bleu",
-            lambda answer: float(sentence_bleu(answer).score),
-            bleu_signature,
-            corpus=_BLEU_OF_CORPUS,
-            module="sacrebleu",
-        ),
+        Metric("rougeL", rouge_l, lambda _: _ROUGE_RULE.format(version("rouge-score"))),
+        Metric("bleu", lambda answer: float(sentence_bleu(answer).score), bleu_signature, corpus=_BLEU_OF_CORPUS),
         Metric(
             "accuracy",
             accuracy,

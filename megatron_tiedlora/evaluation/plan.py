@@ -36,7 +36,6 @@ from megatron_tiedlora.model.weights import Stages, check_layout, layer_costs, p
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 
-BATCH_SIZE = 16  # the default of --batch_size
 TABLE_FILE = "table.csv"  # the scores of several adapters
 
 _READING = marked(EvaluateSettings, as_trained=True)
@@ -77,11 +76,6 @@ class EvaluationPlan:
         return _base_format(self.settings, self.source, self.adapter)
 
     @property
-    def batch_size(self) -> int | None:
-        """Return the number of prompts that a rank answers at once, or None if vLLM decides."""
-        return self.settings.batch_size or (BATCH_SIZE if self.settings.engine == "own" else None)
-
-    @property
     def sampling(self) -> Sampling:
         """Return how the tokens of the answers are chosen."""
         return Sampling(self.settings.temperature, self.settings.top_p, self.settings.seed)
@@ -104,7 +98,6 @@ class EvaluationPlan:
             "base": self.base_format or UNQUANTISED,
             "max_length": self.settings.max_length or self.source.shape.limit.tokens,
             "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
             "limit": self.limit,
         }
 

@@ -23,7 +23,6 @@ from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
 from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, EvaluationPlans
-from megatron_tiedlora.model.fused_attention import AttentionRoute
 
 _PERCENTILES = (2.5, 97.5)
 # The number of random numbers that are drawn at a time. It bounds the memory.
@@ -101,9 +100,7 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
         yield times.astype(np.float64) @ table
 
 
-def headline(
-    plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute | str
-) -> list[str]:
+def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: str) -> list[str]:
     """Return lines about the evaluation to print before its progress bar, with one line for each adapter of --adapters.
     `attention` names the kernels that compute the attention of prompts."""
     name, plan = next(iter(plans.items()))
@@ -119,13 +116,13 @@ def headline(
     merged = ", merged" if settings.merge_adapter else ""
     cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
     shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]
-    prompts = f"{count_text(plan.batch_size, 'prompt')} at once per rank" if plan.batch_size else "all prompts at once"
+    prompts = count_text(settings.batch_size, "prompt")
     rows = [
         ("model", f"{plan.source.name} in {dtype}{quantised}{adapter}{merged}"),
         ("data", f"task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}"),
         ("layout", f"tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}"),
-        ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts}"),
-        ("attention", str(attention)),
+        ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
+        ("attention", attention),
         *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
         *(("note", note) for note in shared),
     ]

@@ -4,8 +4,6 @@ It is lm_eval's own model of transformers, `HFLM`, which gets base, adapter and 
 lm_eval's: log-likelihoods, generation, batches, chat prompts, and data parallelism with `accelerate launch`.
 """
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,30 +14,27 @@ from megatron_tiedlora.base.messages import UserError, as_given, nearest_name
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
-from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.data.splits import open_encoding
-from megatron_tiedlora.data.tokenizer import start_ids
 from megatron_tiedlora.evaluation.plan import as_trained
 from megatron_tiedlora.integrations.api import attach, load_adapter, load_base
 
-NAME = "tiedlora"
-_OWN = ("adapter", "model", "base_differs", "dtype", "tokenizer")
-# Arguments of HFLM for other kinds of models, and for what the adapter's files decide.
-_OTHERS = (
-    *("self", "kwargs", "pretrained", "backend", "revision", "subfolder", "gguf_file", "peft", "delta", "autogptq"),
-    *("gptqmodel", "tp_plan", "trust_remote_code", "use_fast_tokenizer"),
-)
-_OPTIONS = inspect.signature(HFLM.__init__).parameters.keys() - {*_OTHERS, *_OWN}
 _DTYPES = {**DTYPES, **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}}
+_PLACEMENT = ("parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder")
+# The arguments of HFLM that do not choose another kind of model.
+_OPTIONS = {
+    *("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "device", *_PLACEMENT),
+    *("softmax_dtype", "mixed_precision_dtype", "add_bos_token", "prefix_token_id"),
+    *("think_end_token", "enable_thinking", "chat_template_args"),
+}
 
 
-@register_model(NAME)
-class TiedLoraLM(HFLM):  # type: ignore[misc]
+@register_model("tiedlora")
+class TiedLoraLM(HFLM):
     """A base model of transformers with a native adapter, and with the tokenizer and chat template of its run."""
 
     def __init__(
         self,
-        adapter: str | None = None,
+        adapter: str = "",
         model: str | None = None,
         base_differs: bool = False,
         dtype: str | None = None,
@@ -57,50 +52,33 @@ class TiedLoraLM(HFLM):  # type: ignore[misc]
             options: arguments of `HFLM`, such as batch_size, max_length, parallelize and enable_thinking.
 
         Raises:
-            UserError: an argument is unknown or wrong, or adapter, base or tokenizer cannot be used.
+            UserError: an argument is wrong, or adapter, base or tokenizer cannot be used.
         """
         for name in sorted(options.keys() - _OPTIONS):
-            near = nearest_name(name, [*_OWN, *_OPTIONS])
-            raise UserError(f"--model_args {name}: the model {NAME} has no such argument{near}; remove it")
-        if adapter is None:
+            near = nearest_name(name, [*TiedLoraLM.__init__.__annotations__, *_OPTIONS])
+            raise UserError(f"--model_args {name}: the model tiedlora has no such argument{near}; remove it")
+        if not adapter:
             raise UserError("--model_args: has no adapter; give adapter=RUN/adapter, the folder of a native adapter")
-        if adapter_kind(adapter, flag=f"--model_args adapter={adapter}") == "peft":
-            fix = f"give it to lm_eval's own model: --model hf --model_args pretrained=BASE,peft={adapter}"
-            raise UserError(f"--model_args adapter={adapter}: this is a PEFT adapter; {fix}")
-        self._adapter = load_adapter(adapter)
+        self._adapter, self._base_differs = load_adapter(adapter), base_differs
         trained = self._adapter.base_identity
-        if (name := trained.dtype if dtype is None else as_given(dtype)) not in _DTYPES:
+        if (name := as_given(dtype or trained.dtype)) not in _DTYPES:
             raise UserError(f"--model_args dtype={name}: is not one of {', '.join(DTYPES)}; give one of these")
-        self._load = {"model": model or trained.base_model, "dtype": _DTYPES[name]}
-        self._base_differs, source = base_differs, find_model(model or trained.base_model)
-        tokenizer = tokenizer or trained.tokenizer
-        reading, _ = as_trained(EvaluateSettings(task="custom", adapter=adapter, tokenizer=tokenizer))
-        vocab_size, limit = source.shape.vocab_size, source.shape.limit.tokens
-        encoding = open_encoding(reading, source.weights_folder(), vocab_size=vocab_size, max_length=limit)
-        adds, starts = reading.add_bos or "auto", start_ids(encoding.tokenizer, "auto")
-        if options.get("add_bos_token") is None and adds != "auto":
-            if adds == "true" and starts != start_ids(encoding.tokenizer, adds):
-                said = "--model_args: the adapter's run had --add_bos true, but its tokenizer adds no such token"
-                raise UserError(f"{said} itself; give add_bos_token=False, or a tokenizer that adds it")
-            options["add_bos_token"] = adds == "true"
+        source = find_model(model or trained.base_model)
+        self._load: dict[str, Any] = {"model": source.name, "dtype": _DTYPES[name]}
+        run, _ = as_trained(EvaluateSettings(task="custom", adapter=adapter, tokenizer=tokenizer or trained.tokenizer))
+        folder, shape = source.weights_folder(), source.shape
+        encoding = open_encoding(run, folder, vocab_size=shape.vocab_size, max_length=shape.limit.tokens)
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(str(source.weights_folder()), tokenizer=encoding.tokenizer, **options)
+        options.setdefault("add_bos_token", {"true": True, "false": False}.get(run.add_bos or "auto"))
+        super().__init__(str(folder), tokenizer=encoding.tokenizer, **options)
 
-    def _create_model(
-        self, pretrained: str, *, parallelize: bool | None = False, gpus: int | None = None, **options: Any
-    ) -> None:
+    def _create_model(self, pretrained: str, **options: Any) -> None:
         """Load the base and attach the adapter. HFLM calls this with its arguments for the placement of the model."""
-        del pretrained
-        names = ("max_memory_per_gpu", "max_cpu_memory", "offload_folder")
-        placed = self._get_accelerate_args(
-            parallelize=parallelize, device_map=None, gpus=gpus, **{name: options.get(name) for name in names}
-        )
+        placed = self._get_accelerate_args(device_map=None, **{name: options[name] for name in (*_PLACEMENT, "gpus")})
         base = load_base(self._adapter, **self._load, **placed)
         self._model = attach(base, self._adapter, base_differs=self._base_differs)
 
     @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
-    ) -> "TiedLoraLM":
+    def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> "TiedLoraLM":
         """Return the model for --model_args, which have precedence over the flags in `additional_config`."""
-        return cls(**{**{k: v for k, v in (additional_config or {}).items() if v is not None}, **arg_dict})
+        return cls(**{name: value for name, value in (additional_config or {}).items() if value is not None} | arg_dict)

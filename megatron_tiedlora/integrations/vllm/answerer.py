@@ -1,56 +1,47 @@
-"""Lets vLLM generate the answers of `tiedlora evaluate --engine vllm`: native adapters, exports, or a model alone.
+"""Lets vLLM generate the answers of `tiedlora evaluate --engine vllm`, with native adapters, exports or a model alone.
 
-vLLM gets token ids and returns token ids, so that prompts, end tokens and texts are those of every evaluation. It loads
-native adapters with the plugin of this package. vLLM is imported only when a model is loaded.
+vLLM gets and returns token ids, so that prompts, end tokens and texts are those of every evaluation. The plugin of this
+package loads native adapters. vLLM is imported only when it is started.
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.convert import serving
-from megatron_tiedlora.evaluation.answering import BATCHES_AT_ONCE, ScoredSet
+from megatron_tiedlora.evaluation.answering import BATCHES_AT_ONCE, Answerer, ScoredSet
 from megatron_tiedlora.evaluation.generate import Agree, Prompts, Sample
-from megatron_tiedlora.evaluation.plan import EvaluationPlan, EvaluationPlans
+from megatron_tiedlora.evaluation.plan import EvaluationPlans
 from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, check_served
-from megatron_tiedlora.integrations.vllm.serve import plugin_variables, slot_config, slots_for
+from megatron_tiedlora.integrations.vllm.serve import plugin_variables, slots_for
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
-# `is_end` is tested after this many new tokens, then after twice as many, and so on, since vLLM cannot call it. vLLM's
-# cache of prefixes keeps what was computed.
+# `is_end`, which vLLM cannot call, is tested after this many new tokens, then after twice as many, and so on.
 _FIRST_TOKENS = 16
 
 
-class VllmAnswerer:
-    """A model in vLLM, in this process and in those that vLLM starts. See `answering.Answerer`."""
-
-    is_last = True
+class VllmAnswerer(Answerer):
+    """A model in vLLM, in this process and in those that vLLM starts. Greedy answers are those of this package, but for
+    rounding. Samples are others: vLLM's own, from a seed for each row, which is a hash of --seed and its index."""
 
     def __init__(self, plans: EvaluationPlans, scored: Mapping[str, ScoredSet]) -> None:
-        """Start vLLM, with enough room for the longest of the samples.
-
-        Raises:
-            UserError: vLLM cannot serve the model or an adapter, or rejects an option.
-        """
-        plan = self._plan = next(iter(plans.values()))
-        longest = max(_longest(one) for one in scored.values())
-        if longest > (limit := plan.source.shape.limit.tokens):
-            raise UserError(f"--engine vllm: a prompt and its ending have {longest} tokens, of at most {limit}")
-        adapters = {name: own for name, own in plans.items() if own.adapter is not None}
-        options = {
-            "model": str(plan.source.weights_folder()),
-            "dtype": str(plan.dtype).removeprefix("torch."),
-            "tensor_parallel_size": plan.grid.tp_size,
-            "max_model_len": longest,
-            "seed": plan.settings.seed,
-            "generation_config": "vllm",  # the folder's own has sampling parameters
-            # The folder's tokenizer is not used here, but vLLM's processors of images need it.
-            "skip_tokenizer_init": plan.settings.tokenizer is not None and not plan.source.shape.block.is_tower,
-            **({"max_num_seqs": plan.batch_size} if plan.batch_size else {}),
-            **(_lora_options(adapters) if adapters else {}),
-        }
+        """Start vLLM with room for the longest sample. Raise UserError if it cannot serve the model or an adapter."""
+        self.is_last, plan = True, next(iter(plans.values()))
+        self._sampling, shape = plan.sampling, plan.source.shape
+        if (longest := max(map(_longest, scored.values()))) > shape.limit.tokens:
+            raise UserError(f"--engine vllm: a sample has {longest} tokens, and the model {shape.limit.reason}")
+        folders = {n: user_path(given).absolute() for n, own in plans.items() if (given := own.settings.adapter)}
+        options: dict[str, Any] = {"model": str(plan.source.weights_folder()), "max_model_len": longest}
+        options |= {"dtype": str(plan.dtype).removeprefix("torch."), "tensor_parallel_size": plan.grid.tp_size}
+        options |= {"max_num_seqs": plan.settings.batch_size, "seed": plan.settings.seed}
+        options["generation_config"] = "vllm"  # the folder's own may have sampling parameters
+        # The folder's tokenizer is not used here, but vLLM's processors of images need it.
+        options["skip_tokenizer_init"] = plan.settings.tokenizer is not None and not shape.block.is_tower
+        options |= _lora_options(plans, folders) if folders else {}
         os.environ.update(plugin_variables())
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # this process may have asked for GPUs
         from vllm import LLM, SamplingParams
@@ -61,14 +52,11 @@ class VllmAnswerer:
             self._llm: Any = LLM(**options)
         except ValueError as error:
             raise UserError(f"--engine vllm: {error}") from None
-        self._requests: dict[str, Any] = {
-            name: LoRARequest(name or own.adapter_name, number, str(user_path(own.settings.adapter or "").absolute()))
-            for number, (name, own) in enumerate(adapters.items(), start=1)
-        }
+        numbered = enumerate(folders.items(), start=1)
+        self._requests = {n: LoRARequest(n or folder.name, number, str(folder)) for number, (n, folder) in numbered}
 
     def generate(self, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
-        """Continue each prompt as `evaluation.generate.generate` does. vLLM samples from a request's own seed, which
-        is a hash of --seed, the row and the position; they are other samples than this package's."""
+        """Return the new tokens of each prompt of each adapter. vLLM's cache of prefixes keeps the earlier ones."""
         answers: list[list[list[int]]] = [[[] for _ in some.prompts] for some in given]
         left = [(some, row, new) for some, own in zip(given, answers, strict=True) for row, new in enumerate(own)]
         while left:
@@ -80,16 +68,16 @@ class VllmAnswerer:
         return answers
 
     def score(self, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
-        """Return log-likelihoods as `ending_log_likelihoods` does, from vLLM's log-probabilities of prompts."""
+        """Return the summed log-likelihoods of the endings of each sample, from vLLM's log-probabilities of prompts."""
         asked = [([*prompt, *ending], adapter) for prompt, endings in samples for ending in endings]
-        starts = [len(prompt) for prompt, endings in samples for _ in endings]
         parameters = self._parameters(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._ask(asked, [parameters] * len(asked))
-        found = iter(
-            sum(entry[token].logprob for token, entry in zip(ids[start:], output.prompt_logprobs[start:], strict=True))
-            for (ids, _), start, output in zip(asked, starts, outputs, strict=True)
-        )
-        return [[next(found) for _ in endings] for _, endings in samples]
+        outputs = iter(self._ask(asked, [parameters] * len(asked)))
+
+        def total(start: int, ending: Sequence[int]) -> float:
+            entries = zip(ending, next(outputs).prompt_logprobs[start:], strict=True)
+            return sum(entry[token].logprob for token, entry in entries)
+
+        return [[total(len(prompt), ending) for ending in endings] for prompt, endings in samples]
 
     def close(self) -> None:
         """End vLLM's processes and free its memory."""
@@ -98,50 +86,41 @@ class VllmAnswerer:
 
     def _ask(self, asked: Sequence[tuple[list[int], str]], parameters: Sequence[Any]) -> list[Any]:
         requests = [self._requests.get(adapter) for _, adapter in asked]
-        for request in {one.lora_int_id: one for one in requests if one is not None}.values():
-            self._llm.llm_engine.add_lora(request)  # in a step, an adapter that cannot be loaded would hang
-        prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
-        return list(self._llm.generate(prompts, list(parameters), lora_request=requests, use_tqdm=False))
+        for name in dict.fromkeys(adapter for _, adapter in asked if adapter in self._requests):
+            self._llm.llm_engine.add_lora(self._requests[name])  # vLLM would hang on an error while it generates
+        prompts, shows = [{"prompt_token_ids": ids} for ids, _ in asked], sys.stderr.isatty()
+        return list(self._llm.generate(prompts, list(parameters), lora_request=requests, use_tqdm=shows))
 
     def _next_tokens(self, some: Prompts, row: int, new: Sequence[int]) -> Any:
         """Return vLLM's parameters for the next tokens of a row that has `new` ones, until the next test of its end."""
-        sampling, count = self._plan.sampling, some.max_new_tokens - len(new)
+        count = some.max_new_tokens - len(new)
         if some.is_end is not Prompts.is_end:
             count = min(count, max(len(new), _FIRST_TOKENS))
-        options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        if sampling.temperature:
-            options["seed"] = stream_seed(sampling.seed, f"sampling.{some.numbers[row]}.{len(new)}")
-        options |= {"ignore_eos": True, "stop_token_ids": sorted(some.end_ids)}  # which have the tokenizer's EOS
+        options: dict[str, Any] = {"temperature": self._sampling.temperature, "top_p": self._sampling.top_p}
+        if self._sampling.temperature:
+            options["seed"] = stream_seed(self._sampling.seed, f"sampling.{some.numbers[row]}.{len(new)}")
+        options |= {"ignore_eos": True, "stop_token_ids": sorted(some.end_ids)}  # which include the tokenizer's EOS
         return self._parameters(**options, max_tokens=count, detokenize=False)
 
 
 def _longest(scored: ScoredSet) -> int:
     """Return the largest number of tokens of a sequence: a prompt with its answer, or with an ending and one token."""
-    endings = zip(scored.prompts, scored.endings, strict=True)
-    with_ending = (len(prompt) + max(map(len, own)) + 1 for prompt, own in endings if own)
-    return max(max(map(len, scored.prompts)) + scored.max_new_tokens, *with_ending, 0)
+    lengths = ([scored.max_new_tokens, *(len(ending) + 1 for ending in own)] for own in scored.endings)
+    return max(len(prompt) + max(own) for prompt, own in zip(scored.prompts, lengths, strict=True))
 
 
-def _lora_options(plans: Mapping[str, EvaluationPlan]) -> dict[str, Any]:
-    """Return the options of vLLM for these adapters. Raise UserError if vLLM cannot serve one of them."""
-    source, found = next(iter(plans.values())).source, list[ServedAdapter]()
+def _lora_options(plans: EvaluationPlans, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the options of vLLM for these adapters. Raise UserError if it cannot serve one of them."""
+    served = {folders[name]: ServedAdapter(own.source, own.adapter) for name, own in plans.items() if own.adapter}
+    source = next(iter(plans.values())).source
     if why := serving.why_no_lora(source.shape):
         raise UserError(f"--engine vllm: {why}")
-    for plan in plans.values():
-        assert plan.adapter is not None
-        found.append(ServedAdapter(source, plan.adapter))
-        folder = user_path(plan.settings.adapter or "")
-        check_served(folder, found[-1], source, max_rank=serving.VLLM_RANKS[-1], only_tied=False)
-    kind, targets, rank = slots_for(found, source)
-    slots = min(len(plans), BATCHES_AT_ONCE)
-    return {
-        "enable_lora": True,
-        "max_lora_rank": rank,
-        "max_loras": slots,
-        "max_cpu_loras": slots,
-        "lora_target_modules": serving.vllm_modules(targets),
-        "additional_config": slot_config(kind),
-    }
+    for folder, one in served.items():
+        check_served(folder, one, source, max_rank=serving.VLLM_RANKS[-1], only_tied=False)
+    _, config, targets, rank = slots_for([*served.values()], source)
+    slots = min(len(served), BATCHES_AT_ONCE)
+    sizes = {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": slots}
+    return {**sizes, "lora_target_modules": serving.vllm_modules(targets), "additional_config": config}
 
 
 def _extend(new: list[int], tokens: Sequence[int], some: Prompts) -> bool:

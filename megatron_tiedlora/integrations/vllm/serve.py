@@ -61,7 +61,7 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
     if more := len(notes[_MOST_PROBLEMS:]):
         notes[_MOST_PROBLEMS:] = [f"not served: {more} more"]
 
-    kind, targets, rank = slots_for([*found.values()], source, kind=settings.slots)
+    kind, config, targets, rank = slots_for([*found.values()], source, kind=settings.slots)
     of_slot = [source.shape.block.adaptable[name] for name in targets], rank, source.shape.num_layers
     size = sum(serving.slot_bytes(*of_slot, tied=is_tied) for is_tied in _TIED[kind])
     slots = settings.max_loras or (64 if kind == "tied" else serving.LARGEST_BATCH)
@@ -72,8 +72,7 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
 
     words = serving.vllm_words(base_location(source), targets, rank=rank, slots=slots, cached=cached)
     words += ["--middleware", f"{__package__}.resolver.only_by_name"]
-    if config := slot_config(kind):
-        words += ["--additional-config", json.dumps(config)]
+    words += ["--additional-config", json.dumps(config)] if config else []
     added = {ADAPTERS: str(root), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     added |= {HUB: ",".join(settings.hub)} if settings.hub else {}
     return [*words, *settings.flags], added | plugin_variables(), notes
@@ -81,20 +80,16 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
 
 def slots_for(
     found: Sequence[ServedAdapter], source: ModelSource, *, kind: str | None = None
-) -> tuple[str, list[str], int]:
-    """Return what the slots of a server of these adapters are for: (kind, names of the linears, value of
-    --max-lora-rank). `kind` is the kind that the user gave."""
+) -> tuple[str, dict[str, Any], list[str], int]:
+    """Return, for a server of these adapters, the kind of slots, by default as the adapters need, the values of vLLM's
+    --additional-config and --max-lora-rank for them, and, before the rank, the names of the adapted linears."""
     tied = [not served.why_not_tied for served in found]
     kind = kind or ("both" if len({*tied}) != 1 else "tied" if all(tied) else "expanded")
     configs, linears = [served.adapter.config for served in found], source.shape.block.adaptable
     adapted = {target.name for config in configs for target in config.targets} or linears
     rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
-    return kind, [name for name in linears if name in adapted], rank
-
-
-def slot_config(kind: str) -> dict[str, Any]:
-    """Return the value of vLLM's --additional-config for a kind of slots."""
-    return {} if kind == "expanded" else {PLUGIN: kind == "tied" or kind}
+    config = {} if kind == "expanded" else {PLUGIN: kind == "tied" or kind}
+    return kind, config, [name for name in linears if name in adapted], rank
 
 
 def plugin_variables() -> dict[str, str]:
