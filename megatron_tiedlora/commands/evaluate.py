@@ -4,19 +4,21 @@ model, an adapter, a merged model or a PEFT folder.
     tiedlora evaluate                                                                  the demo model on the demo task
     deepspeed --no_python tiedlora evaluate --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
     tiedlora evaluate --adapters runs/four --task gsm8k                                all adapters of the run `four`
+    tiedlora evaluate --adapters runs/four --task gsm8k --engine vllm                  answered by vLLM
 
 `_evaluate` shows all steps of an evaluation in order.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.installation import require_extra, require_vllm
 from megatron_tiedlora.base.messages import show
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
     from megatron_tiedlora.runtime.ending import End
     from megatron_tiedlora.runtime.stopping import StopRequests
 
+_LIBRARIES = {"rougeL": "rouge_score", "bleu": "sacrebleu"}  # of metrics; an environment of vLLM may lack them
+
 
 def main(settings: EvaluateSettings) -> int:
     """Run one rank and return the exit status: 0 if the rank finished, and 130, 143 or 138 after a signal."""
-    require_extra("eval")
+    uses_vllm, given = settings.engine == "vllm", set(os.environ)
+    require_vllm("--engine vllm") if uses_vllm else require_extra("eval")
     from megatron_tiedlora.data.splits import check_files_exist
 
     check_files_exist(settings)
@@ -41,6 +46,8 @@ def main(settings: EvaluateSettings) -> int:
 
     prepare_environment()
     rank, world_size = rank_and_world_size()
+    for name in os.environ.keys() - given if uses_vllm else ():  # vLLM's processes must not read these
+        del os.environ[name]
     stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
@@ -51,38 +58,49 @@ def main(settings: EvaluateSettings) -> int:
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
     # These import transformers, which takes seconds; signals are handled already.
-    from megatron_tiedlora.adapters.adapter_groups import ONLY
-    from megatron_tiedlora.checkpoint.load_model import load_model
-    from megatron_tiedlora.engine.engine import make_groups, make_process_grid
-    from megatron_tiedlora.evaluation.answering import answer_all, read_scored
-    from megatron_tiedlora.evaluation.generate import Decoder
+    from megatron_tiedlora.evaluation.answering import Answerer, answer_all, read_scored
     from megatron_tiedlora.evaluation.plan import plan_evaluations
     from megatron_tiedlora.evaluation.results import headline, score_answers, score_table, write_results
-    from megatron_tiedlora.runtime.process_group import join_process_group
 
-    is_main = rank == 0
+    is_main, uses_vllm = rank == 0, settings.engine == "vllm"
     plans = plan_evaluations(settings, rank=rank, world_size=world_size)
     plan, scored = next(iter(plans.values())), read_scored(plans)
-    device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
-    end.watch_peers(settings.timeout_minutes)
-    output = take_results_folder(settings, plans, scored, end)
-    groups = make_groups(plan.grid, make_process_grid(plan.grid))
-    stage = load_model(
-        plan.source,
-        plan.adapter if ONLY in plans else {n: own.adapter for n, own in plans.items() if own.adapter is not None},
-        dtype=plan.dtype,
-        base_format=plan.base_format,
-        device=device,
-        grid=plan.grid,
-        groups=groups,
-        stages=plan.stages,
-        merged=settings.merge_adapter,
-        progress=is_main,
-    )
+    if not uses_vllm:
+        from megatron_tiedlora.adapters.adapter_groups import ONLY
+        from megatron_tiedlora.checkpoint.load_model import load_model
+        from megatron_tiedlora.engine.engine import make_groups, make_process_grid
+        from megatron_tiedlora.evaluation.generate import Decoder
+        from megatron_tiedlora.runtime.process_group import join_process_group
+
+        device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+        end.watch_peers(settings.timeout_minutes)
+        output = take_results_folder(settings, plans, scored, end)
+        groups = make_groups(plan.grid, make_process_grid(plan.grid))
+        stage = load_model(
+            plan.source,
+            plan.adapter if ONLY in plans else {n: own.adapter for n, own in plans.items() if own.adapter is not None},
+            dtype=plan.dtype,
+            base_format=plan.base_format,
+            device=device,
+            grid=plan.grid,
+            groups=groups,
+            stages=plan.stages,
+            merged=settings.merge_adapter,
+            progress=is_main,
+        )
+        attention = str(stage.attention_route(device, plan.dtype))
+        answerer = Answerer(Decoder(stage, groups, plan.source.shape, sampling=plan.sampling))
+    else:
+        from megatron_tiedlora.integrations.vllm.answerer import VllmAnswerer
+
+        require_extra("eval", only=[_LIBRARIES[name] for name in plan.task.metrics if name in _LIBRARIES])
+        output = take_results_folder(settings, plans, scored, end)
+        answerer, attention = VllmAnswerer(plans, scored), "vLLM's"
     if is_main:
-        show(*headline(plans, scored, stage.attention_route(device, plan.dtype)))
-    with stop.deferred(), closing(Decoder(stage, groups, plan.source.shape, sampling=plan.sampling)) as decoder:
-        answers = answer_all(decoder, scored, grid=plan.grid, agree=stop.agree, progress=is_main)
+        show(*headline(plans, scored, attention))
+    # With vLLM, no other rank waits for this one.
+    with nullcontext() if uses_vllm else stop.deferred(), closing(answerer):
+        answers = answer_all(answerer, scored, grid=plan.grid, agree=stop.agree, progress=is_main)
     if output is None:
         return
     stop.raise_if_requested()

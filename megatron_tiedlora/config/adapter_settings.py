@@ -88,6 +88,11 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         " run, a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
         None, words=True, per_adapter=True,
     )
+    engine: Literal["own", "vllm"] = setting_field(
+        "model",
+        "what generates the answers: this package, or vLLM in one process, which starts --tensor_parallel others",
+        "own",
+    )
     base_differs: bool = _same("base_differs", "use the adapter although base or tokenizer differ", group="model")
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
     tokenizer: str | None = _train("tokenizer")
@@ -127,7 +132,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     batch_size: int = setting_field(
         "data",
         "prompts per data-parallel rank that are answered together; with --adapters this number for each adapter, and"
-        " at most four times this number in all",
+        " at most four times this number in all [--engine vllm: 256]",
         16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
     temperature: float = setting_field(
@@ -151,6 +156,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
+        if filled.get("engine") == "vllm":
+            filled.setdefault("batch_size", 256)
         return filled
 
     def _check_fit(self) -> None:
@@ -162,6 +169,13 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:
             raise ValueError("--merge_adapter needs --adapter")
+        own = {
+            "--merge_adapter; merge with tiedlora merge": self.merge_adapter,
+            "--pipeline_parallel; give --tensor_parallel": self.pipeline_parallel > 1,
+            f"--base {self.base}; give --base {UNQUANTISED}": self.base not in (None, UNQUANTISED),
+        }
+        for name in (name for name, is_set in own.items() if is_set and self.engine == "vllm"):
+            raise ValueError(f"--engine vllm does not work with {name}")
         if self.base_differs and self.adapter is None and self.adapters is None:
             raise ValueError("--base_differs needs --adapter")
         if self.validation_file is not None and self.train_file is not None:

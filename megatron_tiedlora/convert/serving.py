@@ -39,10 +39,14 @@ def vllm_words(base: str, targets: Collection[str], *, rank: int, slots: int = 1
     """Return the words of `vllm serve` with its LoRA flags, for adapters of the linears `targets` and `rank`, a value
     of `VLLM_RANKS`. `slots` adapters fit in one batch and `cached` in host memory; vLLM's default is 1."""
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
-    # By default vLLM reserves memory for all linears, embedding and head. vLLM and this package fuse the same linears.
-    modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in targets)
-    words += ["--lora-target-modules", *modules]
+    # By default vLLM reserves memory for all linears, embedding and head.
+    words += ["--lora-target-modules", *vllm_modules(targets)]
     return words + (["--max-loras", str(slots), "--max-cpu-loras", str(cached)] if max(slots, cached) > 1 else [])
+
+
+def vllm_modules(targets: Collection[str]) -> list[str]:
+    """Return vLLM's names of the linears `targets`. vLLM and this package fuse the same linears."""
+    return [f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in targets]
 
 
 def serve_command(base: str, adapters: Path) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
@@ -21,7 +22,7 @@ from megatron_tiedlora.data.chat import chat_writer, template_end_ids
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
 from megatron_tiedlora.data.splits import Encoding, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, join_answer
-from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, Sample, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
 from megatron_tiedlora.parallel.groups import Grid
@@ -123,7 +124,8 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
     settings, folder, vocab_size = plan.settings, plan.source.weights_folder(), plan.source.shape.vocab_size
     encoding = open_encoding(settings, folder, vocab_size=vocab_size, max_length=plan.longest_prompt)
     rows = read_split(settings, settings.split, tokenizer=encoding.tokenizer, limit=plan.limit)
-    return encode_scored(rows, encoding, max_new_tokens=plan.max_new_tokens, batch_size=settings.batch_size)
+    batch_size = len(rows) if settings.engine == "vllm" else settings.batch_size  # vLLM makes its own batches
+    return encode_scored(rows, encoding, max_new_tokens=plan.max_new_tokens, batch_size=batch_size)
 
 
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
@@ -132,8 +134,28 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
         raise UserError(f"{count_text(differing, 'rank')} read different rows from rank 0; give every host the same")
 
 
+class Answerer:
+    """Continues prompts and scores endings with this package's decoder. A subclass may do so with another program.
+    `is_last` is whether this rank has log-likelihoods."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.is_last = decoder, decoder.is_last
+
+    def generate(self, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
+        """See the function `generate`."""
+        return generate(self.decoder, given, agree=agree)
+
+    def score(self, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
+        """See `ending_log_likelihoods`."""
+        return ending_log_likelihoods(self.decoder, samples, adapter=adapter)
+
+    def close(self) -> None:
+        """Free the memory beside the model, or end the other program."""
+        self.decoder.close()
+
+
 def answer_all(
-    decoder: Decoder, scored: Mapping[str, ScoredSet], *, grid: Grid, agree: Agree = bool, progress: bool = False
+    answerer: Answerer, scored: Mapping[str, ScoredSet], *, grid: Grid, agree: Agree = bool, progress: bool = False
 ) -> dict[str, list[Answer]]:
     """Generate answers to the prompts of each adapter. A sampled answer depends on the index of its sample.
 
@@ -151,7 +173,7 @@ def answer_all(
     """
     sets = [_AskedSet(name, own, grid) for name, own in scored.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
-    sends = grid.tp_rank == 0 and decoder.is_last
+    sends = grid.tp_rank == 0 and answerer.is_last
     num_samples = sum(len(some.order) for some in sets)
     with progress_bar("decoding", "sample", total=num_samples, shows=progress) as bar:
         for number in range(max(len(some.batches) for some in sets)):
@@ -159,9 +181,9 @@ def answer_all(
             num_rows = [min(some.batch_size, len(some.batches[number])) for some in present]  # rank 0 has the most rows
             rooms = [BATCHES_AT_ONCE * some.scored.batch_size for some in present]
             for together in filled(zip(present, num_rows, rooms, strict=True)):
-                found = generate(decoder, [some.ask(number) for some in together], agree=agree)
+                found = answerer.generate([some.ask(number) for some in together], agree=agree)
                 for some, rows in zip(together, found, strict=True):
-                    some.take(decoder, rows)
+                    some.take(answerer, rows)
                     bar.update(len(some.batches[number]))
     gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Answers) for some in sets]
     pairs = zip(sets, gathered, strict=True)
@@ -193,13 +215,13 @@ class _AskedSet:
         ids = [scored.prompts[index].tolist() for index in rows]
         return Prompts(ids, scored.encoding.end_ids, scored.max_new_tokens, self.is_end, self.adapter, rows)
 
-    def take(self, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
+    def take(self, answerer: Answerer, rows: Sequence[Sequence[int]]) -> None:
         """Store the answers of the batch, and score the choices of its samples."""
         scored, encoding = self.scored, self.scored.encoding
         choice_scores: list[list[float]] = [[] for _ in rows]
         if any(scored.endings):
             samples = [(scored.prompts[i].tolist(), scored.endings[i]) for i in self.asked or self.order[:1]]
-            choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.adapter)
+            choice_scores = answerer.score(samples, adapter=self.adapter)
         for index, row, scores in zip(self.asked, rows, choice_scores, strict=False):
             self.mine[index] = (_text(encoding.tokenizer, row, encoding.task.stop), tuple(scores))
 
@@ -212,7 +234,7 @@ class _AskedSet:
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
     """Return a function that tests whether new tokens contain the stop text. It is called after each new token."""
     if stop is None:
-        return lambda _: False
+        return Prompts.is_end
     width = len(stop.encode())  # a token is at least one byte
 
     def ends(row: Sequence[int]) -> bool:

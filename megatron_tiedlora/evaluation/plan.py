@@ -165,7 +165,11 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
 
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
     """Return the plan of one evaluation. Raises UserError if its settings, model and ranks do not fit together."""
-    task, (settings, of_run) = get_task(settings.task), _as_trained(settings)
+    task, (settings, of_run) = get_task(settings.task), as_trained(settings)
+    if settings.engine == "vllm":
+        if world_size > 1:
+            raise UserError(f"--engine vllm: {world_size} ranks were started; start one, as vLLM starts its own")
+        world_size = settings.tensor_parallel
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:
@@ -200,13 +204,15 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
+    if settings.engine == "vllm" and source.stored_base is None:
+        raise UserError(f"--engine vllm does not quantise as the adapter's run ({given}); give --base {UNQUANTISED}")
     if settings.merge_adapter:
         said = f"--merge_adapter adds the adapter to weights in --dtype, but the base is in {given}"
         raise UserError(f"{said}; give --base none")
     return source.base_format(given)
 
 
-def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
+def as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
     """Return the settings and notes. If the user did not give an option for reading rows, it is taken from the
     adapter's run. The notes list differences between the prompts of the run and of the evaluation. Raises UserError if
     the user's settings contradict the run's options, or if the run's chat template file has changed."""

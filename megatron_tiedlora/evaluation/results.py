@@ -25,7 +25,6 @@ from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
 from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, EvaluationPlans
-from megatron_tiedlora.model.fused_attention import AttentionRoute
 
 _PERCENTILES = (2.5, 97.5)
 # The number of random numbers that are drawn at a time. It bounds the memory.
@@ -33,7 +32,7 @@ _DRAWN_AT_ONCE = 2_000_000
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 DEFAULT_PARENT = "evaluations"
-_LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
+_LIBRARIES = ("torch", "deepspeed", "transformers", "vllm", "rouge-score", "sacrebleu")
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
         yield times.astype(np.float64) @ table
 
 
-def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
+def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: str) -> list[str]:
     """Return lines about the evaluation to print before its progress bar, with one line for each adapter of --adapters.
     `attention` names the kernels that compute the attention of prompts."""
     name, plan = next(iter(plans.items()))
@@ -143,7 +142,7 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
         ("data", f"task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}"),
         ("layout", f"tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}"),
         ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
-        ("attention", str(attention)),
+        ("attention", attention),
         *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
         *(("note", note) for note in shared),
     ]

@@ -19,7 +19,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep, fill_rounds, shared_micro_batch
 from megatron_tiedlora.engine.runner import inputs_to_fill
-from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
+from megatron_tiedlora.evaluation.answering import Answerer, ScoredSet, answer_all
 from megatron_tiedlora.evaluation.generate import Decoder
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.evaluation.results import Score, score_answers
@@ -110,9 +110,10 @@ class Evaluation:
         together = plan.engine.zero_stage == 3
         parts = [asked] if self.step.capacity else [{name: one} for name, one in asked.items()]
         answers: dict[str, list[Answer]] = {}
-        with closing(Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=together)) as decoder:
+        decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=together)
+        with closing(Answerer(decoder)) as answerer:
             for part in parts:
-                answers |= answer_all(decoder, part, grid=plan.grid, agree=agree, progress=plan.grid.rank == 0)
+                answers |= answer_all(answerer, part, grid=plan.grid, agree=agree, progress=plan.grid.rank == 0)
         return answers
 
 

@@ -8,14 +8,23 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
+from megatron_tiedlora.evaluation.answering import Answerer, answer_all, read_scored
+from megatron_tiedlora.evaluation.generate import Decoder
+from megatron_tiedlora.evaluation.metrics import Answer
+from megatron_tiedlora.evaluation.plan import plan_evaluations
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 from support.run_helpers import EVALUATE, Ended, run_ranks
+from support.task_files import write_rows
 
 FILES = {"predictions.jsonl", "results.json"}
 
@@ -45,11 +54,8 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     It takes the steps of commands/evaluate.py, without a process group.
     """
     from megatron_tiedlora.commands.evaluate import take_results_folder
-    from megatron_tiedlora.config.adapter_settings import EvaluateSettings
     from megatron_tiedlora.config.cli import parse_settings
     from megatron_tiedlora.data.splits import check_files_exist
-    from megatron_tiedlora.evaluation.answering import read_scored
-    from megatron_tiedlora.evaluation.plan import plan_evaluations
 
     words = [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "adapters"]
     if adapters := settings.get("adapters"):
@@ -60,6 +66,49 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     with ExitStack() as held:
         end: Any = SimpleNamespace(rank=0, held=held, owners=[])
         take_results_folder(made, plans, read_scored(plans), end)
+
+
+WORDS = ("abc", "de fg", "hij", "k lm no", "pq", "r", "stu vwx", "yz", "0 1 2", "345")
+PROMPTS = [f"{WORDS[i % 10]} {WORDS[(3 * i + 1) % 10] * (1 + i % 3)}?" for i in range(8)]
+ENDINGS = ("ab", "c d e f", "ghij klm", "nopqrs")
+
+
+def write_tasks(folder: Path) -> dict[str, dict[str, str]]:
+    """Settings of a task without a stop text, and of one that has it and scores choices, on rows that are written."""
+    plain: list[dict[str, Any]] = [{"prompt": text, "completion": "x"} for text in PROMPTS]
+    choices: list[dict[str, Any]] = [
+        {"activity_label": "a", "ctx_a": text, "ctx_b": "", "endings": ENDINGS[: 2 + i % 3], "label": "0"}
+        for i, text in enumerate(PROMPTS)
+    ]
+    rows = {"custom": plain, "hellaswag": choices}
+    return {name: {"task": name, "test_file": write_rows(folder / f"{name}.jsonl", rows[name])} for name in rows}
+
+
+def answers_of(engine: Any = None, **settings: Any) -> dict[str, list[Answer]]:
+    """The answers in this process, from this package's decoder, one adapter after the other, or from `engine`'s class.
+
+    Settings are a task's, in fp32 with answers of up to 40 tokens, which are several rounds of vLLM.
+    """
+    own = {"dtype": "fp32", "max_new_tokens": 40, "engine": "vllm" if engine else "own"}
+    plans = plan_evaluations(EvaluateSettings(**{**own, **settings}), rank=0, world_size=1)
+    scored, found = read_scored(plans), {}
+    if engine:
+        with closing(engine(plans, scored)) as answerer:
+            return answer_all(answerer, scored, grid=Grid(0, 1))
+    for name, plan in plans.items():
+        stage = load_model(plan.source, plan.adapter, dtype=torch.float32)
+        answerer = Answerer(Decoder(stage, ParallelGroups(), plan.source.shape))
+        found[name] = answer_all(answerer, {"": scored[name]}, grid=Grid(0, 1))[""]
+    return found
+
+
+def assert_same_answers(found: Mapping[str, list[Answer]], expected: Mapping[str, list[Answer]]) -> None:
+    """Texts are equal, and log-likelihoods nearly."""
+    assert found.keys() == expected.keys()
+    for name, answers in expected.items():
+        assert [one.prediction for one in found[name]] == [one.prediction for one in answers], name
+        for ours, theirs in zip(found[name], answers, strict=True):
+            assert ours.choice_scores == pytest.approx(theirs.choice_scores, abs=1e-3), name
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

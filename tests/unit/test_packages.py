@@ -39,6 +39,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 # Imported and not declared: vLLM loads the plugin in its own environment, and pins torch and transformers.
 OF_VLLM = {"vllm", "triton", "starlette"}
+OF_OTHERS = {"lm_eval"}  # they import this package, or are run by it, where a user has installed them
 CORE = declared(PROJECT["dependencies"])
 OF_EXTRAS = {name: declared(lines) for name, lines in PROJECT["optional-dependencies"].items()}
 USERS = ("train", "eval", "check", "peft", "quantised", "mpi", "gpu")
@@ -66,15 +67,16 @@ def imported(*, lazy: bool = True) -> dict[str, set[str]]:
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     everything = CORE | INSTALLED_BY_USERS | OF_EXTRAS["demo-base"] | OF_EXTRAS["demo"]
-    assert imported().keys() <= everything | OF_VLLM, "imported, and not in pyproject.toml"
+    assert imported().keys() <= everything | OF_VLLM | OF_OTHERS, "imported, and not in pyproject.toml"
     assert everything - imported().keys() == BY_OTHERS.keys(), "in pyproject.toml, and nobody imports it"
 
 
 def test_what_an_extra_brings_is_imported_where_it_is_used() -> None:
-    """At the top of a module are the core's packages, but in the engine, PEFT, vLLM's plugin, metrics, and tests."""
+    """At the top of a module are the core's packages, but in the engine, integrations, metrics, and tests."""
     early = {file for name, files in imported(lazy=False).items() if name not in CORE for file in files}
     tests = ("selfcheck/conftest.py", "selfcheck/test_")
-    owners = ("engine/", "integrations/peft_method.py", "integrations/vllm/", "evaluation/metrics.py", *tests)
+    others = ("integrations/lm_eval_model.py", "integrations/peft_method.py", "integrations/vllm/")
+    owners = ("engine/", *others, "evaluation/metrics.py", *tests)
     assert early and all(file.startswith(owners) for file in early), sorted(early)
 
 

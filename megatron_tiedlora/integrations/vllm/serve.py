@@ -4,7 +4,9 @@ Nothing here imports vLLM. The server loads the plugin of this package, and `res
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text, enumerate_names
 from megatron_tiedlora.base.progress import progress_bar
@@ -59,13 +61,8 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
     if more := len(notes[_MOST_PROBLEMS:]):
         notes[_MOST_PROBLEMS:] = [f"not served: {more} more"]
 
-    tied = [not served.why_not_tied for served in found.values()]
-    kind = settings.slots or ("both" if len({*tied}) != 1 else "tied" if all(tied) else "expanded")
-    configs, linears = [served.adapter.config for served in found.values()], source.shape.block.adaptable
-    adapted = {target.name for config in configs for target in config.targets} or linears
-    targets = [name for name in linears if name in adapted]
-    rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
-    of_slot = [linears[name] for name in targets], rank, source.shape.num_layers
+    kind, config, targets, rank = slots_for([*found.values()], source, kind=settings.slots)
+    of_slot = [source.shape.block.adaptable[name] for name in targets], rank, source.shape.num_layers
     size = sum(serving.slot_bytes(*of_slot, tied=is_tied) for is_tied in _TIED[kind])
     slots = settings.max_loras or (64 if kind == "tied" else serving.LARGEST_BATCH)
     cached = max(slots, min(len(found), int(_CACHE_BYTES // size)))
@@ -75,11 +72,27 @@ def plan_server(settings: ServeSettings, source: ModelSource) -> tuple[list[str]
 
     words = serving.vllm_words(base_location(source), targets, rank=rank, slots=slots, cached=cached)
     words += ["--middleware", f"{__package__}.resolver.only_by_name"]
-    if kind != "expanded":
-        words += ["--additional-config", json.dumps({PLUGIN: kind == "tied" or kind})]
+    words += ["--additional-config", json.dumps(config)] if config else []
     added = {ADAPTERS: str(root), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     added |= {HUB: ",".join(settings.hub)} if settings.hub else {}
+    return [*words, *settings.flags], added | plugin_variables(), notes
+
+
+def slots_for(
+    found: Sequence[ServedAdapter], source: ModelSource, *, kind: str | None = None
+) -> tuple[str, dict[str, Any], list[str], int]:
+    """Return, for a server of these adapters, the kind of slots, by default as the adapters need, the values of vLLM's
+    --additional-config and --max-lora-rank for them, and, before the rank, the names of the adapted linears."""
+    tied = [not served.why_not_tied for served in found]
+    kind = kind or ("both" if len({*tied}) != 1 else "tied" if all(tied) else "expanded")
+    configs, linears = [served.adapter.config for served in found], source.shape.block.adaptable
+    adapted = {target.name for config in configs for target in config.targets} or linears
+    rank = serving.allowed_rank(max((config.rank for config in configs), default=16))  # on the hub it is unknown
+    config = {} if kind == "expanded" else {PLUGIN: kind == "tied" or kind}
+    return kind, config, [name for name in linears if name in adapted], rank
+
+
+def plugin_variables() -> dict[str, str]:
+    """Return the environment variables with which vLLM loads this package's plugin, if VLLM_PLUGINS lacks it."""
     plugins = os.environ.get("VLLM_PLUGINS", PLUGIN)
-    if PLUGIN not in plugins.split(","):
-        added["VLLM_PLUGINS"] = ",".join(filter(None, (plugins, PLUGIN)))
-    return [*words, *settings.flags], added, notes
+    return {} if PLUGIN in plugins.split(",") else {"VLLM_PLUGINS": ",".join(filter(None, (plugins, PLUGIN)))}

@@ -18,7 +18,7 @@ from megatron_tiedlora.data.splits import Encoding
 from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import end_ids, load_tokenizer
-from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
+from megatron_tiedlora.evaluation.answering import Answerer, ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.groups import Grid
@@ -58,7 +58,7 @@ def answers(
     folder: Path, grid: Grid, batch_size: int, *, stop: str | None = STOP, choices: bool = True, **options: Any
 ) -> list[Answer]:
     scored = scored_of(folder, examples(choices=choices), stop=stop, batch_size=batch_size)
-    return answer_all(build(folder, grid=grid), {"": scored}, grid=grid, **options)[""]
+    return answer_all(Answerer(build(folder, grid=grid)), {"": scored}, grid=grid, **options)[""]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     stop = text[4:7]
     decoder, index = build(folder, grid=Grid(0, 1)), [answer.prediction for answer in free].index(text)
     with calls_of(decoder) as calls:
-        found = answer_all(decoder, {"": scored_of(folder, [examples()[index]], stop=stop)}, grid=Grid(0, 1))[""]
+        found = answer_all(Answerer(decoder), {"": scored_of(folder, [examples()[index]], stop=stop)}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(stop)[0].strip()
     assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
 
@@ -156,7 +156,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
     scored = scored_of(folder, examples(), config=tmp_path)
     assert scored.encoding.end_ids == {tokenizer.eos_token_id, token}
-    found = answer_all(build(folder, grid=Grid(0, 1)), {"": scored}, grid=Grid(0, 1))[""]
+    found = answer_all(Answerer(build(folder, grid=Grid(0, 1))), {"": scored}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(letter)[0].strip()
 
 

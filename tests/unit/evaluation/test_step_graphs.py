@@ -330,10 +330,11 @@ def test_an_error_frees_the_graphs(folder: Path) -> None:
 def test_a_validation_that_fails_closes_its_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
 
-    def answer(decoder: Any, *_: Any, **__: Any) -> None:
+    def answer(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"in flight, {len(closed)} closed")
 
-    monkeypatch.setattr(loop, "Decoder", lambda *_, **__: SimpleNamespace(close=lambda: closed.append("graphs")))
+    decoder = SimpleNamespace(is_last=True, close=lambda: closed.append("graphs"))
+    monkeypatch.setattr(loop, "Decoder", lambda *_, **__: decoder)
     monkeypatch.setattr(loop, "answer_all", answer)
     with pytest.raises(RuntimeError, match="in flight, 0 closed"):
         loop.Evaluation._answers(MagicMock(), [MagicMock()], {"": MagicMock()})

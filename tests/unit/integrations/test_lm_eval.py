@@ -1,0 +1,141 @@
+"""lm_eval's model `tiedlora`: its scores and answers are those of the merged model in plain transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.folders import ROOT
+from support.peft_models import greedy_tokens, hf_model, write_adapter, write_bases
+from support.task_files import refusal, write_rows
+from transformers import AutoTokenizer
+
+import megatron_tiedlora as tiedlora
+from megatron_tiedlora.data.chat import chat_template_sha256
+
+lm_eval = pytest.importorskip("lm_eval")
+
+CHOICES = ["x", "yz", "w v"]
+ROWS = [{"question": f"{'abc def ' * (i + 1)}{i}:", "choices": CHOICES, "answer": i % 3} for i in range(4)]
+MOST = 12
+TASKS: dict[str, dict[str, Any]] = {
+    "choose": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"},
+    "write": {"output_type": "generate_until", "doc_to_target": "none", "generation_kwargs": {"until": ["e"]}},
+    "roll": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}"},
+}
+TASKS["write"]["generation_kwargs"] |= {"max_gen_toks": MOST, "do_sample": False}
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<a>' if add_generation_prompt }}"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def adapter(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_adapter(folder := tmp_path_factory.mktemp("run") / "adapter", bases["llama"], targets="all", scale=1.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of `TASKS` (JSON is YAML) and their rows."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = {"data_files": {"test": write_rows(folder / "rows.jsonl", ROWS)}, "cache_dir": str(folder / "cache")}
+    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "doc_to_text": "{{question}}"}
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": f"tl_{name}", **common, **task}))
+    return folder
+
+
+def load(adapter: Any, **options: Any) -> Any:
+    from megatron_tiedlora.integrations.lm_eval_model import TiedLoraLM
+
+    return TiedLoraLM(str(adapter), device="cpu", **options)
+
+
+@torch.no_grad()
+def log_likelihood(model: Any, before: list[int], after: list[int]) -> float:
+    scores = model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+    return float(scores.gather(1, torch.tensor(after)[:, None]).sum())
+
+
+def expected(model: Any, folder: Path) -> dict[str, list[Any]]:
+    """The responses of a model of transformers to all requests of each task."""
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), dict[str, list[Any]](choose=[], write=[], roll=[])
+    for ids in (tokenizer(row["question"]).input_ids for row in ROWS):
+        texts = [tokenizer(f" {choice}", add_special_tokens=False).input_ids for choice in CHOICES]
+        found["choose"].append([log_likelihood(model, ids, text) for text in texts])
+        text = tokenizer.decode(greedy_tokens(model, ids, MOST, eos=tokenizer.eos_token_id))
+        found["write"].append(text.split("e")[0])
+        # lm_eval puts a BOS before the text's tokens, which begin with the tokenizer's own.
+        found["roll"].append(log_likelihood(model, [tokenizer.bos_token_id], ids))
+    return found
+
+
+def test_scores_and_answers_are_those_of_the_merged_model(adapter: Path, bases: dict[str, Path], tasks: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    import megatron_tiedlora.lm_eval  # noqa: F401
+
+    manager, base = TaskManager(include_path=str(tasks)), hf_model(bases["llama"])
+    options, names = {"adapter": str(adapter), "batch_size": 3, "device": "cpu"}, [f"tl_{name}" for name in TASKS]
+    samples = lm_eval.simple_evaluate("tiedlora", options, tasks=names, task_manager=manager)["samples"]
+    found = {name: [[one for (one,) in row["resps"]] for row in samples[f"tl_{name}"]] for name in TASKS}
+    unlike = expected(base, bases["llama"])
+    wanted = expected(tiedlora.merge(base, tiedlora.load_adapter(adapter)), bases["llama"])
+    assert [text for (text,) in found["write"]] == wanted["write"] != unlike["write"]
+    assert [score for (score,) in found["roll"]] == pytest.approx(wanted["roll"], abs=1e-3)
+    assert unlike["roll"] != pytest.approx(wanted["roll"], abs=0.1)
+    for ours, theirs in zip(found["choose"], wanted["choose"], strict=True):
+        assert [score for score, _ in ours] == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("starts", ["auto", "false"])
+def test_the_run_s_chat_template_and_start_of_texts(adapter: Path, starts: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").symlink_to(adapter)
+    (template := tmp_path / "chat.jinja").write_text(TEMPLATE)
+    rules = {"chat_template": str(template), "chat_template_sha256": chat_template_sha256(template), "add_bos": starts}
+    (tmp_path / "run.yaml").write_text(json.dumps({"task": "custom", **rules}))
+    model = load(tmp_path / "adapter", dtype="bfloat16")
+    assert model.apply_chat_template([{"role": "user", "content": "hi"}]) == "<user>hi<a>"
+    assert (model.tok_encode("ab")[0] == model.tokenizer.bos_token_id) == (starts == "auto")
+    assert (model.model.dtype, load(adapter).model.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_wrong_arguments_give_one_line(adapter: Path, bases: dict[str, Path]) -> None:
+    assert "base_difers: the model tiedlora has no such argument (did you mean base_differs?)" in refusal(
+        load, adapter, base_difers=True
+    )
+    assert "--model_args dtype=int4: is not one of bf16, fp16, fp32" in refusal(load, adapter, dtype="int4")
+    assert "has no adapter; give adapter=RUN/adapter" in refusal(load, "")
+    assert "use its own base" in refusal(load, adapter, model=str(bases["phi3"]))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.cpu_seconds(30, reason="two processes import lm_eval")
+def test_the_command(adapter: Path, tasks: Path) -> None:
+    """A batch size of the model has precedence over the flag's default."""
+    words = [sys.executable, "-m", "megatron_tiedlora.lm_eval", "--model", "tiedlora", "--include_path", str(tasks)]
+    words += ["--tasks", "tl_write", "--device", "cpu", "--model_args"]
+    for given, status, said in ((adapter, 0, ""), (f"{adapter}x", 2, f"error: {adapter}x: no such folder; give")):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        command = [*words, f"adapter={given},batch_size=2"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].startswith(said) and ("|tl_write|" in done.stdout) == (status == 0)
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tiedlora.lm_eval import main
+
+    monkeypatch.delitem(sys.modules, "megatron_tiedlora.integrations.lm_eval_model")
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    assert "this needs lm_eval and what it imports" in refusal(main)
