@@ -121,6 +121,8 @@ class TiedLoraConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if self.method not in TRAINED_FACTORS:
-            raise ValueError(f"`method` should be one of {list(TRAINED_FACTORS)} but the value passed is {self.method}")
+            raise ValueError(
+                f"`method` should be one of {list(TRAINED_FACTORS)} but the value passed is {self.method}"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` has an effect only if `layers_to_transform` is also specified.")

@@ -139,11 +139,12 @@ class TiedLoraLayer(BaseTunerLayer):
         """Return A, B, u and v of an adapter with the layers that own them. A factor that does not exist is None."""
         pairs = []
         for name in ("A", "B", "u", "v"):
-            owner = self.tied_lora_owners[adapter_name].get(name, self)
-            held = getattr(owner, f"tied_lora_{name}")
-            if adapter_name not in held and name in ("A", "B"):
-                held = getattr(owner, f"tied_lora_frozen_{name}")
-            pairs.append((held[adapter_name] if adapter_name in held else None, owner))
+            owner, factor = self.tied_lora_owners[adapter_name].get(name, self), None
+            for kind in ("", "frozen_") if name in ("A", "B") else ("",):
+                held = getattr(owner, f"tied_lora_{kind}{name}")
+                if adapter_name in held:
+                    factor = held[adapter_name]
+            pairs.append((factor, owner))
         return pairs
 
     def _get_lora_factors(

@@ -44,13 +44,9 @@ def _get_places(key: str, fused_modules: list[list[str]]) -> dict[str, str]:
     `model.layers.self_attn.k_proj` for B and `model.layers.3.self_attn.q_proj/k_proj/v_proj` for u.
     """
     *parent, name = key.split(".")
-    fused = next(("/".join(names) for names in fused_modules if name in names), name)
-    all_layers = [part for part in parent if not part.isdigit()]
-    return {
-        "A": ".".join([*all_layers, fused]),
-        "B": ".".join([*all_layers, name]),
-        "u": ".".join([*parent, fused]),
-    }
+    parent.append(next(("/".join(names) for names in fused_modules if name in names), name))
+    all_layers, module = ([part for part in parts if not part.isdigit()] for parts in (parent, key.split(".")))
+    return {"A": ".".join(all_layers), "B": ".".join(module), "u": ".".join(parent)}
 
 
 class TiedLoraModel(BaseTuner):
