@@ -34,7 +34,12 @@ def register() -> None:
             f"megatron_tiedlora.peft needs PEFT {_FIRST_RELEASE} or later, and this is {peft.__version__}; run `pip"
             " install -U peft`, or load an export (tiedlora export), which works with every version of PEFT"
         )
-    if PEFT_TYPE in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+    if registered := peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE):
+        if registered.__module__.startswith("peft."):
+            raise ImportError(
+                f"megatron_tiedlora.peft: PEFT {peft.__version__} has a method {PEFT_TYPE} of its own that cannot read"
+                " native adapters; load an export (tiedlora export) instead"
+            )
         return
     _add_type(peft.PeftType, PEFT_TYPE, version=peft.__version__)
     from megatron_tiedlora.integrations.peft_method import TiedLoraConfig, TiedLoraModel
