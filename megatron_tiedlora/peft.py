@@ -34,7 +34,8 @@ def register() -> None:
             f"megatron_tiedlora.peft needs PEFT {_FIRST_RELEASE} or later, and this is {peft.__version__}; run `pip"
             " install -U peft`, or load an export (tiedlora export), which works with every version of PEFT"
         )
-    if registered := peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE):
+    known: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING
+    if registered := known.get(PEFT_TYPE):
         if registered.__module__.startswith("peft."):
             raise ImportError(
                 f"megatron_tiedlora.peft: PEFT {peft.__version__} has a method {PEFT_TYPE} of its own that cannot read"

@@ -8,7 +8,7 @@ task. This module rejects contradictory settings. Checks that need the model, th
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself exports it since 2.11
@@ -67,7 +67,6 @@ _speed = partial(setting_field, "speed", decides="layout")
 _training = partial(setting_field, "optimisation", decides="training", per_adapter=True)
 
 _OF_GRID = "the sweep trains the values of --{}".format
-_ONLY_LISTED = {"sweep": "the dry run of a sweep only lists runs"}
 
 
 class Settings(CommandSettings, command="train"):
@@ -75,9 +74,8 @@ class Settings(CommandSettings, command="train"):
 
     Fields that are not given get the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that
     depend on the model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`,
-    `init_std_b`, `micro_batch_size`, `output_dir`. So does a `learning_rate` of "auto". The default of `max_length` is
-    lowered to the model's limit. With `epochs`, the number of steps is computed when the data is known
-    (`planning/run_plan.py`).
+    `init_std_b`, `micro_batch_size`, `output_dir`; and so is a `learning_rate` of "auto". The default of `max_length` is
+    lowered to the model's limit. With `epochs`, the number of steps is computed when the data is known.
     """
 
     about: ClassVar[str] = """\
@@ -114,8 +112,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         other_names="random_seed data_seed",
     )
     split_seed: int = _run(
-        "seed of the choice of validation rows among the training rows (default: seed)", ge=0, decides="data",
-        per_adapter=True,
+        "seed of the split of validation rows off training rows [seed]", ge=0, decides="data", per_adapter=True,
     )
     resume: str = _run(
         "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none", holds="path",
@@ -162,7 +159,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     )
     plan_for: Literal["cpu", "gpu"] | None = _dry_run(
         "with --dry_run: the device type to plan for (default: what this machine has)", None,
-        decided_by={"plan": "give --gpu, or --ranks_on_cpu", **_ONLY_LISTED},
+        decided_by={"plan": "give --gpu, or --ranks_on_cpu", "sweep": "the dry run of a sweep only lists runs"},
     )
     gpu: str | None = _dry_run(
         "with --dry_run: plan for this card, and predict its speed and whether its memory is enough (status 1 if not)",
@@ -243,8 +240,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         derived=True, other_names="lora_alpha lora_scale lora_scaling",
     )
     rslora: bool = _adapter(
-        "rank-stabilised LoRA: the update is scaled by alpha / sqrt(rank)", False, derived=True,
-        other_names="use_rslora rank_stabilized",
+        "rank-stabilised LoRA: scale the update by alpha / sqrt(rank)", False, derived=True, other_names="use_rslora",
     )
     layers: fields.Layers = _adapter(
         "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)", None, derived=True,
@@ -358,10 +354,8 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         gt=0, le=1e6, other_names="num_train_epochs num_epochs n_epochs max_epochs epoch",
     )
     learning_rate: fields.LearningRate = _training(
-        "peak learning rate of AdamW; auto: by a rule for the method, rank and alpha, the model's width, the adapted"
-        " layers and linears, and the number of steps",
-        other_names="lr learning_rates base_lr max_lr",
-        decided_by={"sweep": _OF_GRID("learning_rates")},
+        "peak learning rate of AdamW; auto: by a rule for method, rank, alpha, width, adapted layers and linears, steps",
+        other_names="lr learning_rates base_lr max_lr", decided_by={"sweep": _OF_GRID("learning_rates")},
     )
     rate_factors: fields.RateFactors = _training(
         "LoRA+: rates of single factors as multiples of --learning_rate, e.g. B=16 or B=8,u=2,v=2 (default: 1)", None,
@@ -441,14 +435,13 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
     @property
     def of_rows(self) -> "Settings":
-        """The settings that rows are read with: --split_seed is their seed, so runs can share rows but not an order."""
+        """The settings for reading rows, whose seed is --split_seed."""
         return self.completed(seed=self.split_seed)
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate as a number. A run has one once it is planned (`planning/run_plan.py`)."""
-        assert self.learning_rate != "auto"
-        return self.learning_rate
+        """The learning rate of a planned run, which is a number."""
+        return cast(float, self.learning_rate)
 
     @property
     def names_data(self) -> bool:

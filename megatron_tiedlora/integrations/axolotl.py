@@ -73,7 +73,7 @@ class TiedLoraArgs(BaseModel):
         return data
 
 
-class TiedLoraPlugin(BasePlugin):  # type: ignore[misc]
+class TiedLoraPlugin(BasePlugin):
     """The plugin that axolotl loads by the name in `plugins`."""
 
     def get_input_args(self) -> str:

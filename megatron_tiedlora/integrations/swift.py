@@ -35,7 +35,7 @@ def swift_config(args: Any) -> TiedLoraConfig:
             raise UserError(f"--{one.name} {shown(value)} is for LoRA only; remove it")
     targets = "all" if args.target_modules == ["all-linear"] else args.target_modules
     given = os.environ.get("TIED_LORA_LAYERS")  # swift turns --model_kwargs into variables
-    layers = given and [int(number) for number in re.findall(r"\d+", given)]
+    layers = [int(number) for number in re.findall(r"\d+", given)] if given else None
     own = {"method": args.tuner_type, "r": args.lora_rank, "alpha": args.lora_alpha, "seed": args.seed}
     try:
         return TiedLoraConfig(**own, layers=layers, targets=targets, task_type=args.task_type.upper())
@@ -44,7 +44,7 @@ def swift_config(args: Any) -> TiedLoraConfig:
         raise UserError(f"--tuner_type {args.tuner_type} ({said}): {error}") from None
 
 
-class TiedLoraTuner(PeftTuner):  # type: ignore[misc]
+class TiedLoraTuner(PeftTuner):
     """The tuner of swift that adds a new adapter. Its base class saves and loads adapters by PEFT."""
 
     @staticmethod
