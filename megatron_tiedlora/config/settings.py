@@ -74,7 +74,7 @@ class Settings(CommandSettings, command="train"):
 
     Fields that are not given get the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that
     depend on the model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`,
-    `init_std_b`, `micro_batch_size`, `output_dir`; and so is a `learning_rate` of "auto". The default of `max_length` is
+    `init_std_b`, `micro_batch_size`, `output_dir`; so is a `learning_rate` of "auto". The default of `max_length` is
     lowered to the model's limit. With `epochs`, the number of steps is computed when the data is known.
     """
 
@@ -354,7 +354,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         gt=0, le=1e6, other_names="num_train_epochs num_epochs n_epochs max_epochs epoch",
     )
     learning_rate: fields.LearningRate = _training(
-        "peak learning rate of AdamW; auto: by a rule for method, rank, alpha, width, adapted layers and linears, steps",
+        "peak learning rate of AdamW; auto: by a rule for method, rank, alpha, width, layers and linears, steps",
         other_names="lr learning_rates base_lr max_lr", decided_by={"sweep": _OF_GRID("learning_rates")},
     )
     rate_factors: fields.RateFactors = _training(
