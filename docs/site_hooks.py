@@ -107,7 +107,7 @@ def python_page() -> str:
         "    options: {members: false}",
         *(f"\n::: {name}" for name in names),
         "\n::: megatron_tiedlora.peft\n    options: {members: false}",
-        "\n::: megatron_tiedlora.integrations.peft_method.TiedLoraConfig\n    options: {members: false}",
+        "\n::: megatron_tiedlora.peft.method.TiedLoraConfig\n    options: {members: false}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "check": ("deepspeed", "pytest"),
     "peft": ("peft",),
     "quantised": ("bitsandbytes",),
-    "demo": ("gguf", "accelerate", "reasoning_gym", "peft", "tokenizers"),
+    "demo": ("gguf", "accelerate", "reasoning_gym", "peft"),
     "mpi": ("mpi4py",),
 }
 # A run does not need these packages. They are checked only where they are used: for --report_to and for figures.

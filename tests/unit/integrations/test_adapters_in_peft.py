@@ -33,7 +33,7 @@ from megatron_tiedlora.checkpoint.native_adapter import PEFT_TYPE, load_native_a
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import check_base
-from megatron_tiedlora.integrations.peft_method import TiedLoraConfig, TiedLoraModel
+from megatron_tiedlora.peft.method import TiedLoraConfig, TiedLoraModel
 
 
 @pytest.fixture(scope="module")

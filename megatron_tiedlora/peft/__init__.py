@@ -43,7 +43,7 @@ def register() -> None:
             )
         return
     _add_type(peft.PeftType, PEFT_TYPE, version=peft.__version__)
-    from megatron_tiedlora.integrations.peft_method import TiedLoraConfig, TiedLoraModel
+    from megatron_tiedlora.peft.method import TiedLoraConfig, TiedLoraModel
 
     name = PEFT_TYPE.lower()
     peft.utils.register_peft_method(
@@ -74,7 +74,7 @@ def _add_type(kind: Any, name: str, *, version: str) -> None:
 
 def _read_native_folders(mixin: Any) -> None:
     """Wrap PEFT's reader of `adapter_config.json`, so that PEFT can also read native folders."""
-    from megatron_tiedlora.integrations.peft_method import native_arguments
+    from megatron_tiedlora.peft.method import native_arguments
 
     read = mixin.from_json_file.__func__
 
@@ -90,6 +90,6 @@ def _read_native_folders(mixin: Any) -> None:
 register()
 
 # PEFT must know the type first.
-from megatron_tiedlora.integrations.peft_method import TiedLoraConfig, TiedLoraLinear, TiedLoraModel  # noqa: E402
+from megatron_tiedlora.peft.method import TiedLoraConfig, TiedLoraLinear, TiedLoraModel  # noqa: E402
 
 __all__ = ["TiedLoraConfig", "TiedLoraLinear", "TiedLoraModel"]
