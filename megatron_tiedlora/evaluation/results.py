@@ -120,7 +120,7 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
         yield times.astype(np.float64) @ table
 
 
-def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: str) -> list[str]:
+def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: object) -> list[str]:
     """Return lines about the evaluation to print before its progress bar, with one line for each adapter of --adapters.
     `attention` names the kernels that compute the attention of prompts."""
     name, plan = next(iter(plans.items()))
@@ -142,7 +142,7 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
         ("data", f"task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}"),
         ("layout", f"tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}"),
         ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
-        ("attention", attention),
+        ("attention", str(attention)),
         *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
         *(("note", note) for note in shared),
     ]

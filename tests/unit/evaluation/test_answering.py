@@ -114,8 +114,8 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     stop = text[4:7]
     decoder, index = build(folder, grid=Grid(0, 1)), [answer.prediction for answer in free].index(text)
     with calls_of(decoder) as calls:
-        scored = {"": scored_of(folder, [examples()[index]], stop=stop)}
-        found = answer_all(Answerer(decoder), scored, grid=Grid(0, 1))[""]
+        scored = scored_of(folder, [examples()[index]], stop=stop)
+        found = answer_all(Answerer(decoder), {"": scored}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(stop)[0].strip()
     assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
 
