@@ -24,6 +24,7 @@ PURPOSES = {
     "check": "`check-gpu`",
     "peft": "adapters in PEFT itself ([peft.md](peft.md)), `verify --in peft`, `bench --against peft`",
     "vllm": "`serve`, `evaluate --engine vllm`, `bench --what serving`; in an environment of its own",
+    "lm-eval": "`python -m megatron_tiedlora.lm_eval` ([trainers.md](trainers.md#lm-evaluation-harness))",
     "quantised": "faster `--base nf4` ([quantised.md](quantised.md)); without it nf4 is slower but bit-identical",
     "mpi": "ranks that `mpirun` starts without a master address",
     "gpu": "an optional attention kernel; pip builds it with nvcc: `pip install --no-build-isolation '.[gpu]'`",
