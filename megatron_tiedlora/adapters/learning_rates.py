@@ -8,7 +8,6 @@ c, w, r and s depend on the method (`RULES`); l, t and p do not. The widths, lay
 `LARGEST`. The data, the error of the rule and its limits are in docs/sweeps.md; docs/study/fit_rates.py fits it.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from megatron_tiedlora.base.methods import find_method
@@ -23,7 +22,7 @@ class Rule(NamedTuple):
     scale: float
 
 
-RULES: Mapping[str, Rule] = {
+RULES: dict[str, Rule] = {
     "lora": Rule(5e-3, 0.5, 0.25, 0.5),
     "vera": Rule(4e-2, 0.0, 0.0, 1.0),
     "tl1": Rule(2e-2, 1.0, 0.25, 1.0),
