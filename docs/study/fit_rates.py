@@ -157,22 +157,27 @@ def fitted(points):
 
 
 def fit(table):
-    """Print the fitted constants, the errors at bases that were left out, and the losses of the rule."""
-    groups = {group: losses for group, losses in read_groups(table).items() if group[7] == 1.0}
-    best = {group: best_rate(losses) for group, losses in groups.items()}
-    used = {group: value for group, value in best.items() if group[8] <= MOST_STEPS}
+    """Print the fitted constants, the errors at bases that were left out, and what the package's rule loses."""
+    groups, errors, lost = read_groups(table), [], []
+    used = {group: best_rate(groups[group]) for group in groups if group[7] == 1.0 and group[8] <= MOST_STEPS}
     found = fitted(used)
     for method, (rate, width, rank) in zip(RULES, found[:-2].reshape(-1, 3), strict=True):
         print(f"{method:5} {1e-3 * 2**rate:.1e} width {width:.2f} rank {rank:.2f}")
     print("layers, linears:", found[-2:].round(2))
     for base in sorted({group[0] for group in used}):
         others = fitted({group: value for group, value in used.items() if group[0] != base})
-        errors = np.array([row_of(group) @ others - value for group, value in used.items() if group[0] == base])
-        print(f"without {base}: error {errors.mean():+.2f}, rms {np.sqrt((errors**2).mean()):.2f} (log2)")
+        apart = np.array([row_of(group) @ others - value for group, value in used.items() if group[0] == base])
+        print(f"without {base}: error {apart.mean():+.2f}, rms {np.sqrt((apart**2).mean()):.2f} (log2)")
     for group, losses in groups.items():
-        rule, (x, y) = row_of(group) @ found, zip(*sorted(losses.items()), strict=True)
-        rates = f"best {1e-3 * 2 ** best[group]:.1e} rule {1e-3 * 2**rule:.1e}"
-        print(*group, rates, f"loss {min(y):.3f}, {np.interp(rule, x, y) - min(y):+.3f} by the rule")
+        _, width, _, adapted, linears, method, rank, scale, steps = group
+        shape = {"width": width, "num_layers": adapted, "num_linears": linears, "steps": steps}
+        best, rate = best_rate(losses), auto_rate(method, rank=rank, scale=scale, **shape)
+        rule, (x, y) = math.log2(rate / 1e-3), zip(*sorted(losses.items()), strict=True)
+        errors.append(rule - best)
+        lost.append(np.interp(rule, x, y) - min(y))
+        print(*group, f"best {1e-3 * 2**best:.1e}, rule {rate:.1e}, loss {min(y):.3f}, {lost[-1]:+.3f} by the rule")
+    print(f"rule: rms {np.sqrt(np.mean(np.square(errors))):.2f} (log2), largest {max(map(abs, errors)):.2f};", end=" ")
+    print(f"loss {np.mean(lost):+.3f} in the mean, {max(lost):+.3f} at most; {len(groups)} grids")
 
 
 if __name__ == "__main__":
