@@ -48,7 +48,9 @@ def test_four_times_an_argument_changes_the_rate_by_its_exponent(method: str, na
 
 
 @pytest.mark.parametrize("method", RULES)
-def test_a_width_that_was_measured_has_the_exponent_of_the_method(method: str) -> None:
+def test_what_was_measured_has_no_lower_rate_than_the_method(method: str) -> None:
+    """Widths have the exponent of the method, and short runs have the rate of the reference."""
+    assert rate_of(method, steps=12) == rate_of(method)
     narrow = rate_of(method, width=learning_rates.WIDTH_0 // 9)
     assert narrow == pytest.approx(rate_of(method) * 9 ** RULES[method].width, rel=0.1)
 
