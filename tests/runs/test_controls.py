@@ -18,6 +18,8 @@ from support.run_preludes import kill_at_step
 
 from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.training.throughput import StepProfiler
 
@@ -51,6 +53,20 @@ def test_a_constant_schedule_continues_where_it_ended(base: Base, tmp_path: Path
     rates = [row["learning_rate"] for row in metrics(tmp_path / "short")]
     assert rates == [5e-3, 1e-2, 1.5e-2, *[2e-2] * 7]
     assert run_settings(tmp_path / "short")["warmup_steps"] == 4
+
+
+def test_a_run_records_and_prints_the_rate_of_the_rule(base: Base, tmp_path: Path) -> None:
+    """And continued for more steps it keeps its own."""
+    given = {"learning_rate": "auto", "alpha": 300, "schedule": "constant", "beta2": 0.99}
+    again = partial(run, base, tmp_path / "run", **given)
+    ended = again(max_steps=4)
+    rate, factors = run_settings(tmp_path / "run")["learning_rate"], [0.5, *[1.0] * 7]
+    plan = plan_run(make_settings(base.settings(**given, max_steps=4)), rank=0, world_size=1)
+    assert rate == plan.auto_rate != plan_run(plan.settings.completed(max_steps=6400), rank=0, world_size=1).auto_rate
+    assert ["rate", f"{rate:g}", "(auto)"] in [line.split() for line in ended.outputs[0].splitlines()]
+    again(max_steps=8, resume="auto")
+    assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == [rate * factor for factor in factors]
+    assert run_settings(tmp_path / "run")["learning_rate"] == rate
 
 
 def test_profile_writes_a_trace_of_each_rank(base: Base, tmp_path: Path) -> None:

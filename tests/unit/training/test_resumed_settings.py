@@ -8,6 +8,7 @@ import pytest
 from support.native_files import checkpoint_of
 from support.task_files import refusal
 
+from megatron_tiedlora.adapters.learning_rates import RULES
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.training.finish import resumed_text
@@ -116,6 +117,27 @@ def test_another_warm_up_that_was_given_is_rejected() -> None:
 def test_a_warm_up_that_is_no_number_is_not_kept(value: Any) -> None:
     now = plan_of(schedule="constant", max_steps=100)
     assert with_kept_values(now, {"warmup_steps": value}) == now
+
+
+def test_a_rate_by_the_rule_is_that_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of a later version may have other constants, and a longer run another rate."""
+    before = plan_of(schedule="constant", learning_rate="auto", max_steps=100)
+    saved, rate = before.resolved_settings(), before.settings.learning_rate
+    monkeypatch.setitem(RULES, "tl6", RULES["tl6"]._replace(rate=7e-3))
+    now = plan_of(schedule="constant", learning_rate="auto", max_steps=100)
+    assert now.settings.learning_rate != rate
+    check(before, now)
+    assert with_kept_values(now, saved).settings.learning_rate == rate
+    longer = plan_of(schedule="constant", learning_rate="auto", max_steps=400)
+    check(before, longer)
+    assert with_kept_values(longer, saved).settings.learning_rate == rate
+    assert with_kept_values(now, None) == now
+    for value in (None, "auto", True, 0.0, float("inf")):
+        assert with_kept_values(now, {"learning_rate": value}) == now
+    given = plan_of(schedule="constant", learning_rate=5e-4, max_steps=100)
+    assert with_kept_values(given, {"learning_rate": rate}) == given
+    message = refusal(check, before, given)
+    assert message.endswith(f"trained with --learning_rate {rate}, but now it is 0.0005; resume with the same value")
 
 
 def test_profiled_steps_that_are_over_are_rejected() -> None:
