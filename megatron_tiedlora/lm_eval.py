@@ -13,6 +13,7 @@ imports a module that a flag names. So this module adds the model to the table.
 
 import sys
 
+from megatron_tiedlora.base.installation import install_hint
 from megatron_tiedlora.base.messages import UserError
 
 
@@ -21,7 +22,7 @@ def main(_: object = None) -> int:
     try:
         import megatron_tiedlora.integrations.lm_eval_model  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"this needs lm_eval and what it imports ({error}); pip install 'lm_eval[hf]'") from None
+        raise UserError(f"this needs lm_eval and what it imports ({error}); {install_hint('lm-eval')}") from None
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

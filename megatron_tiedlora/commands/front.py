@@ -61,7 +61,7 @@ COMMANDS = (
     Command("verify", "convert:verify", "adapter_settings:VerifySettings",
             "check a merged folder or an export", "tools/verify_export.py"),
     Command("index", "jobs:index", "adapter_settings:IndexSettings",
-            "index a folder of adapters; find, verify and compare them"),
+            "index a folder of adapters; name, tag, find, verify and compare them"),
     Command("serve", "convert:serve", "adapter_settings:ServeSettings",
             "serve a folder of adapters by name with vLLM"),
     Command("push", "jobs:push", "adapter_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
