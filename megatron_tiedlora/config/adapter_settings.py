@@ -67,8 +67,9 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     take_over: bool = _same(
         "take_over", "take --output_dir over from another launch that is writing it; that launch then stops writing",
     )
-    seed: int = _train(
-        "seed", "seed of --temperature, and for splitting validation rows off training rows (the run's split_seed)",
+    seed: int = _train("seed", "seed of --temperature")
+    split_seed: int | None = _train(
+        "split_seed", "seed of the split of validation rows off training rows; give the run's [seed]", default=None,
     )
     timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
 

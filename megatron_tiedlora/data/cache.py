@@ -36,7 +36,7 @@ from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.data.encode import encoded_rows
-from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind
+from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind, sources_sha256
 from megatron_tiedlora.data.splits import Encoding, held_out_rows
 from megatron_tiedlora.data.tables import file_key
 from megatron_tiedlora.data.task import Split, template_fields
@@ -108,8 +108,11 @@ def tokenised_once(
         keys: dict[Split, str] = {}
         sources: dict[str, str] = {}
         for split, stream in streams.items():
-            sources |= {name: found.rpartition(" ")[2] for name, found in stream.contents(once_per_host)}
-            content = stream.sha256(once_per_host)
+            contents = stream.contents(once_per_host)
+            for name, text in contents:  # a hub's name may be that of two splits
+                own, digest = (name, f"{name} ({split})"), text.rpartition(" ")[2]
+                sources[own[sources.get(name, digest) != digest]] = digest
+            content = sources_sha256(contents)
             first_only = split != "train" and encoding.task.merge_by is not None
             keys[split] = cache_key(encoding, content, first_only=first_only)
             rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)

@@ -203,7 +203,7 @@ class RowStream:
     def sha256(self, once: Once = lambda work, *_: work()) -> str:
         """Return a hash of the names and contents of all data files, or of the generated rows. `once` calls the
         functions that read them. Raises UserError if a file is missing or unreadable."""
-        return hashlib.sha256(" ".join(content for _, content in self.contents(once)).encode()).hexdigest()
+        return sources_sha256(self.contents(once))
 
     def contents(self, once: Once) -> list[tuple[str, str]]:
         """Return the name of each source with a text about its data, whose last word is the hash of the content (of
@@ -219,6 +219,11 @@ class RowStream:
         for row, source in rows:
             ours = row if columns is None else _renamed(row, columns, source, known=task.known_fields)
             yield from ((ours, source),) if task.unfold is None else task.unfold(ours, source)
+
+
+def sources_sha256(contents: Iterable[tuple[str, str]]) -> str:
+    """Return a hash of the texts that `RowStream.contents` returns."""
+    return hashlib.sha256(" ".join(text for _, text in contents).encode()).hexdigest()
 
 
 def _renamed(

@@ -66,7 +66,7 @@ def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: i
         settings.task,
         split,
         files=files_of(settings),
-        seed=settings.seed,
+        seed=settings.seed if settings.split_seed is None else settings.split_seed,
         tokenizer=tokenizer,
         limit=limit,
         reading=Reading.of(settings),

@@ -25,8 +25,8 @@ from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset, permutation
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
+from megatron_tiedlora.planning.counted_steps import epochs_of
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.steps_and_rate import epochs_of
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
 
 if TYPE_CHECKING:

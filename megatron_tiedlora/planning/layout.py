@@ -300,9 +300,8 @@ class StagePlan:
 
     @property
     def num_norms(self) -> int:
-        """The number of gradient norms that a step sums over ranks for an adapter; ZeRO-1 and 2 have one per group."""
-        layout = self.layout
-        return len(self.parameter_groups) if layout.engine_steps and layout.zero_stage < 3 else 1
+        """The number of gradient norms that a step sums over ranks for an adapter; DeepSpeed has one per group."""
+        return len(self.parameter_groups) if self.layout.engine_steps else 1
 
     @property
     def held(self) -> tuple[int, ...]:

@@ -26,9 +26,9 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning import adapter_plans, machines, memory, run_plan, step_time
+from megatron_tiedlora.planning.counted_steps import epochs_of
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned, StepPlan
-from megatron_tiedlora.planning.steps_and_rate import epochs_of
 from megatron_tiedlora.runtime import run_folder, stopping
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters.learning_rates import auto_rate
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint import load_model, resume, tensor_files
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
+from megatron_tiedlora.checkpoint.native_adapter import check_ranges
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config import batch
 from megatron_tiedlora.config.fields import flag_value, marked
@@ -26,9 +28,9 @@ from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
 from megatron_tiedlora.parallel.kernels import Kernels
+from megatron_tiedlora.planning.counted_steps import with_counted_steps
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, check_adapters, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine, attending
-from megatron_tiedlora.planning.steps_and_rate import rule_rate, with_counted_steps
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
 
@@ -205,7 +207,9 @@ class RunPlan:
     @property
     def auto_rate(self) -> float:
         """The learning rate that --learning_rate auto has in this run."""
-        return rule_rate(self.adapter, width=self.source.shape.hidden_size, steps=self.settings.max_steps)
+        own, width = self.adapter, self.source.shape.hidden_size
+        sizes = {"num_layers": len(own.layers), "num_linears": len(own.targets), "steps": self.settings.max_steps}
+        return auto_rate(own.method, rank=own.rank, scale=own.scale, width=width, **sizes)
 
     @property
     def rate_in_words(self) -> str:
@@ -295,6 +299,7 @@ def plan_run(
         init_std_a=settings.init_std_a,
         init_std_b=settings.init_std_b,
     )
+    check_ranges(adapter, source="--rslora true: " if settings.rslora else "")
     by_rule = settings.learning_rate == "auto"
     plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu, by_rule).with_rate()
     method = adapter.method_spec
@@ -384,8 +389,8 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
         taken = {name: value for name, value in recorded.items() if name in _TAKEN_OVER}
         return make_settings({**settings.model_dump(exclude_unset=True), **taken, **_given(settings, source)})
     given, folder = _given(settings, source), user_path(settings.init_from)
-    if settings.resume != "none" and given.keys() == set(_TAKEN_OVER) and not folder.exists():
-        return settings  # this host does not see the resumed run, but the given settings are complete
+    if settings.resume != "none" and given.keys() >= {*_TAKEN_OVER} - {"rslora"} and not folder.exists():
+        return settings  # this host does not see the resumed run, but the given settings, maybe of 0.2, are complete
     config = read_start(settings.init_from, source, differs=settings.base_differs).config
     decided = _decided(config)
     for name, value in given.items():

@@ -33,9 +33,9 @@ from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.planning.adapter_plans import shared_plan
+from megatron_tiedlora.planning.counted_steps import steps_in_words
 from megatron_tiedlora.planning.machines import attention_in_words
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.steps_and_rate import steps_in_words
 from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
 from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests

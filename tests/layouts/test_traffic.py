@@ -72,6 +72,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "dp zero2, rates": {"ds_config": "zero2.json", "rate_factors": "B=8,u=2"},
         "dp zero2, offloaded": {"ds_config": "zero2_offload.json", "method": "tl5"},
         "dp zero3": {**LATER, "ds_config": "zero3.json", "method": "vera"},
+        "dp zero3, rates": {**LATER, "ds_config": "zero3.json", "rate_factors": "B=4"},
         "dp zero3, base in parts": {**LATER, "ds_config": "parted3"},
         "dp zero3, nf4": {**LATER, "ds_config": "zero3.json", "base": "nf4"},
         "pp, fp8": {**PP, "base": "fp8"},

@@ -106,7 +106,7 @@ def test_an_evaluation_hands_on_what_it_shares() -> None:
     given = make_settings({"task": "demo", "seed": 3, "dtype": "fp32", "tensor_parallel": 2, "add_bos": "true"})
     words = [f"--{name}={getattr(given, name)}" for name in shared if getattr(given, name) is not None]
     found = parse_settings(words, EvaluateSettings)
-    assert len(shared) == 16 and all(getattr(found, name) == getattr(given, name) for name in shared)
+    assert len(shared) == 17 and all(getattr(found, name) == getattr(given, name) for name in shared)
     assert not {"output_dir", "take_over", "max_length", "adapters"} & set(shared)
     assert set(fields.marked(BenchSettings, shared=True)) < set(Settings.model_fields)
 
@@ -281,6 +281,8 @@ def test_rank_stabilised_lora(rank: int, lora_alpha: float | None) -> None:
     assert plan.adapter.scale == pytest.approx(layer.scaling["default"])
     again = {name: value for name, value in plan.resolved_settings().items() if name != "epochs"}
     assert plan_run(make_settings(again), rank=0, world_size=1, weights=False).adapter == plan.adapter
+    too_large = make_settings({**given, "alpha": 9e5})
+    assert refusal(plan_run, too_large, rank=0, world_size=1, weights=False).startswith("--rslora true: alpha = ")
 
 
 @pytest.mark.parametrize("text", ["", "B", "B=0", "B=-1", "B=nan", "C=2", "B=1,B=2", "b=2", "B=x", "B=1e7"])

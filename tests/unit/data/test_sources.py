@@ -13,8 +13,10 @@ import pytest
 from support.task_files import HUB_ROWS, refusal, write_rows
 
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
+from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.data.sources import Source, mixed, parse_sources
-from megatron_tiedlora.data.splits import load_split
+from megatron_tiedlora.data.splits import load_split, read_split
 from megatron_tiedlora.data.task import Example, Reading, join_answer
 
 
@@ -285,3 +287,14 @@ def test_the_user_s_own_files_are_never_mixed_with_the_hub_s(tmp_path: Path, mon
 
 def _hub_id(task: str) -> str:
     return IDS[task][0] if task in IDS else "IWSLT/iwslt2017"
+
+
+def test_an_evaluation_s_split_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    """So samples of several seeds are of the same validation rows."""
+    file = write_rows(tmp_path / "a.jsonl", [{"prompt": f"p{n}", "completion": "c"} for n in range(60)])
+
+    def prompts(**seeds: int) -> list[str]:
+        settings = parse_settings([f"--train_file={file}", "--split=validation"], EvaluateSettings)
+        return [one.prompt for one in read_split(settings.model_copy(update=seeds), "validation", tokenizer=None)]
+
+    assert prompts(seed=5, split_seed=1234) == prompts(seed=1234) != prompts(seed=5)

@@ -59,6 +59,10 @@ def test_the_hash_of_each_source(store: TokenStore) -> None:
     own = {name: hashlib.sha256(Path(name).read_bytes()) for name in (a, b, c, d)}
     both = hashlib.sha256(own[c].digest() + own[d].digest()).hexdigest()
     assert found == {**{name: own[name].hexdigest() for name in (a, b, c)}, f"{store.folder}/all": both}
+    same, more = (store.start(files).sources for files in (a, {"train": a, "validation": a}))
+    assert same == more == {a: own[a].hexdigest()}
+    (train, validation) = store.start({}, store.encoding("demo", max_length=2000)).sources.items()  # splits of one name
+    assert validation[0] == f"{train[0]} (validation)" and validation[1] != train[1]
 
 
 def test_chats_that_lose_turns(store: TokenStore, processes: str) -> None:

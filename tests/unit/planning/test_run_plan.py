@@ -22,10 +22,10 @@ from megatron_tiedlora.data.loader import GlobalBatch
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.planning.adapter_plans import length_warnings, shared_plan
+from megatron_tiedlora.planning.counted_steps import steps_in_words, with_counted_steps
 from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.steps_and_rate import steps_in_words, with_counted_steps
 from megatron_tiedlora.selfcheck.step_bench import made_up
 
 

@@ -1,10 +1,8 @@
-"""Compute a run's number of steps from --epochs, and its learning rate by the rule of --learning_rate auto."""
+"""Compute a run's number of steps from --epochs."""
 
 import math
 from fractions import Fraction
 
-from megatron_tiedlora.adapters.learning_rates import auto_rate
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.config.fields import profiled_steps
 from megatron_tiedlora.config.settings import Settings
@@ -49,16 +47,3 @@ def steps_in_words(settings: Settings, num_samples: int) -> str:
     if settings.epochs is None:
         return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
     return f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size} per step"
-
-
-def rule_rate(adapter: AdapterConfig, *, width: int, steps: int) -> float:
-    """Return the learning rate of --learning_rate auto for an adapter of a base with hidden size `width`."""
-    return auto_rate(
-        adapter.method,
-        rank=adapter.rank,
-        scale=adapter.scale,
-        width=width,
-        num_layers=len(adapter.layers),
-        num_linears=len(adapter.targets),
-        steps=steps,
-    )
