@@ -219,6 +219,13 @@ def asks(reader: Reader, command: str) -> None:
     assert f"--output_dir runs/{asked['model']}" in GUIDE.text
 
 
+def chats(reader: Reader, command: str) -> None:
+    """vLLM's own client, with an adapter that other documents train."""
+    (_, _, url, address, flag, model) = shlex.split(command)
+    assert (url, flag) == ("--url", "--model-name") and address.endswith("/v1")
+    assert f"--output_dir runs/{model}" in GUIDE.text
+
+
 def applies(reader: Reader, command: str) -> None:
     assert (ROOT / command.split()[-1]).is_file()
 
@@ -267,9 +274,10 @@ ROWS = (
     Row(r"tiedlora index ", parses(lambda words: parse_settings(words, adapter_settings.IndexSettings))),
     Row(r"tiedlora serve ", serves),
     Row(r"curl ", asks, runs=False),
+    Row(r"vllm chat ", chats, runs=False),
     Row(r"tiedlora push ", parses(lambda words: parse_settings(words, adapter_settings.PushSettings))),
     Row(r"kubectl apply -f launch/", applies, runs=False),
-    Row(r"(hf|vllm|python convert_\w+\.py|llama-server) ", is_others, runs=False),
+    Row(r"(hf|vllm serve|python convert_\w+\.py|llama-server) ", is_others, runs=False),
 )  # fmt: skip
 
 
