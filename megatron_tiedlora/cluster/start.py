@@ -452,7 +452,8 @@ def _tell(command: str, folder: RunFolder, verdict: Verdict) -> None:
     facts = {"RUN": folder.path, "STATE": verdict.state or "unknown", "STATUS": verdict.status, "REASON": verdict.line}
     variables = {f"TIEDLORA_{name}": str(value) for name, value in facts.items()}
     try:
-        ended = subprocess.run(command, shell=True, env={**os.environ, **variables}, timeout=_TELL_SECONDS, check=False)
+        words, around = ["sh", "-c", command], {**os.environ, **variables}
+        ended = subprocess.run(words, env=around, timeout=_TELL_SECONDS, check=False)
         said = f"ended with status {ended.returncode}" if ended.returncode else ""
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         said = f"failed ({messages.first_line(error)})"

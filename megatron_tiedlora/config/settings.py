@@ -112,7 +112,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         other_names="random_seed data_seed",
     )
     split_seed: int = _run(
-        "seed of the split of validation rows off training rows [seed]", ge=0, decides="data", per_adapter=True,
+        "seed of the split-off validation rows [seed]", ge=0, decides="data", per_adapter=True, derived=True,
     )
     resume: str = _run(
         "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none", holds="path",

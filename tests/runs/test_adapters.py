@@ -75,7 +75,7 @@ def _lose_the_log(name: str, step: int) -> None:
 
 
 def _cannot_write_the_settings_of_b() -> None:
-    def look(plan: Any, folder: Any) -> None:
+    def look(plan: Any, folder: Any, facts: Any) -> None:
         if folder.path.name == "b":
             raise UserError(f"{folder.settings}: cannot be written (No space left on device)")
 

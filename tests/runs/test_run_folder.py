@@ -113,7 +113,7 @@ def test_run_yaml_resolves_every_setting(base: Base, finished: tuple[Path, Ended
     folder, _ = finished
     content = run_settings(folder)
     assert "!!" not in (folder / "run.yaml").read_text()
-    assert set(content) == {*Settings.model_fields, "ranks", "versions", "hub_names"}
+    assert set(content) == {*Settings.model_fields, "ranks", "versions", "hub_names", "data_sha256_by_source"}
     assert {"megatron_tiedlora", "python", "torch", "deepspeed", "transformers"} <= set(content["versions"])
     expected = {"seed": 5, "layers": [1, 2, 3], "micro_batch_size": 2, "alpha": 3.0, "save_interval": 2, "ranks": 1}
     assert {name: content[name] for name in expected} == expected

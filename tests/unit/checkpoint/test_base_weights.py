@@ -42,7 +42,7 @@ def tiny(folder: Path, *, sharded: bool = False, **keywords: object) -> Path:
 
 def test_a_second_copy_of_the_weights_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistral's repositories have all weights twice; transformers does not read `consolidated.safetensors`."""
-    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated.safetensors", "README.md",
+    files = ["config.json", "model-00001-of-00002.safetensors", "README.md", "consolidated.safetensors", "a.md",
              "consolidated-00001-of-00002.safetensors", "consolidated.safetensors.index.json"]  # fmt: skip
     wanted: list[str] = []
 
@@ -52,7 +52,7 @@ def test_a_second_copy_of_the_weights_is_not_downloaded(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_model("mistralai/model").from_hub
-    assert wanted == files[:2]
+    assert wanted == files[:3], "and the card, which has the licence"
 
 
 # --------------------------------------------------------------------------------------------- what is drawn

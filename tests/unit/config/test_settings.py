@@ -260,7 +260,7 @@ REJECTED: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str]]]] = {
         ([".", "verify", "--json"], ["--json is for find, not for verify"]),
         ([".", "diff", "a"], ["diff: give the names or paths of two adapters"]),
         ([".", "find", "a"], ["find takes no name of an adapter; give a with --name"]),
-        ([".", "remove"], ["ACTION remove: input should be 'build', 'find', 'verify' or 'diff'"]),
+        ([".", "remove"], ["ACTION remove: input should be 'build', 'find', 'verify', 'diff', 'alias', "]),
         ([".", "find", "--targets", "q"], ["--targets"]),
     ],
     "push": [

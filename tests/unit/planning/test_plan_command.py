@@ -241,13 +241,13 @@ def test_the_words_about_the_table_are_those_of_its_plans() -> None:
 
 
 def test_kubernetes_takes_what_the_guide_says() -> None:
-    (job,) = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / "pytorchjob.yaml").read_text())
-    (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
-    names = [word.partition("=")[0] for word in container["args"]]
+    _, job = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / "trainjob.yaml").read_text())
+    trainer = job["spec"]["trainer"]
+    names = [word.partition("=")[0] for word in trainer["args"]]
     assert names == ["--model", "--train_file", "--output_dir", "--resume"]
     nodes = parse_plan(PLANS["/shared/sixteen.yaml"].split()[2:]).settings.nodes
-    ranks = nodes * int(job["spec"]["nprocPerNode"])
-    assert f"{nodes - 1} replicas of the worker and {ranks} expected ranks" in GUIDE.text
+    ranks = nodes * trainer["numProcPerNode"]
+    assert f"Set `numNodes` to {nodes} (twice) and {ranks} expected ranks" in GUIDE.text
 
 
 # Machines -----------------------------------------------------------------------------------------------------------
