@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 from support.evaluation_runs import answers_of, assert_same_answers, predictions, results, write_tasks
 from support.native_files import with_adapter, write_native
-from support.peft_models import greedy_tokens, hf_model
+from support.peft_models import greedy_tokens, hf_model, lora_model
 from support.run_files import edit_json
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
@@ -25,6 +27,7 @@ from support.tiny_models import write_tiny_model
 import megatron_tiedlora as tiedlora
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
+from megatron_tiedlora.evaluation.answering import read_scored
 from megatron_tiedlora.evaluation.generate import Prompts
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.integrations.vllm.answerer import VllmAnswerer, _extend
@@ -118,6 +121,27 @@ def test_the_end_of_an_answer_within_what_vllm_returns() -> None:
     some, new = Prompts([[1]], {9}, 5, lambda row: row[-1] == 7), [1]
     assert [_extend(new, tokens, some) for tokens in ([2], [9, 3], [7, 3], [4, 5, 6])] == [False, True, True, True]
     assert new == [1, 2, 7, 4, 5, 6]
+    with pytest.raises(RuntimeError, match="vLLM returned no token"):
+        _extend([], [], some)
+
+
+def test_plain_loras_are_described_as_vllm_reads_them(
+    vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Not as the native adapter that they equal, which has one A for q, k and v, and is tied if it is of one layer."""
+    base, modules = Path(given["custom"]["model"]), ["q_proj", "k_proj", "v_proj"]
+    for name, layers in (("all", None), ("one", [1])):
+        peft = lora_model(base, r=8, target_modules=modules, layers_to_transform=layers)
+        peft.save_pretrained(tmp_path / name)
+    named = tuple(f"{name}={tmp_path / name}" for name in ("all", "one"))
+    made = EvaluateSettings(**{**given["custom"], "adapters": named, "engine": "vllm", "dtype": "fp32"})
+    plans = plan_evaluations(made, rank=0, world_size=1)
+    scored = read_scored(plans)
+    VllmAnswerer(plans, scored)
+    options = {"max_lora_rank": 8, "lora_target_modules": ["qkv_proj"], "additional_config": {}}
+    assert options.items() <= vllm[0].options.items()
+    long = {name: replace(own, endings=((((5,) * 999),),) * len(own.prompts)) for name, own in scored.items()}
+    assert re.search(r"has 1\d\d\d tokens, and the model .*; lower --max_length", refusal(VllmAnswerer, plans, long))
 
 
 def test_the_parameters_of_samples(vllm: list[StandIn], given: dict[str, dict[str, Any]]) -> None:
@@ -134,6 +158,16 @@ def test_the_command(vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_
     assert [row["prediction"] for row in predictions(tmp_path / "out")] == [a.prediction for a in answers_of(**one)[""]]
     assert results(tmp_path / "out")["layout"]["tensor_parallel"] == vllm[0].options["tensor_parallel_size"] == 2
     assert "RANK" not in vllm[0].variables
+
+
+def test_what_the_command_says_of_samples(
+    vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {**alone(given["custom"]), "max_new_tokens": 4, "dtype": "fp32", "engine": "vllm", "temperature": 0.01}
+    words = {**one, "output_dir": tmp_path / "out"}
+    assert call("evaluate", [f"--{name}={value}" for name, value in words.items() if value is not None]) == 0
+    assert results(tmp_path / "out")["signature"].endswith("; sampled at temperature 0.01, seed 1234, by vLLM")
+    assert ", at most 4 tokens, 256 prompts at once in vLLM\n" in capsys.readouterr().out
 
 
 def test_what_vllm_cannot_do(given: dict[str, dict[str, Any]], tmp_path: Path) -> None:
