@@ -68,7 +68,7 @@ class TiedLoraLM(HFLM):
             raise UserError(f"--model_args dtype={name}: is not one of {', '.join(DTYPES)}; give one of these")
         source = find_model(model or trained.base_model)
         self._load: dict[str, Any] = {"model": source.name, "dtype": _DTYPES[name]}
-        given = {"tokenizer": tokenizer or trained.tokenizer, "chat_template": chat_template}
+        given: dict[str, Any] = {"tokenizer": tokenizer or trained.tokenizer, "chat_template": chat_template}
         with naming("--model_args"):
             run, _ = as_trained(EvaluateSettings(task="custom", adapter=adapter, **given))
         folder, shape = source.weights_folder(), source.shape
@@ -84,7 +84,7 @@ class TiedLoraLM(HFLM):
 
     def apply_chat_template(self, *chat: Any, **options: Any) -> Any:
         """Return the text of a chat. As in training, no BOS is added to such texts, unless the run has --add_bos."""
-        self.add_bos_token = bool(self.add_bos_token)
+        self.add_bos_token = getattr(self, "add_bos_token", None) or False
         return super().apply_chat_template(*chat, **options)
 
     def _create_model(self, pretrained: str, **options: Any) -> None:

@@ -101,6 +101,7 @@ def test_samples_are_repeatable_and_leave_the_random_state(bases: dict[str, Path
     tiedlora.generate(model, "The sky is", temperature=2, top_p=0.5, num_beams=3)
     chosen = {"do_sample": True, "temperature": 2.0, "top_p": 0.5, "top_k": 0, "num_beams": 3, "max_new_tokens": 256}
     assert chosen.items() <= given.items()
+    more: Any
     for more in ({}, {"do_sample": False}):
         with pytest.raises(tiedlora.UserError, match=r"--top_p 0\.5 needs --temperature above 0"):
             tiedlora.generate(model, "The sky is", top_p=0.5, **more)

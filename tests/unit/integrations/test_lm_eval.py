@@ -139,10 +139,16 @@ def test_chats_are_encoded_without_a_bos(run: Path, tasks: Path) -> None:
 
     model, manager, seen = load(run / "adapter"), TaskManager(include_path=str(tasks)), dict[str, list[Any]]()
     call, generate = model._model_call, model._model_generate
-    model._model_call = lambda ids, **options: seen.setdefault("call", []).append(ids) or call(ids, **options)
-    model._model_generate = lambda context, **options: (
-        seen.setdefault("write", []).append(context) or generate(context, **options)
-    )
+
+    def called(ids: torch.Tensor, **options: Any) -> Any:
+        seen.setdefault("call", []).append(ids)
+        return call(ids, **options)
+
+    def generated(context: torch.Tensor, **options: Any) -> Any:
+        seen.setdefault("write", []).append(context)
+        return generate(context, **options)
+
+    model._model_call, model._model_generate = called, generated
     for name, most in (("choose", 0), ("write", 0), ("roll", 1)):
         seen.clear()
         names = [f"tl_{name}"]
