@@ -76,18 +76,10 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         end.watch_peers(settings.timeout_minutes)
         output = take_results_folder(settings, plans, scored, end)
         groups = make_groups(plan.grid, make_process_grid(plan.grid))
-        stage = load_model(
-            plan.source,
-            plan.adapter if ONLY in plans else {n: own.adapter for n, own in plans.items() if own.adapter is not None},
-            dtype=plan.dtype,
-            base_format=plan.base_format,
-            device=device,
-            grid=plan.grid,
-            groups=groups,
-            stages=plan.stages,
-            merged=settings.merge_adapter,
-            progress=is_main,
-        )
+        load = partial(load_model, dtype=plan.dtype, base_format=plan.base_format, merged=settings.merge_adapter)
+        load = partial(load, device=device, grid=plan.grid, groups=groups, stages=plan.stages, progress=is_main)
+        adapters = {n: own.adapter for n, own in plans.items() if own.adapter is not None}
+        stage = load(plan.source, plan.adapter if ONLY in plans else adapters)
         attention = str(stage.attention_route(device, plan.dtype))
         answerer = Answerer(Decoder(stage, groups, plan.source.shape, sampling=plan.sampling))
     else:
@@ -104,7 +96,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     if output is None:
         return
     stop.raise_if_requested()
-    score = partial(score_answers, decoding=str(plan.sampling) if settings.temperature else "")
+    score = partial(score_answers, decoding=f"{plan.sampling}{', by vLLM' * uses_vllm}" if settings.temperature else "")
     found = {name: (own, answers[name], score(own.task.metrics, answers[name])) for name, own in plans.items()}
     with stop.deferred():  # this is short and must finish
         write_results(found, output)

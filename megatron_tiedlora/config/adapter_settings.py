@@ -19,19 +19,15 @@ _train = partial(shared_field, Settings)  # a setting with the same meaning as i
 _flag = partial(setting_field, "")
 _plain = partial(_same, group="")  # like `_same`, for a command without groups
 _model = partial(
-    _plain,
-    "model",
+    _plain, "model",
     "the base model: folder, hub id or demo; or a folder of models, where it is found by its hashes [the base that the"
-    " adapter names]",
-    default=None,
-    metavar="M",
+    " adapter names]", default=None, metavar="M",
 )
 _adapter = partial(_flag, metavar="DIR", other_names=ADAPTER_NAMES)
 _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
 _take_over = partial(_plain, "take_over", "take DIR over from another launch that is writing it")
 _base_differs = partial(
-    _plain,
-    "base_differs",
+    _plain, "base_differs",
     help_text="continue although base or tokenizer differ from those in training; the output records this",
 )
 _filter = partial(setting_field, "find", help_text="for find and verify: pattern with * and ?", default=None)
@@ -74,32 +70,27 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
 
     model: str | None = _train(
-        "model",
-        "demo, a HF folder (a merged one too) or hub id; with --adapter also a folder of models, where its"
-        " base is found by its hashes (default: the adapter's base, or demo)",
-        default=None,
+        "model", "demo, a HF folder (a merged one too) or hub id; with --adapter also a folder of models, where its"
+        " base is found by its hashes (default: the adapter's base, or demo)", default=None,
     )
     adapter: str | None = setting_field(
         "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)", None, per_adapter=True,
         other_names=ADAPTER_NAMES,
     )
     adapters: tuple[str, ...] | None = setting_field(
-        "model",
-        "several adapters of one base, scored in one launch: NAME=FOLDER or FOLDER, where FOLDER is as in --adapter, a"
-        " run, a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
+        "model", "several adapters of one base, scored in one launch: NAME=FOLDER or FOLDER, where FOLDER is as in"
+        " --adapter, a run, a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
         None, words=True, per_adapter=True,
     )
     engine: Literal["own", "vllm"] = setting_field(
-        "model",
-        "what generates the answers: this package, or vLLM in one process, which starts --tensor_parallel others",
-        "own",
+        "model", "what generates the answers: this package, or vLLM in one process, which starts --tensor_parallel"
+        " others", "own",
     )
     base_differs: bool = _same("base_differs", "use the adapter although base or tokenizer differ", group="model")
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
     tokenizer: str | None = _train("tokenizer")
     dtype: Literal["bf16", "fp32"] | None = _train(
-        "dtype",
-        "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
+        "dtype", "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
         " instructions]",
     )
     base: str | None = _train(
@@ -107,10 +98,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         choices=(*BASE_NAMES, UNQUANTISED),
     )
     max_length: int | None = _same(
-        "max_length",
-        "maximum prompt tokens, as in training; longer prompts lose their middle (default: the model's positions minus"
-        " --max_new_tokens)",
-        default=None,
+        "max_length", "maximum prompt tokens, as in training; longer prompts lose their middle (default: the model's"
+        " positions minus --max_new_tokens)", default=None,
     )
 
     tensor_parallel: int = _train("tensor_parallel")
@@ -131,9 +120,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     special_tokens_in_text: fields.SpecialTokensInText | None = _as_trained("special_tokens_in_text")
     max_new_tokens: int | None = _train("max_new_tokens")
     batch_size: int = setting_field(
-        "data",
-        "prompts per data-parallel rank that are answered together; with --adapters this number for each adapter, and"
-        " at most four times this number in all [--engine vllm: 256]",
+        "data", "prompts per data-parallel rank that are answered together; with --adapters this number for each"
+        " adapter, and at most four times this number in all [--engine vllm: 256]",
         16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
     temperature: float = setting_field(
@@ -174,6 +162,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             "--merge_adapter; merge with tiedlora merge": self.merge_adapter,
             "--pipeline_parallel; give --tensor_parallel": self.pipeline_parallel > 1,
             f"--base {self.base}; give --base {UNQUANTISED}": self.base not in (None, UNQUANTISED),
+            f"--temperature {self.temperature:g}; give 0, or 0.01 or more": 0 < self.temperature < 0.01,
         }
         for name in (name for name, is_set in own.items() if is_set and self.engine == "vllm"):
             raise ValueError(f"--engine vllm does not work with {name}")

@@ -1,1 +1,1 @@
-"""Generates answers by greedy decoding, and scores them with the metrics of the tasks."""
+"""Generates answers greedily or by sampling, and scores them with the metrics of the tasks."""

@@ -33,6 +33,7 @@ PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
 DEFAULT_PARENT = "evaluations"
 _LIBRARIES = ("torch", "deepspeed", "transformers", "vllm", "rouge-score", "sacrebleu")
+_PLACES = {"own": "per rank", "vllm": "in vLLM"}  # of the prompts that are answered together
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,12 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
     merged = ", merged" if settings.merge_adapter else ""
     cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
     shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]
-    prompts = count_text(settings.batch_size, "prompt")
+    at_once = f"{count_text(settings.batch_size, 'prompt')} at once {_PLACES[settings.engine]}"
     rows = [
         ("model", f"{plan.source.name} in {dtype}{quantised}{adapter}{merged}"),
         ("data", f"task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}"),
         ("layout", f"tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}"),
-        ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
+        ("decoding", f"{plan.sampling}, at most {plan.max_new_tokens} tokens, {at_once}"),
         ("attention", str(attention)),
         *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
         *(("note", note) for note in shared),

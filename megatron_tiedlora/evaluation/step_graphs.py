@@ -1,5 +1,5 @@
-"""Replays the steps of greedy decoding as CUDA graphs. One launch per step replaces about 46 launches per layer, which
-take Python longer than reading the weights takes a GPU.
+"""Replays the steps of decoding as CUDA graphs. One launch per step replaces about 46 launches per layer, which take
+Python longer than reading the weights takes a GPU.
 
 A graph runs the same kernels at the same addresses. So it has its own tensors for tokens and positions, batches reuse
 caches, and the number of keys that attention reads changes only once per `KEYS_READ_TOGETHER` tokens.

@@ -73,13 +73,8 @@ def load_base(
     folder = (source := sources.find_model(model or trained.base_model)).weights_folder()
     # The config's own may name code on the hub.
     keywords.setdefault("attn_implementation", source.attention_in_transformers)
-    return (
-        getattr(transformers, source.auto_class)
-        .from_pretrained(
-            folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
-        )
-        .eval()
-    )
+    load, own = getattr(transformers, source.auto_class).from_pretrained, dtype or DTYPES[trained.dtype]
+    return load(folder, dtype=own, use_safetensors=True, trust_remote_code=False, **keywords).eval()
 
 
 def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) -> Any:
@@ -158,12 +153,14 @@ def generate(
         top_p: samples are only from the most likely tokens with a total probability of at least `top_p`.
         tokenizer: a transformers tokenizer (default: the tokenizer that was used to train the attached adapter, or else
             the tokenizer in the model's folder).
-        keywords: further arguments of transformers' `generate` (default: max_new_tokens=256).
+        keywords: further arguments of transformers' `generate` (default: max_new_tokens=256). do_sample=True without a
+            temperature samples as the model's generation config says, with `top_p` if that is below 1.
 
     Raises:
-        UserError: `temperature`, `top_p` or `seed` is out of range, or `top_p` is given without a temperature.
+        UserError: `temperature`, `top_p` or `seed` is out of range, or `top_p` is given for greedy decoding.
     """
-    checked = EvaluateSettings(temperature=temperature, top_p=top_p, seed=seed)
+    sampled = temperature or float(bool(keywords.get("do_sample")))
+    checked = EvaluateSettings(temperature=sampled, top_p=top_p, seed=seed)
     if tokenizer is None:
         from megatron_tiedlora.data.tokenizer import load_tokenizer
 
@@ -171,6 +168,7 @@ def generate(
         own = None if state is None else state.adapter.base_identity.tokenizer
         tokenizer = load_tokenizer(own or model.config.name_or_path)
     options: dict[str, Any] = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    options |= {"top_p": checked.top_p} if top_p < 1 else {}
     if temperature:  # transformers' default of top_k is 50
         options |= {"do_sample": True, "temperature": checked.temperature, "top_p": checked.top_p, "top_k": 0}
     options |= keywords
@@ -284,9 +282,7 @@ def train(settings: Settings) -> TrainedRun:
         try:
             end = train_rank(settings)
         except SystemExit as failed:
-            if failed.__context__ is None:
-                raise
-            raise failed.__context__ from None  # it was reported already, and only the command needs the exit status
+            raise (failed.__context__ or failed) from None  # it was reported, and only the command needs the status
     if end.status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if end.status or end.folder is None:
@@ -297,14 +293,13 @@ def train(settings: Settings) -> TrainedRun:
 @contextmanager
 def _restored_process() -> Iterator[None]:
     """Leave the process group, and restore environment variables and signal handlers, when the block ends."""
-    variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    unset = [name for name in RANK_VARIABLES if name not in os.environ]
     handlers = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     try:
         yield
     finally:
         process_group.leave_process_group()
-        for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
+        for name in unset:
+            os.environ.pop(name, None)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -19,6 +19,7 @@ from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 
 from megatron_tiedlora.base.messages import UserError, nearest_name
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import TARGETS_HELP
 from megatron_tiedlora.peft import TiedLoraConfig
 
@@ -34,7 +35,7 @@ _FIXES = {
     "use a model that has the added tokens; their embeddings are not trained": "tokens peft_trainable_token_indices",
     "it is for LoRA only; remove it": "lora_dropout lora_modules_to_save lora_fan_in_fan_out lora_rank_pattern relora"
     " lora_alpha_pattern loraplus_lr_ratio peft peft_use_dora peft_use_rslora peft_init_lora_weights"
-    " peft_layer_replication",
+    " peft_layer_replication lora_qkv_kernel lora_o_kernel lora_mlp_kernel lora_embedding_kernel",
 }
 
 
@@ -89,6 +90,10 @@ class TiedLoraPlugin(BasePlugin):
         if cfg.get("adapter") != NAME:
             return None
         config, folder = axolotl_config(cfg), cfg.get("lora_model_dir")
+        base = None if config_only else find_model(model.name_or_path, weights=False)
+        if base and base.shape.vocab_size != (rows := model.get_input_embeddings().num_embeddings):
+            why = f"axolotl gave {base.name} {rows} embeddings for added tokens (special_tokens, or other keys)"
+            raise UserError(f"{why}; use a model that has the added tokens; their embeddings are not trained")
         if config_only or not folder:
             return None if config_only else get_peft_model(model, config), config
         model = PeftModel.from_pretrained(model, folder, is_trainable=not inference)

@@ -10,11 +10,12 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from megatron_tiedlora.base.messages import UserError, as_given, nearest_name
+from megatron_tiedlora.base.messages import UserError, as_given, naming, nearest_name
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.data.splits import open_encoding
+from megatron_tiedlora.data.tokenizer import start_ids
 from megatron_tiedlora.evaluation.plan import as_trained
 from megatron_tiedlora.integrations.api import attach, load_adapter, load_base
 
@@ -39,6 +40,7 @@ class TiedLoraLM(HFLM):
         base_differs: bool = False,
         dtype: str | None = None,
         tokenizer: str | None = None,
+        chat_template: str | None = None,
         **options: Any,
     ) -> None:
         """Load the base model and attach the adapter. --model_args has these arguments.
@@ -49,6 +51,7 @@ class TiedLoraLM(HFLM):
             base_differs: use the adapter although the base differs from the one in training.
             dtype: precision of the base: bf16, fp16 or fp32 (default: the precision in training).
             tokenizer: folder or hub id (default: the tokenizer in training).
+            chat_template: file with a chat template (default: the template in training).
             options: arguments of `HFLM`, such as batch_size, max_length, parallelize and enable_thinking.
 
         Raises:
@@ -65,12 +68,24 @@ class TiedLoraLM(HFLM):
             raise UserError(f"--model_args dtype={name}: is not one of {', '.join(DTYPES)}; give one of these")
         source = find_model(model or trained.base_model)
         self._load: dict[str, Any] = {"model": source.name, "dtype": _DTYPES[name]}
-        run, _ = as_trained(EvaluateSettings(task="custom", adapter=adapter, tokenizer=tokenizer or trained.tokenizer))
+        given: dict[str, Any] = {"tokenizer": tokenizer or trained.tokenizer, "chat_template": chat_template}
+        with naming("--model_args"):
+            run, _ = as_trained(EvaluateSettings(task="custom", adapter=adapter, **given))
         folder, shape = source.weights_folder(), source.shape
         encoding = open_encoding(run, folder, vocab_size=shape.vocab_size, max_length=shape.limit.tokens)
         options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         options.setdefault("add_bos_token", {"true": True, "false": False}.get(run.add_bos or "auto"))
+        if run.add_bos == "true":  # HFLM only lets the tokenizer add its own special tokens
+            encoding.tokenizer.add_bos_token = True
+            if start_ids(encoding.tokenizer, "auto") != start_ids(encoding.tokenizer, "true"):
+                said = "cannot begin texts with its BOS (--add_bos true of the run)"
+                raise UserError(f"{encoding.tokenizer.name_or_path}: {said}; give a tokenizer with tokenizer.json")
         super().__init__(str(folder), tokenizer=encoding.tokenizer, **options)
+
+    def apply_chat_template(self, *chat: Any, **options: Any) -> Any:
+        """Return the text of a chat. As in training, no BOS is added to such texts, unless the run has --add_bos."""
+        self.add_bos_token = getattr(self, "add_bos_token", None) or False
+        return super().apply_chat_template(*chat, **options)
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
         """Load the base and attach the adapter. HFLM calls this with its arguments for the placement of the model."""

@@ -35,6 +35,8 @@ def swift_config(args: Any) -> TiedLoraConfig:
             raise UserError(f"--{one.name} {shown(value)} is for LoRA only; remove it")
     targets = "all" if args.target_modules == ["all-linear"] else args.target_modules
     given = os.environ.get("TIED_LORA_LAYERS")  # swift turns --model_kwargs into variables
+    if given and not re.fullmatch(r"\[\d+(, *\d+)*\]", given):
+        raise UserError(f"--model_kwargs tied_lora_layers {given}: is not a list of layers; give one like [1, 3]")
     layers = [int(number) for number in re.findall(r"\d+", given)] if given else None
     own = {"method": args.tuner_type, "r": args.lora_rank, "alpha": args.lora_alpha, "seed": args.seed}
     try:

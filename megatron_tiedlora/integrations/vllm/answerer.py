@@ -16,7 +16,7 @@ from megatron_tiedlora.convert import serving
 from megatron_tiedlora.evaluation.answering import BATCHES_AT_ONCE, Answerer, ScoredSet
 from megatron_tiedlora.evaluation.generate import Agree, Prompts, Sample
 from megatron_tiedlora.evaluation.plan import EvaluationPlans
-from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, check_served
+from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, check_served, is_plain_lora, read_unloaded
 from megatron_tiedlora.integrations.vllm.serve import plugin_variables, slots_for
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
@@ -32,8 +32,10 @@ class VllmAnswerer(Answerer):
         """Start vLLM with room for the longest sample. Raise UserError if it cannot serve the model or an adapter."""
         self.is_last, plan = True, next(iter(plans.values()))
         self._sampling, shape = plan.sampling, plan.source.shape
-        if (longest := max(map(_longest, scored.values()))) > shape.limit.tokens:
-            raise UserError(f"--engine vllm: a sample has {longest} tokens, and the model {shape.limit.reason}")
+        longest, limit = max(map(_longest, scored.values())), shape.limit
+        if longest > limit.tokens:
+            said = f"--engine vllm: a sample has {longest} tokens, and the model {limit.reason}"
+            raise UserError(f"{said}; lower --max_length")
         folders = {n: user_path(given).absolute() for n, own in plans.items() if (given := own.settings.adapter)}
         options: dict[str, Any] = {"model": str(plan.source.weights_folder()), "max_model_len": longest}
         options |= {"dtype": str(plan.dtype).removeprefix("torch."), "tensor_parallel_size": plan.grid.tp_size}
@@ -111,8 +113,9 @@ def _longest(scored: ScoredSet) -> int:
 
 def _lora_options(plans: EvaluationPlans, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Return the options of vLLM for these adapters. Raise UserError if it cannot serve one of them."""
-    served = {folders[name]: ServedAdapter(own.source, own.adapter) for name, own in plans.items() if own.adapter}
     source = next(iter(plans.values())).source
+    opened = {folders[name]: own.adapter for name, own in plans.items() if own.adapter}
+    served = {f: read_unloaded(f, source) if is_plain_lora(f) else ServedAdapter(source, a) for f, a in opened.items()}
     if why := serving.why_no_lora(source.shape):
         raise UserError(f"--engine vllm: {why}")
     for folder, one in served.items():
@@ -124,7 +127,9 @@ def _lora_options(plans: EvaluationPlans, folders: Mapping[str, Path]) -> dict[s
 
 
 def _extend(new: list[int], tokens: Sequence[int], some: Prompts) -> bool:
-    """Append tokens to the answer `new` until it ends. Return whether it has ended."""
+    """Append tokens to the answer `new` until it ends. Return whether it has. Raise RuntimeError if there are none."""
+    if not tokens:
+        raise RuntimeError("vLLM returned no token; its own messages may say why")
     for token in tokens:
         if token in some.end_ids:
             return True

@@ -231,6 +231,7 @@ REJECTED: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str]]]] = {
         (["--limit=0"], ["--limit 0"]),
         (["--batch_size=0"], ["--batch_size 0"]),
         (["--addapter=x"], ["--addapter", "did you mean --adapter?"]),
+        (["--engine=vllm", "--temperature=0.0099"], ["not work with --temperature 0.0099; give 0, or 0.01 or more"]),
         (["--rank=8"], ["unknown argument --rank"]),
         (["--lr=1"], ["error: unknown argument --lr; see --help\n"]),
         (["--model_name_or_path=x"], ["(here it is --model)"]),

@@ -101,8 +101,15 @@ def test_samples_are_repeatable_and_leave_the_random_state(bases: dict[str, Path
     tiedlora.generate(model, "The sky is", temperature=2, top_p=0.5, num_beams=3)
     chosen = {"do_sample": True, "temperature": 2.0, "top_p": 0.5, "top_k": 0, "num_beams": 3, "max_new_tokens": 256}
     assert chosen.items() <= given.items()
-    with pytest.raises(tiedlora.UserError, match=r"--top_p 0\.5 needs --temperature above 0"):
-        tiedlora.generate(model, "The sky is", top_p=0.5)
+    more: Any
+    for more in ({}, {"do_sample": False}):
+        with pytest.raises(tiedlora.UserError, match=r"--top_p 0\.5 needs --temperature above 0"):
+            tiedlora.generate(model, "The sky is", top_p=0.5, **more)
+    for more, wanted in (({}, set()), ({"top_p": 0.9}, {("top_p", 0.9)})):  # else as in the model's generation config
+        given.clear()
+        tiedlora.generate(model, "The sky is", do_sample=True, **more)
+        assert {(name, given.get(name)) for name in ("temperature", "top_p", "top_k") if name in given} == wanted
+        assert given["do_sample"]
 
 
 def test_what_does_not_fit_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:

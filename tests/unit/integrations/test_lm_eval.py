@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.folders import ROOT
 from support.peft_models import greedy_tokens, hf_model, write_adapter, write_bases
+from support.run_files import edit_json
 from support.task_files import refusal, write_rows
 from transformers import AutoTokenizer
 
@@ -98,16 +99,80 @@ def test_scores_and_answers_are_those_of_the_merged_model(adapter: Path, bases: 
         assert [score for score, _ in ours] == pytest.approx(theirs, abs=1e-3)
 
 
-@pytest.mark.parametrize("starts", ["auto", "false"])
-def test_the_run_s_chat_template_and_start_of_texts(adapter: Path, starts: str, tmp_path: Path) -> None:
+@pytest.fixture
+def run(adapter: Path, tmp_path: Path) -> Path:
+    """A run's folder with the adapter and a chat template, which its settings name."""
     (tmp_path / "adapter").symlink_to(adapter)
-    (template := tmp_path / "chat.jinja").write_text(TEMPLATE)
-    rules = {"chat_template": str(template), "chat_template_sha256": chat_template_sha256(template), "add_bos": starts}
-    (tmp_path / "run.yaml").write_text(json.dumps({"task": "custom", **rules}))
-    model = load(tmp_path / "adapter", dtype="bfloat16")
-    assert model.apply_chat_template([{"role": "user", "content": "hi"}]) == "<user>hi<a>"
-    assert (model.tok_encode("ab")[0] == model.tokenizer.bos_token_id) == (starts == "auto")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    record_run(tmp_path)
+    return tmp_path
+
+
+def record_run(run: Path, **rules: str) -> None:
+    template = run / "chat.jinja"
+    rules |= {"chat_template": str(template), "chat_template_sha256": chat_template_sha256(template)}
+    (run / "run.yaml").write_text(json.dumps({"task": "custom", **rules}))
+
+
+@pytest.mark.parametrize("starts", ["auto", "false", "true"])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_run_s_chat_template_and_start_of_texts(
+    adapter: Path, bases: dict[str, Path], run: Path, starts: str, adds: bool
+) -> None:
+    """With a tokenizer that adds a BOS, and with one that does not."""
+    record_run(run, add_bos=starts)
+    AutoTokenizer.from_pretrained(bases["llama"]).save_pretrained(run / "tokenizer")
+    if not adds:
+        edit_json(run / "tokenizer" / "tokenizer.json", seals=False, post_processor=None)
+    model = load(run / "adapter", dtype="bfloat16", tokenizer=str(run / "tokenizer"))
+    for text, begins in (("ab", starts == "true" or (adds and starts == "auto")), ("<user>hi<a>", starts == "true")):
+        ids = model.tokenizer(text, add_special_tokens=False).input_ids
+        ids = [model.tokenizer.bos_token_id] * begins + ids
+        assert model.tok_encode(text) == model.tok_batch_encode([text])[0][0].tolist() == ids
+        assert model.apply_chat_template([{"role": "user", "content": "hi"}]) == "<user>hi<a>"
     assert (model.model.dtype, load(adapter).model.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_chats_are_encoded_without_a_bos(run: Path, tasks: Path) -> None:
+    """In training none is added to a templated chat. lm_eval itself puts one before texts whose likelihood it rolls."""
+    from lm_eval.tasks import TaskManager
+
+    model, manager, seen = load(run / "adapter"), TaskManager(include_path=str(tasks)), dict[str, list[Any]]()
+    call, generate = model._model_call, model._model_generate
+
+    def called(ids: torch.Tensor, **options: Any) -> Any:
+        seen.setdefault("call", []).append(ids)
+        return call(ids, **options)
+
+    def generated(context: torch.Tensor, **options: Any) -> Any:
+        seen.setdefault("write", []).append(context)
+        return generate(context, **options)
+
+    model._model_call, model._model_generate = called, generated
+    for name, most in (("choose", 0), ("write", 0), ("roll", 1)):
+        seen.clear()
+        names = [f"tl_{name}"]
+        lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, apply_chat_template=True, batch_size=1)
+        (found,) = seen.values()
+        assert [int((ids == model.tokenizer.bos_token_id).sum()) for ids in found] == [most] * len(found), name
+
+
+def test_a_tokenizer_that_cannot_add_a_bos(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of some libraries ignore the attribute."""
+    from megatron_tiedlora.integrations import lm_eval_model
+
+    record_run(run, add_bos="true")
+    monkeypatch.setattr(lm_eval_model, "start_ids", lambda _, add_bos: [1] * (add_bos == "true"))
+    assert "cannot begin texts with its BOS (--add_bos true of the run); give" in refusal(load, run / "adapter")
+
+
+def test_a_chat_template_that_has_changed(run: Path) -> None:
+    """The old one is given as an argument of the model."""
+    old = run / "old.jinja"
+    (run / "chat.jinja").rename(old)
+    assert refusal(load, run / "adapter").startswith("--model_args: --chat_template ")
+    model = load(run / "adapter", chat_template=str(old))
+    assert model.apply_chat_template([{"role": "user", "content": "hi"}]) == "<user>hi<a>"
 
 
 def test_wrong_arguments_give_one_line(adapter: Path, bases: dict[str, Path]) -> None:

@@ -106,6 +106,10 @@ def test_axolotl_adds_loads_and_ignores_adapters(plugins: Any, base: Path, tmp_p
         ({"load_in_4bit": True}, "load_in_4bit: True does not work with adapter: tied_lora; axolotl quantises"),
         ({"lora_dropout": 0.1}, "lora_dropout: 0.1 does not work with adapter: tied_lora; it is for LoRA only"),
         ({"lora_target_linear": True}, "use tied_lora_targets"),
+        ({"lora_qkv_kernel": True}, "lora_qkv_kernel: True does not work with adapter: tied_lora; it is for LoRA only"),
+        ({"lora_mlp_kernel": True, "lora_o_kernel": False}, "lora_mlp_kernel: True does not work"),
+        ({"lora_o_kernel": True}, "lora_o_kernel: True does not work"),
+        ({"lora_embedding_kernel": True}, "lora_embedding_kernel: True does not work"),
     ],
 )
 def test_axolotl_says_what_is_wrong(plugins: Any, keys: dict[str, Any], said: str) -> None:
@@ -113,6 +117,14 @@ def test_axolotl_says_what_is_wrong(plugins: Any, keys: dict[str, Any], said: st
     assert config(**KEYS, lora_dropout=0.0, fsdp=None).tied_lora_layers == [1, 3] and config(adapter="lora")
     with pytest.raises(ValueError, match=re.escape(said)):
         config(**KEYS | keys)
+
+
+def test_axolotl_has_not_resized_the_embeddings(plugins: Any, base: Path) -> None:
+    """It does for special_tokens that are new, and for resize_token_embeddings_to_32x if that changes the number."""
+    model = hf_model(base)
+    model.resize_token_embeddings(model.config.vocab_size + 1, mean_resizing=False)
+    said = refusal(plugins.axolotl.TiedLoraPlugin().load_adapter, model, KEYS)
+    assert f"axolotl gave {base} 321 embeddings for added tokens (special_tokens" in said
 
 
 def test_swift_adds_saves_and_loads_adapters(plugins: Any, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -139,6 +151,13 @@ def test_swift_adds_saves_and_loads_adapters(plugins: Any, base: Path, tmp_path:
 )
 def test_swift_says_what_is_wrong(plugins: Any, flags: dict[str, Any], said: str) -> None:
     assert said in refusal(plugins.swift.swift_config, Flags(**flags))
+
+
+@pytest.mark.parametrize("given", ["5-8", "[-1]", "[1.5]", "[True]", "3", "[]", "[1 3]"])
+def test_swift_s_layers_are_a_list(plugins: Any, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("TIED_LORA_LAYERS", given)
+    said = refusal(plugins.swift.swift_config, Flags())
+    assert said == f"--model_kwargs tied_lora_layers {given}: is not a list of layers; give one like [1, 3]"
 
 
 def test_swift_is_not_given_the_package_s_own_file(plugins: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 from support.evaluation_runs import answers_of, assert_same_answers, predictions, results, write_tasks
 from support.native_files import with_adapter, write_native
-from support.peft_models import greedy_tokens, hf_model
+from support.peft_models import greedy_tokens, hf_model, lora_model
 from support.run_files import edit_json
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
@@ -25,6 +27,8 @@ from support.tiny_models import write_tiny_model
 import megatron_tiedlora as tiedlora
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
+from megatron_tiedlora.convert import serving
+from megatron_tiedlora.evaluation.answering import read_scored
 from megatron_tiedlora.evaluation.generate import Prompts
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.integrations.vllm.answerer import VllmAnswerer, _extend
@@ -42,8 +46,8 @@ class StandIn:
         if options["max_num_seqs"] == 13:
             raise ValueError("max_num_seqs is 13")
         self.options, self.parameters, self.models = options, list[Any](), {0: hf_model(Path(options["model"]))}
-        self.variables, self.num_ends = dict(os.environ), 0
-        self.llm_engine = SimpleNamespace(add_lora=self.load, engine_core=SimpleNamespace(shutdown=lambda: None))
+        self.variables, self.num_ends, core = dict(os.environ), 0, SimpleNamespace(shutdown=lambda: self.models.clear())
+        self.llm_engine = SimpleNamespace(add_lora=self.load, engine_core=core)
         self.started.append(self)
 
     def load(self, request: Any) -> None:
@@ -76,7 +80,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[StandIn]]:
     request.LoRARequest = lambda _, number, path: SimpleNamespace(lora_int_id=number, path=path)  # type: ignore[attr-defined]
     for module in (package, lora, request):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     StandIn.started.clear()
     yield StandIn.started
@@ -109,8 +115,12 @@ def test_answers_are_those_of_the_decoder(vllm: list[StandIn], given: dict[str, 
     assert expected["tl6"] != expected["lora"]
     options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_num_seqs": 256, "dtype": "float32"}
     options |= {"lora_target_modules": ["qkv_proj", "o_proj"], "additional_config": {"tied_lora": "both"}}
-    assert options.items() <= vllm[0].options.items() and vllm[0].num_ends
+    options |= {"generation_config": "vllm", "skip_tokenizer_init": False, "seed": 1234, "max_cpu_loras": 2}
+    assert options.items() <= vllm[0].options.items() and vllm[0].num_ends and not vllm[0].models
+    variables = {"VLLM_PLUGINS": "another,tied_lora", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    assert variables.items() <= vllm[0].variables.items()
     asked = [one for one in vllm[0].parameters if hasattr(one, "stop_token_ids")]
+    assert all(one.ignore_eos and not one.detokenize for one in asked)
     assert {one.max_tokens for one in asked} == ({40} if task == "custom" else {16, 8})  # 16, 16 and 8 tokens
 
 
@@ -118,12 +128,37 @@ def test_the_end_of_an_answer_within_what_vllm_returns() -> None:
     some, new = Prompts([[1]], {9}, 5, lambda row: row[-1] == 7), [1]
     assert [_extend(new, tokens, some) for tokens in ([2], [9, 3], [7, 3], [4, 5, 6])] == [False, True, True, True]
     assert new == [1, 2, 7, 4, 5, 6]
+    with pytest.raises(RuntimeError, match="vLLM returned no token"):
+        _extend([], [], some)
+
+
+def test_plain_loras_are_described_as_vllm_reads_them(
+    vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Not as the native adapter that they equal, which has one A for q, k and v, and is tied if it is of one layer."""
+    base, modules = Path(given["custom"]["model"]), ["q_proj", "k_proj", "v_proj"]
+    for name, layers in (("all", None), ("one", [1])):
+        peft = lora_model(base, r=8, target_modules=modules, layers_to_transform=layers)
+        peft.save_pretrained(tmp_path / name)
+    named = tuple(f"{name}={tmp_path / name}" for name in ("all", "one"))
+    made = EvaluateSettings(**{**given["custom"], "adapters": named, "engine": "vllm", "dtype": "fp32"})
+    plans = plan_evaluations(made, rank=0, world_size=1)
+    scored = read_scored(plans)
+    VllmAnswerer(plans, scored)
+    options = {"max_lora_rank": 8, "lora_target_modules": ["qkv_proj"], "additional_config": {}}
+    assert options.items() <= vllm[0].options.items()
+    long = {name: replace(own, endings=((((5,) * 999),),) * len(own.prompts)) for name, own in scored.items()}
+    assert re.search(r"has 1\d\d\d tokens, and the model .*; lower --max_length", refusal(VllmAnswerer, plans, long))
 
 
 def test_the_parameters_of_samples(vllm: list[StandIn], given: dict[str, dict[str, Any]]) -> None:
-    answers_of(VllmAnswerer, **alone(given["custom"]), temperature=0.7, top_p=0.9, seed=5)
-    assert {(one.temperature, one.top_p) for one in vllm[0].parameters} == {(0.7, 0.9)}
-    assert {one.seed for one in vllm[0].parameters} == {stream_seed(5, f"sampling.{row}.0") for row in range(4)}
+    for task, starts in (("custom", [0]), ("hellaswag", [0, 16, 32])):
+        answers_of(VllmAnswerer, **alone(given[task]), temperature=0.7, top_p=0.9, seed=5)
+        asked = [one for one in vllm[-1].parameters if hasattr(one, "stop_token_ids")]
+        assert {(one.temperature, one.top_p) for one in asked} == {(0.7, 0.9)}
+        seeds = [{stream_seed(5, f"sampling.{row}.{start}") for row in range(4)} for start in starts]
+        found = {one.seed for one in asked}
+        assert seeds[0] <= found <= set().union(*seeds) and all(found & own for own in seeds)
 
 
 def test_the_command(vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_path: Path) -> None:
@@ -136,6 +171,16 @@ def test_the_command(vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_
     assert "RANK" not in vllm[0].variables
 
 
+def test_what_the_command_says_of_samples(
+    vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {**alone(given["custom"]), "max_new_tokens": 4, "dtype": "fp32", "engine": "vllm", "temperature": 0.01}
+    words = {**one, "output_dir": tmp_path / "out"}
+    assert call("evaluate", [f"--{name}={value}" for name, value in words.items() if value is not None]) == 0
+    assert results(tmp_path / "out")["signature"].endswith("; sampled at temperature 0.01, seed 1234, by vLLM")
+    assert ", at most 4 tokens, 256 prompts at once in vLLM\n" in capsys.readouterr().out
+
+
 def test_what_vllm_cannot_do(given: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     one = alone(given["custom"])
     by_vllm = partial(refusal, answers_of, VllmAnswerer, **one)
@@ -143,6 +188,9 @@ def test_what_vllm_cannot_do(given: dict[str, dict[str, Any]], tmp_path: Path) -
     assert "with --pipeline_parallel; give --tensor_parallel" in by_vllm(pipeline_parallel=2)
     assert "with --base nf4; give --base none" in by_vllm(base="nf4")
     assert by_vllm(batch_size=13) == "--engine vllm: max_num_seqs is 13"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "why_no_lora", lambda shape: "it has no LoRA")
+        assert by_vllm() == "--engine vllm: it has no LoRA"
     made = EvaluateSettings(engine="vllm", **one)
     assert "2 ranks were started; start one" in refusal(plan_evaluations, made, rank=0, world_size=2)
     shutil.copytree(one["adapter"], tmp_path / "nf4")
