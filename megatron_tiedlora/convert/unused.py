@@ -81,14 +81,12 @@ def _whole_folder(root: Path, entry: index.Entry, entries: Sequence[index.Entry]
             raise UserError(f"{folder}: this run has not ended and may be resumed; delete it by hand")
     elif folder.name == NATIVE_FOLDER and (folder.parent / EXPORT_RECORD).is_file():
         folder, known = folder.parent, _OF_EXPORT
-    if folder.samefile(root):
-        raise UserError(f"{folder}: is the indexed folder itself; index a folder above it")
     for parent in (folder, *folder.resolve().parents):
         if (owner := owner_in_words(parent)) is not None:
             raise UserError(f"{parent}: {owner} is using this folder")
         if all((parent / name).is_file() for name in (SWEEP_FILE, SWEEP_BASE)) and may_resume(parent / SWEEP_STATUS):
             raise UserError(f"{folder}: its sweep in {parent} has not ended and may be resumed; delete it by hand")
-    for other in entries:
+    for other in entries:  # if the folder is `root` itself, one of them has an alias
         if other is not entry and (root / other.path).is_relative_to(folder):
             raise UserError(f"{folder}: the adapter {other.path} is in it; move it out, or delete it by hand")
     size = 0

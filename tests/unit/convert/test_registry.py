@@ -229,6 +229,12 @@ def test_data_are_found_by_each_name_and_hash(root: Path, said: Callable[..., li
     assert "runs/old/adapter: data = ['2020-01-01'] has the wrong type: " in said(status=1)[0]
 
 
+@pytest.mark.parametrize("words", [[], ["find"], ["gc"], ["tag", "old", "new"]])
+def test_a_missing_folder_is_not_made(tmp_path: Path, words: list[str]) -> None:
+    assert "no such f" in refusal(call, "index", [str(tmp_path / "none"), *words])
+    assert not os.listdir(tmp_path)
+
+
 # Lineage -------------------------------------------------------------------------------------------------------------
 
 
@@ -275,12 +281,12 @@ def test_a_lineage_in_a_circle_ends(root: Path, said: Callable[..., list[str]]) 
 # gc ------------------------------------------------------------------------------------------------------------------
 
 
-def gone(root: Path, before: set[str]) -> set[str]:
-    return before - {str(path.relative_to(root)) for path in root.rglob("*")}
-
-
 def paths(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def gone(root: Path, before: set[str]) -> set[str]:
+    return before - paths(root)
 
 
 def test_gc_deletes_what_no_alias_needs(root: Path, said: Callable[..., list[str]]) -> None:
