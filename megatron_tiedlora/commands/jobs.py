@@ -296,7 +296,7 @@ def part_limits(given: Sequence[str] | None, seconds: float | None, *, num_gpus:
 
 def index(settings: IndexSettings) -> int:
     """Build, change, search or check the index of adapters. Return the exit status."""
-    from megatron_tiedlora.convert.index import INDEX_FILE, entry_folder, find_entries, find_entry  # needs sqlite3
+    from megatron_tiedlora.convert.index import INDEX_FILE, entry_folder, find_entry, read_index  # needs sqlite3
 
     root = settings.folder
     if settings.action in ("find", "alias", "tag", "lineage"):
@@ -313,11 +313,11 @@ def index(settings: IndexSettings) -> int:
             count, problems = build_index(root)
             indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
             show(*(f"FAILED  {problem}" for problem in problems), indexed)
-            if bases := {entry.base_model for entry in find_entries(root, {})}:
+            if bases := {entry.base_model for entry in read_index(root).entries}:
                 show(f"serve them with: {serve_command(bases.pop() if len(bases) == 1 else 'M', root)}")
             return 1 if problems else 0
         case "verify":
-            entries = find_entries(root, settings.wanted)
+            entries = [entry for entry, _ in read_index(root).matching(settings.wanted)]
             problems = verify_entries(root, entries)
             size = messages.bytes_in_words(sum(entry.size for entry in entries))
             verified = f"verified {count_text(len(entries), 'adapter')} of {size}: {len(problems)} with problems"

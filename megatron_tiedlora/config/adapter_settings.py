@@ -314,7 +314,7 @@ Checkpoints and exports of runs are not indexed, and links are not followed. If 
 reported and skipped, and the exit status is 1. Aliases and tags are kept. An alias of no adapter is reported too.
 `verify` reads every adapter, checks its checksums, and exits with 1 if an adapter is damaged or has changed since it
 was indexed. `diff` exits with 1 if the two adapters differ. `gc` keeps runs and adapters with an alias or the tag
-`keep`, all from which these were started, and runs that have not ended. Any program can read the SQLite file.
+`keep`, all from which these were started, and runs and sweeps that have not ended. Any program can read the file.
 """
 
     folder: fields.FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)

@@ -279,7 +279,7 @@ PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
 GRID = ("methods", "ranks", "learning_rates")  # each combination of these settings is a run
 MOST_TOGETHER = 32  # maximum adapters of one run with --together auto; more save little time
-SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: its settings
+SWEEP_FILE, SWEEP_BASE, SWEEP_STATUS = "sweep.yaml", "base.json", "sweep_status.json"  # in the sweep's folder
 # Matches the flags of tiedlora run that a file may contain, with a NUL after each argument. Other flags would let the
 # author of the file run any program or use other hosts.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)

@@ -22,16 +22,14 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 
 def read_entry(root: Path, folder: Path) -> index.Entry:
-    """Return the index row for the native adapter in `folder`, which is `root` or a folder inside it.
-
-    Raises:
-        UserError: its config or the files of its run cannot be read, or a value is not valid in a row.
-    """
+    """Return the index row for the native adapter in `folder`, which is `root` or a folder inside it. Raise UserError
+    if its config or the files of its run cannot be read, or if a value is not valid in a row."""
     config, base, sums = native_adapter.read_config(folder)
     weights, run = folder / native_adapter.WEIGHTS_FILE, RunFolder(folder.parent)
     in_run = folder != root and folder.name == "adapter" and run.is_run
     settings = read_yaml_mapping(run.settings) if in_run else {}
     scores = (read_json_or_none(run.scores) or {}).get("after") if in_run else None
+    hashes = json.dumps(settings.get(DATA_HASHES), ensure_ascii=False, default=str).encode(errors="replace").decode()
     named = folder.parent if folder.name in ("adapter", inputs.NATIVE_FOLDER) else folder
     try:
         written = (folder / native_adapter.CONFIG_FILE).stat()
@@ -54,7 +52,7 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
             init_from=settings.get("init_from"),
             init_sha256=settings.get(START_HASH),
             checkpoints=(",".join(_checkpoint_hashes(run)) or None) if in_run else None,
-            data=json.dumps(settings[DATA_HASHES]) if DATA_HASHES in settings else None,
+            data=hashes if DATA_HASHES in settings else None,
             size=weights.stat().st_size + written.st_size,
             date=datetime.fromtimestamp(written.st_mtime, UTC).isoformat(timespec="seconds"),
         )
@@ -90,22 +88,11 @@ def find_folders(root: Path) -> Iterator[Path]:
 
 def build_index(root: Path) -> tuple[int, list[str]]:
     """Write the index of the adapters in `root` atomically. It replaces an earlier index, and keeps its aliases and
-    tags. Tags of adapters that were deleted are removed.
+    tags.
 
-    Returns:
-        The number of adapters in the index, and a sentence for each adapter that could not be read and each label of no
-        adapter.
-
-    Raises:
-        UserError: `root` is not a folder, or cannot be written.
-    """
-    entries, problems, file = [], [], root / index.INDEX_FILE
-    for folder in progress_bar("index", "adapter", find_folders(root)):
-        try:
-            if inputs.adapter_kind(folder, flag=str(folder)) == "native":
-                entries.append(read_entry(root, folder))
-        except UserError as error:
-            problems.append(str(error))
+    Return the number of adapters in the index, and a sentence for each adapter that could not be read and each label of
+    no adapter. Raise UserError if `root` is not a folder, or cannot be written."""
+    problems, file = list[str](), root / index.INDEX_FILE
 
     def earlier(root: Path) -> index.Index:
         try:
@@ -120,9 +107,23 @@ def build_index(root: Path) -> tuple[int, list[str]]:
         return index.Index(())
 
     with index.changed_index(root, earlier) as content:
-        content.entries = entries
-        content.tags = {(path, tag) for path, tag in content.tags if os.path.lexists(root / path)}
-    return len(entries), [*problems, *content.problems(file)]
+        problems += read_adapters(root, content)
+    return len(content.entries), [*problems, *content.problems(file)]
+
+
+def read_adapters(root: Path, content: index.Index) -> list[str]:
+    """Put the adapters in `root` and its subfolders into the index of `root`, which must be locked (`changed_index`).
+    Remove tags of deleted adapters. Return a sentence for each adapter that cannot be read."""
+    problems, entries = list[str](), list[index.Entry]()
+    for folder in progress_bar("index", "adapter", find_folders(root)):
+        try:
+            if inputs.adapter_kind(folder, flag=str(folder)) == "native":
+                entries.append(read_entry(root, folder))
+        except UserError as error:
+            problems.append(str(error))
+    content.entries = entries
+    content.tags = {(path, tag) for path, tag in content.tags if os.path.lexists(root / path)}
+    return problems
 
 
 def verify_entries(root: Path, entries: Sequence[index.Entry]) -> list[str]:
@@ -142,11 +143,7 @@ def verify_entries(root: Path, entries: Sequence[index.Entry]) -> list[str]:
 
 
 def compare_adapters(one: Path, other: Path) -> list[str]:
-    """Return a line for each field and each tensor that differs. The list is empty if the adapters are the same.
-
-    Raises:
-        UserError: one of the adapters cannot be read.
-    """
+    """Return a line for each field and each tensor that differs. Raise UserError if an adapter cannot be read."""
     first, second = native_adapter.load_native_adapter(one), native_adapter.load_native_adapter(other)
     mine, yours = _facts(first), _facts(second)
     lines = [f"{name}: {shown(mine[name])} and {shown(yours[name])}" for name in mine if mine[name] != yours.get(name)]

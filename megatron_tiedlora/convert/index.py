@@ -8,6 +8,7 @@ limit on its size also limits the time and memory of reading. Every row is check
 used, because it overflows the stack on deep trees.
 """
 
+import json
 import os
 import shlex
 import sqlite3
@@ -23,7 +24,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_tiedlora.base.files import Count, Guard, Real, Size, first_problem, new_file
@@ -53,6 +54,8 @@ _Name = Annotated[str, Field(strict=True, max_length=255)]
 _Long = Annotated[str, Field(strict=True, max_length=4000)]
 _Path = Annotated[_Long, AfterValidator(_inside)]
 _Scores = Annotated[str, Field(strict=True, max_length=100_000)]
+_HASHES = TypeAdapter(dict[str, str])
+_Hashes = Annotated[_Scores, AfterValidator(lambda text: json.dumps(_HASHES.validate_json(text), ensure_ascii=False))]
 _Hash = Annotated[str, Field(strict=True, min_length=64, max_length=64)]
 _Label = Annotated[str, Field(strict=True, pattern=LABEL)]
 
@@ -96,7 +99,7 @@ class Entry:
     init_from: _Long | None
     init_sha256: _Hash | None
     checkpoints: _Scores | None
-    data: _Scores | None
+    data: _Hashes | None
     size: Count
     date: _Name
 
@@ -104,6 +107,11 @@ class Entry:
     def held(self) -> tuple[str, ...]:
         """Return the hashes of the tensor files of the adapter and of its run's checkpoints."""
         return (self.sha256, *(self.checkpoints.split(",") if self.checkpoints else ()))
+
+    @property
+    def sources(self) -> list[str]:
+        """Return the names and the hashes of its data."""
+        return [text for pair in _HASHES.validate_json(self.data or "{}").items() for text in pair]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +164,13 @@ class Index:
     def matching(self, wanted: Mapping[str, Any]) -> list[tuple[Entry, dict[str, list[str]]]]:
         """Return the entries in which every column of `wanted` matches, each with its aliases (`alias`) and `tag`s.
 
-        A text in `wanted` is a pattern with `*` and `?`. The targets must be exactly the same."""
+        A text in `wanted` is a pattern with `*` and `?`. The targets must be exactly the same, and one name or hash of
+        the data must match."""
         labels = defaultdict[str, dict[str, list[str]]](lambda: {"alias": [], "tag": []})
         for label, pairs in ("alias", ((path, name) for name, path in self.aliases.items())), ("tag", self.tags):
             for path, text in sorted(pairs):
                 labels[path][label].append(text)
-        rows = ((entry, asdict(entry) | labels[entry.path]) for entry in self.entries)
+        rows = ((entry, asdict(entry) | labels[entry.path] | {"data": entry.sources}) for entry in self.entries)
         found = (entry for entry, row in rows if all(_matches(row[name], value) for name, value in wanted.items()))
         return [(entry, labels[entry.path]) for entry in found]
 
@@ -213,22 +222,17 @@ class Index:
 
 
 def _matches(own: Any, wanted: Any) -> bool:
-    if isinstance(own, list):
-        return any(fnmatchcase(one, wanted) for one in own)
-    return fnmatchcase(own, wanted) if isinstance(own, str) else bool(own == wanted)
+    values = own if isinstance(own, list) else [own]
+    return any(fnmatchcase(one, wanted) if isinstance(one, str) else one == wanted for one in values)
 
 
 @contextmanager
 def changed_index(root: Path, read: Callable[[Path], Index] | None = None) -> Iterator[Index]:
-    """Yield the index of `root`, and write it with the changes of the block atomically, if this raises nothing. Only
-    one process at a time runs the block.
-
-    Args:
-        read: returns the index of `root` [read_index].
-
-    Raises:
-        UserError: another process changes the index for a long time, or it cannot be written.
-    """
+    """Yield the index of `root`, as `read` [read_index] returns it. Write it with the changes of the block atomically,
+    if this raises nothing. Only one process at a time runs the block. Raise UserError if another process runs it for a
+    long time, or if the index cannot be written."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give a folder with adapters")
     deadline, output = time.monotonic() + _LOCK_SECONDS, None
     while output is None:
         try:
@@ -262,17 +266,9 @@ def _write(file: Path, content: Index, guard: Guard) -> None:
         raise UserError(f"{file}: cannot be written ({error}); check permissions and free space") from None
 
 
-def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
-    """Return the rows of the index of `root` that match (`Index.matching`). Raise UserError as `read_index` does."""
-    return [entry for entry, _ in read_index(root).matching(wanted)]
-
-
 def find_entry(root: Path, name: str, content: Index | None = None) -> Entry:
-    """Return the row of the adapter with this path, alias or name. Raise UserError unless there is exactly one.
-
-    Args:
-        content: the index of `root` if it was read already.
-    """
+    """Return the row of the adapter with this path, alias or name in `content`, the index of `root` [which is read].
+    Raise UserError unless there is exactly one."""
     content = read_index(root) if content is None else content
     found = content.named(name)
     if len(found) != 1:
@@ -296,11 +292,7 @@ class EarlierFormat(UserError):
 
 
 def read_index(root: Path) -> Index:
-    """Return the content of the index of `root`.
-
-    Raises:
-        UserError: there is no index, or it does not have the format that `changed_index` writes.
-    """
+    """Return the index of `root`. Raise UserError unless there is one in the format that `changed_index` writes."""
     file = root / INDEX_FILE
     try:
         if file.is_symlink() or not file.is_file():

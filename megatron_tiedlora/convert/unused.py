@@ -1,18 +1,21 @@
 """Finds and deletes the adapters in an indexed folder that no alias names, and from which no named adapter was started.
 
-Only folders with files of this package, and nothing else, are deleted. A folder is first renamed, so that a deletion
-that is killed leaves no incomplete adapter. The next deletion removes what it left.
+A folder is deleted only if everything in it has a name of the package's files and folders, and no other adapter of the
+index is below it. Then also the folders in it, such as logs/, are deleted with all that they contain. A folder is first
+renamed, so that a deletion that is killed leaves no incomplete adapter. The next deletion removes what it left.
 """
 
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tiedlora.base.files import TEMPORARY_PREFIX, discard, read_json_or_none, remove
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
+from megatron_tiedlora.config.job_settings import SWEEP_BASE, SWEEP_FILE, SWEEP_STATUS
 from megatron_tiedlora.convert import index
-from megatron_tiedlora.convert.collection import build_index
+from megatron_tiedlora.convert.collection import read_adapters
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
@@ -30,22 +33,17 @@ def collect_unused(root: Path, *, delete: bool) -> tuple[dict[Path, int], list[s
     A run's folder is deleted as a whole. Kept are the adapters and runs with an alias, with the tag `keep`, and all
     from which one of these was started, or a copy of which is kept.
 
-    Returns:
-        The bytes of each folder that is not needed (with `delete`: that was deleted), and a sentence for each folder
-        that is not needed but is kept.
-
-    Raises:
-        UserError: there is no alias, or a label is of an adapter that cannot be read.
-    """
-    build_index(root)
-    found, kept = dict[Path, int](), list[str]()
+    Return the bytes of each folder that is not needed (with `delete`: that was deleted), and a sentence for each folder
+    that is not needed but is kept. Raise UserError if there is no alias, if a label is of no adapter, or if an adapter
+    cannot be read: what it was started from is then unknown."""
+    found, kept, file = dict[Path, int](), list[str](), root / index.INDEX_FILE
     with index.changed_index(root) as content:
         if not content.aliases:
-            file = root / index.INDEX_FILE
             raise UserError(f"{file}: has no alias, so gc would delete every adapter; name some with `alias` first")
-        problems = content.problems(root / index.INDEX_FILE)
-        others = (file for file in root.rglob(index.INDEX_FILE) if file.parent != root)
-        problems += [f"{file}: its aliases would not be kept; run gc in its folder, or remove it" for file in others]
+        fix = "gc must know from what it was started; mend it, or move its folder away"
+        problems = [f"{problem} ({fix})" for problem in read_adapters(root, content)] + content.problems(file)
+        others = (other for other in root.rglob(index.INDEX_FILE) if other.parent != root)
+        problems += [f"{other}: its aliases would not be kept; run gc in its folder, or remove it" for other in others]
         if problems:
             raise UserError(problems[0])
         for leftover in root.rglob(f"{TEMPORARY_PREFIX}gone-*") if delete else ():
@@ -55,7 +53,7 @@ def collect_unused(root: Path, *, delete: bool) -> tuple[dict[Path, int], list[s
             if not needed.isdisjoint(entry.held):
                 continue
             try:
-                folder, size = _whole_folder(root, entry)
+                folder, size = _whole_folder(root, entry, content.entries)
                 if delete:
                     with take_folder(folder, hint="it is kept") as lock:
                         discard(folder, guard=lock.owner.check)
@@ -69,23 +67,28 @@ def collect_unused(root: Path, *, delete: bool) -> tuple[dict[Path, int], list[s
     return found, kept
 
 
-def _whole_folder(root: Path, entry: index.Entry) -> tuple[Path, int]:
+def _whole_folder(root: Path, entry: index.Entry, entries: Sequence[index.Entry]) -> tuple[Path, int]:
     """Return the folder to delete with an adapter, and its bytes. Raise UserError if it must not be deleted."""
+
+    def may_resume(status: Path) -> bool:
+        return (read_json_or_none(status) or {}).get("state") not in ("finished", "failed")
+
     folder = index.entry_folder(root, entry)
     run, known = RunFolder(folder.parent), _OF_ADAPTER
     if entry.run is not None:
         folder, known = run.path, _OF_RUN
-        if (read_json_or_none(run.status) or {}).get("state") not in ("finished", "failed"):
+        if may_resume(run.status):
             raise UserError(f"{folder}: this run has not ended and may be resumed; delete it by hand")
     elif folder.name == NATIVE_FOLDER and (folder.parent / EXPORT_RECORD).is_file():
         folder, known = folder.parent, _OF_EXPORT
-    if folder.samefile(root):
-        raise UserError(f"{folder}: is the indexed folder itself; index a folder above it")
-    for parent in (folder, *folder.parents):
+    for parent in (folder, *folder.resolve().parents):
         if (owner := owner_in_words(parent)) is not None:
             raise UserError(f"{parent}: {owner} is using this folder")
-        if parent.samefile(root):
-            break
+        if all((parent / name).is_file() for name in (SWEEP_FILE, SWEEP_BASE)) and may_resume(parent / SWEEP_STATUS):
+            raise UserError(f"{folder}: its sweep in {parent} has not ended and may be resumed; delete it by hand")
+    for other in entries:  # if the folder is `root` itself, one of them has an alias
+        if other is not entry and (root / other.path).is_relative_to(folder):
+            raise UserError(f"{folder}: the adapter {other.path} is in it; move it out, or delete it by hand")
     size = 0
     for item in sorted(folder.rglob("*")):
         inside, mode = item.relative_to(folder), item.lstat().st_mode

@@ -171,12 +171,12 @@ class StudyFolder:
     part: str = ""
 
     settings = PathIn(SWEEP_FILE)
-    base = PathIn("base.json")  # describes the base model and the task
+    base = PathIn(job_settings.SWEEP_BASE)
 
     @property
     def status(self) -> Path:
         """The file that tells how the last launch ended, in the folder that it locks; it is missing while one runs."""
-        return (self.path / JOBS / self.part if self.part else self.path) / "sweep_status.json"
+        return (self.path / JOBS / self.part if self.part else self.path) / job_settings.SWEEP_STATUS
 
     @property
     def guard(self) -> Guard:

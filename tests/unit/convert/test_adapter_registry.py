@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import DATA_HASHES, START_HASH
+from megatron_tiedlora.convert import collection
 from megatron_tiedlora.convert.collection import build_index
 from megatron_tiedlora.convert.index import INDEX_FILE, changed_index, find_entry, read_index
 
@@ -125,7 +127,7 @@ def test_labels_are_found(said: Callable[..., list[str]]) -> None:
     assert said("tag", "old", "none", "extra", "--remove") == ["runs/old/adapter: v2:b"]
     for words, names in (
         (("--tag", "v2:*"), ["new", "old"]), (("--alias", "p*"), ["new"]), (("--alias", "*", "--tag", "v2:b"), []),
-        (("--data", f"*{'d' * 64}*"), ["middle", "new", "nobody", "old"]), (("--data", "*e*"), []),
+        (("--data", "d" * 64), ["middle", "new", "nobody", "old"]), (("--data", "*e*"), []),
     ):  # fmt: skip
         rows = [json.loads(line) for line in said("find", "--json", *words)]
         assert [row["name"] for row in rows] == names, words
@@ -179,6 +181,60 @@ def test_changes_at_once_are_all_made(root: Path) -> None:
     assert len(content.aliases) == len(content.tags) == 12 and len(content.entries) == 6
 
 
+def test_an_index_does_not_list_what_gc_deletes_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that is written anew may take long, and gc may run in between."""
+    with changed_index(root) as content:
+        content.aliases["prod"] = "runs/new/adapter"
+    read, threads = collection.read_entry, list[Thread]()
+
+    def slow(*given: Path) -> Any:
+        entry = read(*given)
+        if not threads:
+            threads.append(Thread(target=call, args=("index", [str(root), "gc", "--delete"])))
+            threads[0].start()
+            threads[0].join(2)
+        return entry
+
+    monkeypatch.setattr(collection, "read_entry", slow)
+    build_index(root)
+    threads[0].join()
+    assert not (root / "runs/nobody").exists()
+    assert [entry.name for entry in read_index(root).entries] == ["plain", "middle", "new", "old"]
+
+
+@pytest.mark.parametrize("words", [["find"], ["verify"], ["diff", "old", "new"], ["lineage", "new"], ["gc"]])
+def test_an_earlier_format_says_what_to_do(root: Path, words: list[str]) -> None:
+    with sqlite3.connect(root / INDEX_FILE) as database:
+        database.execute("PRAGMA user_version = 2")
+    said = f"{root / INDEX_FILE}: has format 2, not 3; write it with `tiedlora index {root}`"
+    assert refusal(call, "index", [str(root), *words]) == said
+
+
+def test_data_are_found_by_each_name_and_hash(root: Path, said: Callable[..., list[str]]) -> None:
+    names = {"old": ["data/pr\u00fcfung.jsonl", "all/rows.jsonl"], "middle": ['a "b", c\\d: e', "tab\there"],
+             "new": ["\udc80"]}  # fmt: skip
+    for name, sources in names.items():
+        file = root / "runs" / name / "run.yaml"
+        record = {**yaml.safe_load(file.read_text()), DATA_HASHES: {one: f"{i}" * 64 for i, one in enumerate(sources)}}
+        file.write_text(yaml.safe_dump(record))
+    said()
+    for wanted, found in {
+        "data/pr\u00fcfung.jsonl": ["old"], "rows.jsonl": ["nobody"], "*rows.jsonl": ["nobody", "old"], "\t": [],
+        "0" * 64: ["middle", "new", "old"], "1" * 64: ["middle", "old"], 'a "b", c\\d: e': ["middle"],
+        "tab\there": ["middle"], "*: *": ["middle"], "d*": ["nobody", "old"],
+    }.items():  # fmt: skip
+        assert [json.loads(line)["name"] for line in said("find", "--json", f"--data={wanted}")] == found, wanted
+    assert "pr\u00fcfung" in said("lineage", "old")[-1], "as it is written"
+    (root / "runs/old/run.yaml").write_text(f"{DATA_HASHES}: [2020-01-01]")
+    assert "runs/old/adapter: data = ['2020-01-01'] has the wrong type: " in said(status=1)[0]
+
+
+@pytest.mark.parametrize("words", [[], ["find"], ["gc"], ["tag", "old", "new"]])
+def test_a_missing_folder_is_not_made(tmp_path: Path, words: list[str]) -> None:
+    assert "no such f" in refusal(call, "index", [str(tmp_path / "none"), *words])
+    assert not os.listdir(tmp_path)
+
+
 # Lineage -------------------------------------------------------------------------------------------------------------
 
 
@@ -225,12 +281,12 @@ def test_a_lineage_in_a_circle_ends(root: Path, said: Callable[..., list[str]]) 
 # gc ------------------------------------------------------------------------------------------------------------------
 
 
-def gone(root: Path, before: set[str]) -> set[str]:
-    return before - {str(path.relative_to(root)) for path in root.rglob("*")}
-
-
 def paths(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def gone(root: Path, before: set[str]) -> set[str]:
+    return before - paths(root)
 
 
 def test_gc_deletes_what_no_alias_needs(root: Path, said: Callable[..., list[str]]) -> None:
@@ -331,22 +387,86 @@ def test_gc_does_not_follow_links_or_delete_the_folder_itself(made: Path, root: 
 
 
 def test_gc_needs_every_labelled_adapter(root: Path, said: Callable[..., list[str]]) -> None:
-    """What one that cannot be read was started from is unknown."""
+    """What one that is missing was started from is unknown."""
     said("alias", "prod", "new"), said("alias", "other", "alone")
-    (root / "runs/new/adapter" / CONFIG).write_text("{")
+    config, away = root / "runs/new/adapter" / CONFIG, root / "config"
+    config.rename(away)
     before = paths(root)
     message = refusal(call, "index", [str(root), "gc", "--delete"])
     assert "the alias prod is of runs/new/adapter, which is not indexed" in message
     build_index(root / "others")
-    shutil.copy(root / "runs/old/adapter" / CONFIG, root / "runs/new/adapter")
+    away.rename(config)
     message = refusal(call, "index", [str(root), "gc"])
     assert f"{root / 'others' / INDEX_FILE}: its aliases would not be kept; " in message
-    (root / "others" / INDEX_FILE).unlink(), (root / "runs/new/adapter" / CONFIG).write_text("{")
+    (root / "others" / INDEX_FILE).unlink(), config.rename(away)
     said("alias", "prod", "--remove")
     with changed_index(root) as content:
         content.tags.add(("runs/new/adapter", "keep"))
     assert "the tag keep is of runs/new/adapter" in refusal(call, "index", [str(root), "gc", "--delete"])
     assert not gone(root, before)
+
+
+@pytest.mark.parametrize("words", [[], ["--delete"]])
+def test_gc_needs_to_read_every_adapter(root: Path, said: Callable[..., list[str]], words: list[str]) -> None:
+    """`new` was started from `middle`, and what `middle` was started from is in the files that cannot be read."""
+    said("alias", "prod", "new")
+    (root / "runs/middle/adapter" / CONFIG).write_text("{")
+    before = paths(root)
+    message = refusal(call, "index", [str(root), "gc", *words])
+    assert message.startswith(f"{root / 'runs/middle/adapter' / CONFIG}: not valid JSON") and "\n" not in message
+    assert message.endswith("(gc must know from what it was started; mend it, or move its folder away)")
+    assert not gone(root, before)
+    shutil.rmtree(root / "runs/middle")
+    assert [line.rpartition("/")[2] for line in said("gc")[:-1]] == ["alone", "plain", "nobody", "old"]
+
+
+def test_gc_keeps_a_run_with_another_adapter_in_it(root: Path, said: Callable[..., list[str]]) -> None:
+    mine, thesis = root / "runs/nobody/peft/mine", root / "runs/nobody/logs/thesis.txt"
+    shutil.copytree(root / "others/alone", mine)
+    thesis.parent.mkdir()
+    thesis.touch()
+    said(), said("alias", "prod", "new"), said("alias", "best", "mine")
+    before, is_in = paths(root), f"kept: {root}/runs/nobody: the adapter runs/nobody/peft/mine is in it; move it out"
+    for words in ([], ["--delete"]):
+        kept, summary = said("gc", *words, status=len(words))
+        assert kept.startswith(is_in) and summary.startswith("0 folders") and not gone(root, before)
+    said("alias", "best", "--remove"), said("tag", "alone", "keep"), said("tag", "mine", "keep")
+    assert said("gc")[0].startswith(is_in)
+    shutil.move(mine, root / "mine")
+    said(), said("gc", "--delete")
+    assert not thesis.exists(), "the folders of a run are deleted with all that they contain"
+
+
+@pytest.mark.parametrize("state", [None, "stopped", "failed"])
+def test_gc_keeps_the_runs_of_a_sweep_that_has_not_ended(
+    root: Path, said: Callable[..., list[str]], state: str | None
+) -> None:
+    """Between the jobs of a sweep on Slurm nothing locks its folder. A file called sweep.yaml alone is no sweep's."""
+    study = root / "study"
+    study.mkdir()
+    shutil.move(root / "runs", study / "runs")
+    said(), said("alias", "prod", "new"), said("tag", "alone", "keep")
+    (study / "sweep.yaml").touch()
+    assert said("gc")[0].endswith("study/runs/nobody")
+    (study / "base.json").touch()
+    if state is not None:
+        (study / "sweep_status.json").write_text(json.dumps({"state": state}))
+    kept = f"kept: {study}/runs/nobody: its sweep in {study} has not ended and may be resumed; delete it by hand"
+    before = paths(root)
+    assert said("gc", "--delete", status=0 if state == "failed" else 1)[0].startswith(kept) == (state != "failed")
+    assert bool(gone(root, before)) == (state == "failed")
+
+
+def test_gc_looks_above_its_folder(root: Path, said: Callable[..., list[str]]) -> None:
+    """The folder of a sweep may be indexed at its runs/."""
+    (root / "sweep.yaml").touch(), (root / "base.json").touch()
+    build_index(root / "runs")
+    assert call("index", [str(root / "runs"), "alias", "prod", "new"]) == 0
+    assert call("index", [str(root / "runs"), "gc", "--delete"]) == 1 and (root / "runs/nobody").is_dir()
+    (root / "sweep_status.json").write_text('{"state": "finished"}')
+    with take_folder(root, hint=""):
+        assert call("index", [str(root / "runs"), "gc", "--delete"]) == 1 and (root / "runs/nobody").is_dir()
+    assert call("index", [str(root / "runs"), "gc", "--delete"]) == 0 and not (root / "runs/nobody").exists()
 
 
 def test_a_killed_gc_leaves_no_half_adapter(

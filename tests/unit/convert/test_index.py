@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -20,9 +21,13 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.adapter_settings import FILTERS
 from megatron_tiedlora.convert.collection import build_index, verify_entries
-from megatron_tiedlora.convert.index import INDEX_FILE, find_entries
+from megatron_tiedlora.convert.index import INDEX_FILE, Entry, read_index
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def find_entries(root: Path, wanted: dict[str, Any]) -> list[Entry]:
+    return [entry for entry, _ in read_index(root).matching(wanted)]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import shlex
 import shutil
+import sqlite3
 import sys
 import threading
 import time
@@ -151,6 +152,11 @@ def test_names_in_the_index(module: Any, root: Path, bases: Path) -> None:
     (root / "other/run").symlink_to(bases)
     (root / "adapters.sqlite").write_bytes(b"no database")
     assert "adapters.sqlite: " in refusal(found, resolver, "none", base)
+    build_index(root)
+    with sqlite3.connect(root / "adapters.sqlite") as database:  # of an earlier version
+        database.execute("PRAGMA user_version = 2")
+    said = f"{root}/adapters.sqlite: has format 2, not 3; write it with `tiedlora index {root}`"
+    assert refusal(found, resolver, "none", base) == f"LoRA adapter none: {said}"
     assert found(resolver, "plain", base) == root / "plain", "names of folders need no index"
 
 
