@@ -92,8 +92,8 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
             wait_for_end(running, status, signals, grace=settings.grace_seconds)
             running.end(say)
             ended, passed_on = running.process.returncode, next(iter(signals.received), 0)
-            verdict = judge(status, launcher=job.launcher, launcher_status=ended, passed_on=passed_on)
-            verdicts.append(verdict)
+            verdicts.append(judge(status, launcher=job.launcher, launcher_status=ended, passed_on=passed_on))
+            verdict = verdicts[-1]
             say(verdict.line)
             if not status.is_of_another and (not verdict.state or (ended < 0 and not passed_on)):
                 _say_what_may_be_left(job, folder)

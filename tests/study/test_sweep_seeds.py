@@ -98,7 +98,7 @@ def test_groups_leave_out_seeds_and_runs_that_are_finished(
         return [[run.name for run in group] for group in plan.groups()]
 
     new = [[f"{point}-lr{rate}-seed7" for rate in RATES] for point in POINTS]
-    assert groups("--seeds=3", "--together=4") == [sum(new, [])]
+    assert groups("--seeds=3", "--together=4") == [[*new[0], *new[1]]]
     shutil.rmtree(folder / "runs" / "tl6-r2-lr5e-2")
     assert groups("--seeds=2", "--together=1") == [["tl6-r2-lr5e-2"]]
     # It is trained beside the other rate of its seed, which is finished, and without the other seed.
