@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import psutil
 from pydantic import Field
@@ -36,6 +36,8 @@ _RENEW_SECONDS = 10.0  # time between two renewals of the token
 _LOCK_SECONDS = 5.0  # longest wait for the lock on the folder itself, which processes hold only briefly
 _MISSED_SECONDS = 20.0  # an owner whose lock is free is dead after this time without a renewal
 _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+
+Lock = TypeVar("Lock")
 
 
 class FolderTaken(UserError):
@@ -237,6 +239,16 @@ def take_folder(
         if isinstance(error, OSError) and not (new and isinstance(error, FileExistsError)):
             raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another folder") from error
         raise
+
+
+def retried(take: Callable[[], Lock], *, seconds: float, pause: float) -> Lock:
+    """Return the result of `take`, which is called again after a pause, for some seconds, if it raises FolderTaken."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(FolderTaken):
+            return take()
+        time.sleep(pause)
+    return take()
 
 
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:

@@ -75,34 +75,38 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
     settings, resume, arguments = command.settings, command.train.resume, job.arguments
     latest = folder.checkpoints / LATEST_FILE
     where, before = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts), stamp(latest)
-    for restart in range(settings.max_restarts + 1):
-        if restart:
-            say(f"restart {restart} of {settings.max_restarts}, from the last checkpoint")
-            resume = "auto" if resume == "none" or stamp(latest) != before else resume
-            changed = (*arguments, "--take_over=false", f"--resume={resume}")
-            job = replace(job, arguments=changed, master_port=new_port(settings))
-        job = replace(job, start=secrets.token_hex(8))
-        plan, status = plan_start(job, os.environ), StatusFile(folder, job.start)
-        if signals.received:
-            return 128 + signals.received[0]
-        say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
-        running = RunningJob(job, plan)
-        wait_for_end(running, status, signals, grace=settings.grace_seconds)
-        running.end(say)
-        ended, passed_on = running.process.returncode, next(iter(signals.received), 0)
-        verdict = judge(status, launcher=job.launcher, launcher_status=ended, passed_on=passed_on)
-        say(verdict.line)
-        if not status.is_of_another and (not verdict.state or (ended < 0 and not passed_on)):
-            _say_what_may_be_left(job, folder)
-        # A stopped run must not continue, and a run that has not begun would fail again.
-        if verdict.status == 0 or passed_on or verdict.state == "stopped" or not status.has_begun():
-            break
-        if not verdict.state and status.is_awaited():
-            say(f"no restart: {owner_in_words(folder.path)} still has {folder.path}")
-            break
-    if settings.on_end is not None:
-        _tell(settings.on_end, folder, verdict)
-    return verdict.status
+    verdicts = list[Verdict]()  # one of each attempt
+    try:
+        for restart in range(settings.max_restarts + 1):
+            if restart:
+                say(f"restart {restart} of {settings.max_restarts}, from the last checkpoint")
+                resume = "auto" if resume == "none" or stamp(latest) != before else resume
+                changed = (*arguments, "--take_over=false", f"--resume={resume}")
+                job = replace(job, arguments=changed, master_port=new_port(settings))
+            job = replace(job, start=secrets.token_hex(8))
+            plan, status = plan_start(job, os.environ), StatusFile(folder, job.start)
+            if signals.received:
+                return 128 + signals.received[0]
+            say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
+            running = RunningJob(job, plan)
+            wait_for_end(running, status, signals, grace=settings.grace_seconds)
+            running.end(say)
+            ended, passed_on = running.process.returncode, next(iter(signals.received), 0)
+            verdicts.append(judge(status, launcher=job.launcher, launcher_status=ended, passed_on=passed_on))
+            verdict = verdicts[-1]
+            say(verdict.line)
+            if not status.is_of_another and (not verdict.state or (ended < 0 and not passed_on)):
+                _say_what_may_be_left(job, folder)
+            # A stopped run must not continue, and a run that has not begun would fail again.
+            if verdict.status == 0 or passed_on or verdict.state == "stopped" or not status.has_begun():
+                break
+            if not verdict.state and status.is_awaited():
+                say(f"no restart: {owner_in_words(folder.path)} still has {folder.path}")
+                break
+    finally:
+        if settings.on_end is not None and verdicts:
+            _tell(settings.on_end, folder, verdicts[-1])
+    return verdicts[-1].status
 
 
 def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:

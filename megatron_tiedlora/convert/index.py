@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import sqlite3
-import time
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, astuple, field, fields
 from dataclasses import dataclass as plain_dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from megatron_tiedlora.base.files import Count, Guard, Real, Size, first_problem, new_file
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import take_output
-from megatron_tiedlora.base.ownership import FolderTaken
+from megatron_tiedlora.base.ownership import retried
 from megatron_tiedlora.config.adapter_settings import FILTERS, LABEL
 
 INDEX_FILE = "adapters.sqlite"
@@ -233,14 +232,8 @@ def changed_index(root: Path, read: Callable[[Path], Index] | None = None) -> It
     long time, or if the index cannot be written."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder with adapters")
-    deadline, output = time.monotonic() + _LOCK_SECONDS, None
-    while output is None:
-        try:
-            output = take_output(root / INDEX_FILE, reject=lambda _: None, hint="wait until it ends")
-        except FolderTaken:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+    take = partial(take_output, root / INDEX_FILE, reject=lambda _: None, hint="wait until it ends")
+    output = retried(take, seconds=_LOCK_SECONDS, pause=0.05)
     try:
         content = (read or read_index)(root)
         yield content

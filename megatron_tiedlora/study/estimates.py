@@ -11,10 +11,13 @@ The interval has the root of the sum of their squares on each side, because rows
 one seed it is the interval over the rows, which says nothing about other seeds. A difference is estimated in the same
 way from the differences of N pairs of runs with the same seed.
 
-1,000 simulated studies of 3 seeds with 200 or 1,000 rows and a seed effect of 0 to 20 points: the true mean is in this
-interval in 96 to 99 % of them. It is in that of a bootstrap over rows and seeds, which cannot leave the range of the
-seeds, in 79 to 96 %, and in that of the rows alone in 38 to 95 %. Limits: t assumes normally distributed seeds, which
-three seeds cannot show, and it is 4.3 at N = 3. So they show only differences of at least 2.5 times their spread.
+2,000 studies of 3 seeds were simulated for each of 64 cases: 200 or 1,000 rows, right or wrong, with a mean of 50 or
+80 %; a normal seed effect of 0, 1, 5 or 20 points, cut to 0 to 100 %; answers of seeds that correlate by 0, 0.5, 0.9 or
+1. The true mean, or difference to a method with 10 points less, is in this interval in 94 to 99.8 % of them: in 94 % if
+seeds are identical, most often if they are independent. At 80 % with 20 points, where the cut makes seeds not normal,
+the mean is in 92 to 94 %. An interval of the rows alone has 5 to 96 %; a bootstrap over rows and seeds, which cannot
+leave the range of the seeds, 73 to 99.8 %. Limits: t assumes normally distributed seeds, which three seeds cannot show,
+and it is 4.3 at N = 3. So they show only differences of at least 2.5 times their spread.
 """
 
 import math

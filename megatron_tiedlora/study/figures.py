@@ -46,7 +46,8 @@ def draw_figures(studies: Sequence[Study], folder: Path, *, guard: files.Guard =
         panels["figure2.png"].append(partial(_draw, studies, title=heading, label=label, methods=methods))
     for study in studies:
         heading = f"{model_title(study)}: {title(study)}"
-        panels["figure3.png"].append(partial(_draw, [study], title=heading, label=metric_title(study), published=True))
+        one = partial(_draw, [study], title=heading, label=metric_title(study), methods=METHOD_NAMES, published=True)
+        panels["figure3.png"].append(one)
     for name, own in panels.items():
         _draw_panels(own, folder / name, guard)
     return [folder / name for name in panels]
@@ -76,13 +77,7 @@ def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: f
 
 
 def _draw(
-    studies: Sequence[Study],
-    axes: Any,
-    *,
-    title: str,
-    label: str,
-    methods: Collection[str] = METHOD_NAMES,
-    published: bool = False,
+    studies: Sequence[Study], axes: Any, *, title: str, label: str, methods: Collection[str], published: bool = False
 ) -> None:
     """Draw the mean scores of `methods` over the studies in one panel. If `published`, also draw the paper's scores."""
     data, base = {name: points for name, points in lines(studies).items() if name in methods}, mean_base(studies)
@@ -91,19 +86,10 @@ def _draw(
         colour, mark = STYLES[method]
         # Marks at the same rank are shifted a little, so that their error bars do not overlap.
         shift = 2 ** (0.04 * (index - (len(data) - 1) / 2))
-        bars = zip(*((one.value - one.low, one.high - one.value) for one in points.values()), strict=True)
-        axes.errorbar(
-            [rank * shift for rank in points],
-            [one.value for one in points.values()],
-            yerr=list(bars),
-            label=NAMES[method],
-            color=colour,
-            marker=mark,
-            markersize=5,
-            linewidth=1.4,
-            elinewidth=0.7,
-            capsize=2,
-        )
+        positions, values = [rank * shift for rank in points], [one.value for one in points.values()]
+        bars = list(zip(*((one.value - one.low, one.high - one.value) for one in points.values()), strict=True))
+        look = {"color": colour, "marker": mark, "markersize": 5, "linewidth": 1.4, "elinewidth": 0.7, "capsize": 2}
+        axes.errorbar(positions, values, yerr=bars, label=NAMES[method], **look)
         cells = [table2_cell(studies[0].base, section, method) for section in SECTION_TITLES] if published else []
         if theirs := dict(sorted((cell["paper_rank"], cell["paper_score"]) for cell in cells if cell)):
             ranks |= theirs.keys()
@@ -124,8 +110,7 @@ def _draw(
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ranks), [str(rank) for rank in sorted(ranks)])
     axes.minorticks_off()
-    axes.set_xlabel("rank r")
-    axes.set_ylabel(f"{label}, per cent")
+    axes.set(xlabel="rank r", ylabel=f"{label}, per cent")
     axes.grid(alpha=0.3)
     if not values:
         axes.text(0.5, 0.5, "no rank has all its scores yet", transform=axes.transAxes, ha="center")

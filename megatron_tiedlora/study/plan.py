@@ -82,6 +82,9 @@ class SweepPlan:
             submitted, runs = slurm.read_submitted(self.folder).groups, {run.name: run for run in self.runs}
             if part not in (known := [record.BASE_NAME, *submitted, record.SCORES]):
                 raise UserError(f"--part {part}: --slurm has planned no such part. Give one of {', '.join(known)}")
+            if unknown := [name for names in submitted.values() for name in names if name not in runs]:
+                why = f"{unknown[0]} is not a run of this study; submit the study again with --slurm"
+                raise UserError(f"{self.folder.path / slurm.JOBS_FILE}: {why}")
             chosen = [names for first, names in submitted.items() if part in (first, record.SCORES)]
             return list(filter(is_left, (tuple(runs[name] for name in names) for names in chosen)))
 

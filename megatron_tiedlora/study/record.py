@@ -259,10 +259,9 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         raise UserError(f"--model {base.model}: its config.json changed since {folder.base} was written; restore it")
     for name in [*found.file_sha256, *base.file_sha256]:
         if found.file_sha256.get(name) != base.file_sha256.get(name):
-            raise UserError(
-                f"{name}: changed, added or removed since the sweep was started (see the hashes in {folder.base});"
-                " restore the original data, or give a new --output_dir"
-            )
+            fix = "restore the original data, or give a new --output_dir"
+            seen = f"since the sweep was started (see the hashes in {folder.base})"
+            raise UserError(f"{name}: changed, added or removed {seen}; {fix}")
 
 
 def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, where: str) -> None:
@@ -272,10 +271,8 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
     for name, (old, new) in pairs.items():
         missing = [value for value in old if value not in new]
         if missing:
-            raise UserError(
-                f"{where} --{name} {flag_value(old)}, but the value {missing[0]} is now missing; add it, or give a new"
-                " --output_dir"
-            )
+            why = f"but the value {missing[0]} is now missing; add it, or give a new --output_dir"
+            raise UserError(f"{where} --{name} {flag_value(old)}, {why}")
     if now.seeds < before.seeds:
         raise UserError(f"{where} --seeds {before.seeds}, now it is {now.seeds}; give {before.seeds} or more")
     for name in ("test_limit",) if before.single_layers is None else ("single_layer_rank", "test_limit"):

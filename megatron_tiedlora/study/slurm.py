@@ -16,19 +16,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_tiedlora.base import files
-from megatron_tiedlora.base.messages import UserError, as_given, naming, one_line
+from megatron_tiedlora.base.messages import UserError, naming, one_line
 from megatron_tiedlora.config import fields
-from megatron_tiedlora.config.cli import CommandParser
 from megatron_tiedlora.study.record import BASE_NAME, LOGS, SCORES, StudyFolder
 
 SCRIPT_FILE, JOBS_FILE = "slurm.sbatch", "slurm.json"  # in the folder of the study
 _LONGEST_SECONDS = 120  # for an answer of slurmctld
+_SHORT = "-[AaBbCcDdeFGiJLMmNnopqStwx]"  # the short options of sbatch with a value
+_OPTION = rf"(?s)--\w[\w-]*(=.*)?|{_SHORT}.+|-[HhkOQsVvW]"
+_SAME = {"-a": "--array", "-d": "--dependency", "-e": "--error", "-G": "--gpus", "-H": "--hold", "-M": "--clusters"}
+_SAME |= {"-N": "--nodes", "-n": "--ntasks", "-o": "--output", "-W": "--wait", "--tasks-per-node": "--ntasks-per-node"}
+_READ = ("--nodes", "--ntasks-per-node", "--gpus-per-node", "--gres", "--array", "--signal")
 # The sweep sets these options itself, needs the numbers of jobs in this queue, or cannot count ranks with them.
-_OWN = "--dependency -d,--output -o,--error -e,--wrap,--wait -W,--clusters -M,--test-only,--ntasks -n,--gpus -G"
-_INSTEAD = "it sets dependencies and logs itself, and ranks follow from --nodes, --ntasks-per-node and --gpus-per-node"
-_NUMBER = (r"(?:\w+:)?([1-9]\d{0,5})", "one number")
-_FORMS = {"array": (r"%([1-9]\d*)", "only a limit such as %4, as each group is a task")}
-_FORMS |= {"signal": (r"USR1@(\d+)", "USR1@SECONDS, on which ranks save")}
+_OWN = ["--dependency", "--output", "--error", "--hold", "--wrap", "--wait", "--clusters", "--test-only", "--ntasks"]
+_OWN += ["--ntasks-per-gpu", "--ntasks-per-tres", "--gpus", "--gpus-per-task", "--gpus-per-socket", "--tres-per-task"]
+_INSTEAD = "it orders jobs and writes logs itself, and ranks follow from --nodes, --ntasks-per-node and --gpus-per-node"
+_NUMBER = (r"(?:[\w.-]+:)?([1-9]\d{0,5})", "one number")
+_FORMS = {"--array": (r"%([1-9]\d*)", "only a limit such as %4, as each group is a task")}
+_FORMS |= {"--signal": (r"USR1@(\d+)", "USR1@SECONDS, on which ranks save")}
+_FORMS |= {"--gres": (rf"gpu:{_NUMBER[0]}|(?!.*gpu).*", "gpu:N or gpu:TYPE:N, else --gpus-per-node=N")}
 _SCRIPT = """\
 #!/bin/bash
 # Written by tiedlora sweep --slurm. The arguments are parts of the study; a task of the array takes one by its index.
@@ -68,29 +74,34 @@ class Submitted:
 def job_options(text: str, *, num_gpus: int | None) -> JobOptions:
     """Return the options of sbatch in --slurm. A node has --num_gpus ranks, else one per task, else one per GPU.
 
-    Raise UserError if an option is not for a sweep, or if the number of ranks does not follow from its value."""
-    parser = CommandParser(add_help=False)
-    own = [parser.add_argument(*names.split(), nargs="?", const="") for names in _OWN.split(",")]
-    for names in ("--nodes -N", "--ntasks-per-node", "--gpus-per-node", "--array -a", "--signal"):
-        parser.add_argument(*names.split())
+    Raise UserError if a word is no option, an option is not for a sweep or abbreviated, or ranks cannot be counted."""
+    given, counts, others = dict[str, str](), dict[str, int](), list[str]()
     with naming("--slurm"):
-        known, others = parser.parse_known_args(fields.launcher_words(text, flag="slurm"))
-        for option in own:
-            if getattr(known, option.dest) is not None:
-                raise UserError(f"{option.option_strings[0]} is not for a sweep; {_INSTEAD}")
-        given, counts = {name: value for name, value in vars(known).items() if value is not None}, dict[str, int]()
-        for name, value in given.items():
-            pattern, fix = _FORMS.get(name, _NUMBER)
-            if (found := re.fullmatch(pattern, value)) is None:
-                raise UserError(f"--{name.replace('_', '-')} {as_given(value)}: give {fix}")
-            counts[name] = int(found[1])
-    nodes, limit = counts.get("nodes", 1), given.pop("array", "")
-    ranks = num_gpus or counts.get("ntasks_per_node") or counts.get("gpus_per_node") or 1
-    given = {"signal": "USR1@180", **given, "nodes": nodes, "ntasks_per_node": ranks}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        words = iter(fields.launcher_words(text, flag="slurm"))
+        for first in words:
+            word = first + next(words, "") if re.fullmatch(_SHORT, first) else first
+            name, _, value = word.partition("=") if word.startswith("--") else (word[:2], "", word[2:])
+            name = _SAME.get(name, name)
+            if not re.fullmatch(_OPTION, word):
+                raise UserError(f"{word or repr(word)}: no option; write options as --option=value or -x value")
+            if name in _OWN:
+                raise UserError(f"{name} is not for a sweep; {_INSTEAD}")
+            if name in _READ:
+                pattern, fix = _FORMS.get(name, _NUMBER)
+                if (found := re.fullmatch(pattern, value)) is None:
+                    raise UserError(f"{name}={value}: give {fix}")
+                given[name], counts[name] = value, int(found[1] or 0)
+            elif full := next((each for each in (*_READ, *_OWN, *_SAME) if each.startswith(name)), ""):
+                raise UserError(f"{name}: write the name in full, such as {full}")  # sbatch accepts abbreviations
+            else:
+                others.append(word)
+    nodes, limit = counts.get("--nodes", 1), given.pop("--array", "")
+    ranks = num_gpus or next(filter(None, map(counts.get, ("--ntasks-per-node", "--gpus-per-node", "--gres"))), 1)
+    settings = {"--signal": "USR1@180", **given, "--nodes": nodes, "--ntasks-per-node": ranks}
+    own = [f"{name}={value}" for name, value in settings.items()]
     names = ",".join(f"node{number}" for number in range(1, nodes + 1))
     allocation = {"SLURM_JOB_ID": "0", "SLURM_JOB_NODELIST": names, "SLURM_TASKS_PER_NODE": f"{ranks}(x{nodes})"}
-    return JobOptions(("--job-name=tiedlora-sweep", *others, *words), allocation, limit)
+    return JobOptions(("--job-name=tiedlora-sweep", *others, *own), allocation, limit)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +33,6 @@ from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 LOG_MARK = "$ "  # precedes the command line of each launch in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
-
 
 Begin = Callable[[launchers.Job, Path, int], start.RunningJob]
 
@@ -53,8 +53,7 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
         make_way_for_log(log)
         with log.open("a+b", buffering=0) as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-            cut = stream.read(1) not in (b"", b"\n")  # a killed process may leave an incomplete line
-            mark = f"\n{LOG_MARK}" if cut else LOG_MARK
+            mark = LOG_MARK if stream.read(1) in (b"", b"\n") else f"\n{LOG_MARK}"  # a killed process may cut a line
             stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
             return start.RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
 
@@ -87,8 +86,10 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
         return submit_jobs(plan, jobs)
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
-        lock_all = lock_study(plan.folder.path, part=part, take_over=settings.take_over)
-        with lock_all as lock, stopping.StopSignals() as stop:
+        take = partial(lock_study, plan.folder.path, part=part, take_over=settings.take_over)
+        # A killed task on another node keeps its lock until its token is stale.
+        seconds = 0 if settings.part is None else ownership.STALE_SECONDS + 10
+        with ownership.retried(take, seconds=seconds, pause=1) as lock, stopping.StopSignals() as stop:
             plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner, part))
             if settings.part is None:
                 record.write_record(plan.folder, command, plan.base)
@@ -262,13 +263,9 @@ class Sweep:
         is_base = record.BASE_NAME in left.values()
         output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
         discard(output, guard=folder.guard)  # the folder of an earlier launch has no result
-        given = {
-            **{name: getattr(train, name) for name in fields.marked(adapter_settings.EvaluateSettings, shared=True)},
-            "max_length": with_models_length(train, self.plan.source).max_length,
-            "batch_size": settings.test_batch_size,
-            "limit": self.plan.test_limit,
-            "output_dir": output,
-        }
+        given = {n: getattr(train, n) for n in fields.marked(adapter_settings.EvaluateSettings, shared=True)}
+        given |= {"max_length": with_models_length(train, self.plan.source).max_length, "output_dir": output}
+        given |= {"batch_size": settings.test_batch_size, "limit": self.plan.test_limit}
         words = () if is_base else ("--adapters", *(f"{name}={folder.run(name) / 'adapter'}" for name in left.values()))
         log = f"score {record.BASE_NAME}" if is_base else record.SCORES
         if not self._start(log, "evaluate", given, words):
@@ -302,8 +299,8 @@ class Sweep:
         """
         self.folder.guard()
         self._count()
-        take_over = {"take_over": True} if self.command.settings.take_over else {}
-        flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
+        given = {**settings, "take_over": self.command.settings.take_over or None}
+        flags = {flag: value for flag, value in given.items() if value is not None}
         arguments = (*(f"--{flag}={fields.flag_value(value)}" for flag, value in flags.items()), *words)
         program, private = (str(self.scripts / f"{script}.py"),), self.private
         job = replace(self.plan.job, program=program, arguments=arguments, private=private)
@@ -428,10 +425,8 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
         if any(study.base.task == other.base.task for other in studies[:index]):
             raise UserError(f"{study.folder}: task {study.base.task} appears twice; give one sweep for each task")
         if study.base.base_hash != studies[0].base.base_hash:
-            raise UserError(
-                f"{study.folder}: its base model {study.base.model} differs from {studies[0].base.model} of"
-                f" {studies[0].folder}; give sweeps of the same model"
-            )
+            other = f"{studies[0].base.model} of {studies[0].folder}; give sweeps of the same model"
+            raise UserError(f"{study.folder}: its base model {study.base.model} differs from {other}")
     with lock_study(target, take_over=take_over) as lock:
         show(*(f"written    {path}" for path in write_tables(studies, target, guard=lock.owner.check)))
     return 0

@@ -265,8 +265,13 @@ def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
     and P%."""
     ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
     shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
-    cells = [*_score_texts(record), ranks[0], shares[0], _number(record.get("decline_percent"))]
-    cells.append(_difference_text(record))
+    cells = [
+        *_score_texts(record),
+        ranks[0],
+        shares[0],
+        _number(record.get("decline_percent")),
+        _difference_text(record),
+    ]
     return cells + ([_number(record.get("paper_score")), ranks[1], shares[1]] if with_paper else [])
 
 
@@ -280,9 +285,8 @@ def _score_texts(record: TableRow) -> tuple[str, str]:
 
 
 def _difference_text(record: TableRow) -> str:
-    if "difference" not in record:
-        return NONE
-    return "{} ({} to {})".format(*(_number(record[name]) for name in _DIFFERENCE))
+    numbers = [_number(record.get(name)) for name in _DIFFERENCE]
+    return "{} ({} to {})".format(*numbers) if "difference" in record else NONE
 
 
 def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
@@ -298,7 +302,6 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
     for study in studies:
         if not any(result.point.method == LORA for result in study.table_results):
             notes.append(f"- {study.base.task}: LoRA has no score, so nothing can be compared with it.")
-    for study in studies:
         ranks: dict[str, list[str]] = {}
         for point in study.grid.table:
             if study.results[point].score is None:
@@ -353,10 +356,8 @@ def table3_layout(studies: Sequence[Study]) -> "Table":
             published = (_number(own[name]["paper_score"]) if name in own else "" for name in columns)
             body.append(["the paper", *published])
         (rank, *_), counts = ([*{one[key] for one in own.values()}] for key in ("rank", "trained_parameters"))
-        notes.append(
-            f"- {study.base.task}: rank {rank}, {' or '.join(f'{count:,}' for count in sorted(counts))} trained"
-            " parameters each; scores in per cent with the 95 % interval."
-        )
+        each = f"rank {rank}, {' or '.join(f'{count:,}' for count in sorted(counts))} trained parameters each"
+        notes.append(f"- {study.base.task}: {each}; scores in per cent with the 95 % interval.")
     names = f"{SINGLE_LAYER_TIED} (of {SINGLE_LAYER_TIED}: to the layer with the best score)"
     notes += _study_notes([(study, study.grid.table3) for study in rows], names, records)
     heading = f"Table 3: {model_title(studies[0])}, LoRA on one layer and a tied pair on all"

@@ -87,6 +87,24 @@ def test_more_seeds_can_be_added_and_none_left_out(study: tuple[Base, Path], who
     assert {row["seeds"] for row in csv.DictReader((folder / "table2.csv").open())} == {"1", "3"}  # 1: the base
 
 
+def test_groups_leave_out_seeds_and_runs_that_are_finished(
+    study: tuple[Base, Path], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+
+    def groups(*flags: str) -> list[list[str]]:
+        plan = plan_sweep(parse_sweep([*study_arguments(*study, folder, **SETTINGS), *flags]))
+        return [[run.name for run in group] for group in plan.groups()]
+
+    new = [[f"{point}-lr{rate}-seed7" for rate in RATES] for point in POINTS]
+    assert groups("--seeds=3", "--together=4") == [[*new[0], *new[1]]]
+    shutil.rmtree(folder / "runs" / "tl6-r2-lr5e-2")
+    assert groups("--seeds=2", "--together=1") == [["tl6-r2-lr5e-2"]]
+    # It is trained beside the other rate of its seed, which is finished, and without the other seed.
+    assert groups("--seeds=2", "--together=4") == [["tl6-r2-lr2e-1", "tl6-r2-lr5e-2"]]
+
+
 def test_names_and_settings_of_runs() -> None:
     grid = make_grid(parse_sweep(["--output_dir=x", "--seeds=3", "--seed=9", "--single_layers=2"]), 4)
     assert grid.seeds == (None, 10, 11) and len(grid.all_runs) == 57 * 2 * 3

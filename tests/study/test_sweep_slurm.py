@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from support.run_preludes import at_call
 from support.sweep_runs import LAUNCH, no_start, run_sweep, starts, study_arguments, write_study_base
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.ownership import OWNER_FILE, OwnerLost
+from megatron_tiedlora.base.ownership import OWNER_FILE, STALE_SECONDS, OwnerLost
 from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.planning import machines
 from megatron_tiedlora.planning.planned import Planned, StepPlan
@@ -79,8 +80,12 @@ def planned(study: tuple[Base, Path], folder: Path, *flags: str, **changes: Any)
     ("text", "num_gpus", "nodes", "ranks", "kept"),
     [
         ("", None, 1, 1, []),
-        ("-p gpu -N2 --gpus-per-node=h100:8 --array=%4", None, 2, 8, ["-p", "gpu", "--gpus-per-node=h100:8"]),
-        ("--gpus-per-node 8 --ntasks-per-node 4 --comment 'a b'", None, 1, 4, ["--comment", "a b"]),
+        ("-p gpu -N2 --gpus-per-node=h100:8 --array=%4", None, 2, 8, ["-pgpu", "--gpus-per-node=h100:8"]),
+        ("--gpus-per-node=8 --tasks-per-node=4 --comment='a b'", None, 1, 4, ["--comment=a b"]),
+        ("--gres=gpu:8 --exclusive -s -x n3 -wn1", None, 1, 8, ["--gres=gpu:8", "--exclusive", "-s", "-xn3", "-wn1"]),
+        ("--gres=gpu:a100-80gb:4 --gres-flags=enforce-binding", None, 1, 4, ["--gres=gpu:a100-80gb:4"]),
+        ("--gres=gpu:8 --ntasks-per-node=2", None, 1, 2, ["--gres=gpu:8"]),
+        ("--gres=scratch:1,nvme --wait-all-nodes=1", None, 1, 1, ["--gres=scratch:1,nvme", "--wait-all-nodes=1"]),
         ("--gpus-per-node=8 --signal=USR1@600", 2, 1, 2, ["--signal=USR1@600"]),
     ],
 )
@@ -96,17 +101,58 @@ def test_options(text: str, num_gpus: int | None, nodes: int, ranks: int, kept: 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("--nodes=2-4", "--slurm: --nodes 2-4: give one number"),
+        ("--nodes=2-4", "--slurm: --nodes=2-4: give one number"),
         ("-n 8", "--slurm: --ntasks is not for a sweep; .* --ntasks-per-node"),
-        ("--array=0-3", "--slurm: --array 0-3: give only a limit such as %4"),
-        ("--signal=B:USR1@60", "--slurm: --signal B:USR1@60: give USR1@SECONDS"),
+        ("--array=0-3", "--slurm: --array=0-3: give only a limit such as %4"),
+        ("--signal=B:USR1@60", "--slurm: --signal=B:USR1@60: give USR1@SECONDS"),
         ("-d afterok:3", "--slurm: --dependency is not for a sweep"),
+        ("--gres=gpu:8,nvme:1", "--slurm: --gres=gpu:8,nvme:1: give gpu:N or gpu:TYPE:N, else --gpus-per-node=N"),
+        ("--gpus-per-task=1", "--slurm: --gpus-per-task is not for a sweep"),
+        ("--gpus-per-socket=1", "--slurm: --gpus-per-socket is not for a sweep"),
+        ("--ntasks-per-gpu=1", "--slurm: --ntasks-per-gpu is not for a sweep"),
+        ("-t5 -H", "--slurm: --hold is not for a sweep"),
+        ("-- x", "--slurm: --: no option; write options as --option=value or -x value"),
+        ("--exclusive script.sh", "--slurm: script.sh: no option; write options"),
+        ("--mem=1G -p", "--slurm: -p: no option; write options as"),
+        ("--nodes 2", "--slurm: --nodes=: give one number"),
+        ("-sn4", "--slurm: -sn4: no option; write options as"),
+        ("--ntasks-p=4", "--slurm: --ntasks-p: write the name in full, such as --ntasks-per-node"),
+        ("--tasks-p=4", "--slurm: --tasks-p: write the name in full, such as --tasks-per-node"),
+        ("--node=2", "--slurm: --node: write the name in full, such as --nodes"),
+        ("--w=x", "--slurm: --w: write the name in full, such as --wrap"),
         ("'--time=1", "--slurm '--time=1: no closing quotation; correct the quotation"),
     ],
 )
 def test_options_that_are_rejected(study: tuple[Base, Path], tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         submit(study, tmp_path / "out", text)
+
+
+@pytest.mark.usefixtures("programs")
+def test_jobs_of_runs_that_the_study_does_not_have(study: tuple[Base, Path], tmp_path: Path) -> None:
+    submit(study, folder := tmp_path / "out")
+    (folder / "slurm.json").write_text(json.dumps({"jobs": ["1"], "groups": {RUNS[0]: [RUNS[0], "tl6-r9-lr1"]}}))
+    said = r"out/slurm.json: tl6-r9-lr1 is not a run of this study; submit the study again with --slurm$"
+    for part in (RUNS[0], "scores"):
+        with pytest.raises(UserError, match=said):
+            planned(study, folder, f"--part={part}").groups()
+
+
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize("part", [RUNS[0], "scores"])
+def test_a_part_waits_for_the_lock_of_a_killed_task(
+    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """The lock is that of a process on another node, which was last renewed 59.5 of the 60 seconds ago."""
+    submit(study, folder := tmp_path / "out")
+    own = folder / "jobs" / RUNS[0]
+    with lock_study(folder, part=RUNS[0]):
+        token = {**json.loads((own / OWNER_FILE).read_text()), "machine": "elsewhere"}
+    own.mkdir(parents=True)
+    (own / OWNER_FILE).write_text(json.dumps(token))
+    os.utime(own / OWNER_FILE, (time.time() - STALE_SECONDS + 0.5,) * 2)
+    monkeypatch.setattr("megatron_tiedlora.study.sweep.Sweep.run", lambda self: self.stop.received.append(15))
+    assert sweep(parse_sweep([f"--output_dir={folder}", f"--part={part}"]), scripts=LAUNCH, begin=no_start) == 128 + 15
 
 
 def test_settings_that_do_not_fit(study: tuple[Base, Path], tmp_path: Path) -> None:
