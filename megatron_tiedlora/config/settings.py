@@ -8,7 +8,7 @@ task. This module rejects contradictory settings. Checks that need the model, th
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself exports it since 2.11
@@ -437,11 +437,6 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     def of_rows(self) -> "Settings":
         """The settings for reading rows, whose seed is --split_seed."""
         return self.completed(seed=self.split_seed)
-
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate of a planned run, which is a number."""
-        return cast(float, self.learning_rate)
 
     @property
     def names_data(self) -> bool:

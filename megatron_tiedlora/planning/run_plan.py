@@ -214,7 +214,7 @@ class RunPlan:
     @property
     def rate_in_words(self) -> str:
         """A text with the learning rate. If it was not given, the text has the rate of --learning_rate auto too."""
-        rate = f"{self.settings.peak_rate:g}"
+        rate = f"{float(self.settings.learning_rate):g}"
         if self.by_rule:
             return f"{rate} (auto)"
         given = "learning_rate" in self.settings.model_fields_set

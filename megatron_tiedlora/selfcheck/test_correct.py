@@ -222,7 +222,7 @@ def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[Traini
     trained = list(adapter.num_trained())
     factors = {name: tensor.double() for name, tensor in start.items()}
     optimizer = torch.optim.AdamW(
-        [factors[name] for name in trained], lr=settings.peak_rate, weight_decay=settings.weight_decay
+        [factors[name] for name in trained], lr=float(settings.learning_rate), weight_decay=settings.weight_decay
     )
     for step in steps:
         documents = [

@@ -255,7 +255,7 @@ def make_training(settings: Settings, trained: Iterable[nn.Parameter], adapter: 
     letters = {id(parameter): adapter.part.config.tensors[name][1] for name, parameter in adapter.named_parameters()}
     for parameter in trained:
         groups.setdefault(factors.get(letters.get(id(parameter), ""), 1.0), []).append(parameter)
-    rate = settings.peak_rate
+    rate = float(settings.learning_rate)
     parts = [{"params": own, "lr": rate * factor, "factor": factor} for factor, own in groups.items()]
     optimizer = AdamW(parts, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
     return optimizer, LambdaLR(optimizer, partial(learning_rate_factor, settings))
