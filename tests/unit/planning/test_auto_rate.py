@@ -40,7 +40,7 @@ def plan_of(model: str | Path = "llama2-7b", **changes: Any) -> RunPlan:
 def test_the_rate_is_that_of_the_rule(changes: dict[str, Any], expected: dict[str, Any]) -> None:
     plan = plan_of(**changes)
     rate = auto_rate(changes["method"], **{"rank": 8, **SEVEN_B, **expected})
-    assert plan.settings.learning_rate == plan.settings.peak_rate == rate == plan.auto_rate
+    assert plan.settings.learning_rate == rate == plan.auto_rate
     assert plan.resolved_settings()["learning_rate"] == rate and isinstance(rate, float)
 
 
