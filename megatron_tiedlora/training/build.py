@@ -50,7 +50,7 @@ class BuiltModel:
         bytes_read, bytes_kept: the bytes of base weights that each rank read, and the bytes that each rank stores.
         notes: notes for the user about each adapter: the initial values, and how the base differs from the recorded
             base.
-        starts: the hash of the tensor file of --init_from, by the name of an adapter that starts with its values.
+        starts: on rank 0 the hash of the tensor file of --init_from, by the name of an adapter that starts with it.
     """
 
     runner: Runner
@@ -80,7 +80,7 @@ def build_model(
     """
     resumed = checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
-        own = {name: state for name, state in states.items() if state is not None and resumed.get(name) is None}
+        own = {n: s for n, s in states.items() if s is not None and resumed.get(n) is None and plans[n].grid.rank == 0}
         starts = {name: tensor_file_sha256(plans[name].adapter, state) for name, state in own.items()}
         stage, *_ = model = _build_stage(plans, device, kernels, states, weights)
         frozen = [parameter for parameter in stage.layers.parameters() if not parameter.requires_grad]
