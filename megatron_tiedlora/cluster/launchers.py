@@ -136,11 +136,11 @@ def _hostfile(job: Job) -> dict[Path, str]:
 
 
 def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    # DeepSpeed would ask the first host for its name and address through an ssh without time limits.
+    # DeepSpeed would ask the first host for its name through an ssh without time limits, and describe each process.
     where = ("--master_addr", job.master_addr, "--master_port", str(job.master_port), "--no_ssh_check")
     module = ("--module",) if job.program[0] == "-m" else ()
     ranks = ("--no_local_rank", *job.launcher_args, *module, job.program[-1], *job.arguments)
-    words = (job.launcher_program, "--hostfile", str(job.hostfile), *where)
+    words = (job.launcher_program, "--log_level=warning", "--hostfile", str(job.hostfile), *where)
     if job.route == "local":
         # With a hostfile for this machine the launcher does not read /job/hostfile. --include overrides
         # CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.

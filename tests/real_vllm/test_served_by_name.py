@@ -25,6 +25,7 @@ MANY = 1000
 SAMPLED = 8  # of these, whose answers are those of a merged model
 ASKED = 1  # the prompt that all are asked
 WORKERS = 16  # requests at a time
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"  # the tiny tokenizer has no template
 
 
 @dataclass
@@ -60,7 +61,8 @@ def by_name(
     log, room = tmp_path_factory.mktemp("log") / "log", str(MANY + 50)
     llama.of_method("tl6", "all")  # `tiedlora serve` takes the target modules from what is there
     by_command = request.param == "both"
-    with Server(llama, request.param, llama.root, log, "--max-cpu-loras", room, by_command=by_command) as server:
+    options = "--max-cpu-loras", room, "--chat-template", CHAT
+    with Server(llama, request.param, llama.root, log, *options, by_command=by_command) as server:
         yield ByName(server, llama, llama.root)
 
 
@@ -121,6 +123,21 @@ def test_each_kind_by_name(by_name: ByName) -> None:
     asked = woven(*(questions_of(served) for served in [*kinds, model.base]))
     assert not wrong_answers(asked, by_name.ask(asked))
     assert not wrong_answers(asked, by_name.ask(asked, prompt_logprobs=True))
+
+
+def test_a_chat_is_a_completion_of_what_its_template_makes(by_name: ByName) -> None:
+    """The request that `vllm chat --model-name NAME` sends."""
+    given = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    found = {}
+    for name in (by_name.model.of_method("tl6", "all").name, "base"):
+        chat = {"model": name, "messages": [{"role": "user", "content": "What is tied?"}], **given}
+        reply = by_name.server.call("/v1/chat/completions", chat)
+        assert reply.status == 200 and reply.content["choices"][0]["message"]["role"] == "assistant", reply
+        prompt = {"model": name, "prompt": reply.content["prompt_token_ids"], **given}
+        completed = by_name.server.call("/v1/completions", prompt)
+        found[name], expected = (one.content["choices"][0]["token_ids"] for one in (reply, completed))
+        assert found[name] == expected and len(expected) == 8
+    assert len({*map(tuple, found.values())}) == 2
 
 
 # What is an error ---------------------------------------------------------------------------------------------------
