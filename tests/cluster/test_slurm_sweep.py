@@ -13,13 +13,12 @@ from support.host_needs import needs
 from support.ranks import ENVIRONMENT
 from support.run_files import has_step, losses, status
 from support.slurm_cluster import SlurmCluster
-from support.sweep_runs import run_sweep, study_arguments, write_study_base
+from support.sweep_runs import run_study, study_arguments, write_study_base
 
-RATES = ("2e-1", "5e-2")
 SETTINGS: dict[str, Any] = {
     "methods": "tl6", "ranks": "2", "together": 1, "max_steps": 150, "eval_interval": 50, "save_interval": 50,
 }  # fmt: skip
-RUNS = [f"tl6-r2-lr{rate}" for rate in RATES]
+RUNS = [f"tl6-r2-lr{rate}" for rate in ("2e-1", "5e-2")]
 
 
 @pytest.mark.slow
@@ -64,7 +63,7 @@ def test_a_study_in_the_queue(two_hosts: FakeCluster, tmp_path: Path) -> None:
         assert new["groups"] == {RUNS[1]: [RUNS[1]]} and len(new["jobs"]) == 2
         assert wait_for_all() == ["COMPLETED", "COMPLETED"], logs()
     whole = tmp_path / "whole"
-    run_sweep(study_arguments(*study, whole, **SETTINGS), work=tmp_path / "work", cache=study[0].cache).expect(0)
+    run_study(study, whole, **SETTINGS)
     for name in RUNS:
         assert losses(folder / "runs" / name) == losses(whole / "runs" / name)
         assert status(folder / "runs" / name) == status(whole / "runs" / name)

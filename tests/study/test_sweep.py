@@ -9,22 +9,24 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.run_files import files_of, losses, run_settings, status
-from support.run_helpers import Base, start_command
+from support.run_helpers import start_command
 from support.sweep_runs import (
     LAUNCH,
+    Given,
+    go_on,
     kill_all_at_call,
     kill_all_at_step,
     lose_the_loss,
-    run_sweep,
     signal_sweep_at_step,
     starts,
-    study_arguments,
-    write_study_base,
+    sweep_here,
+    work,
 )
+from support.sweep_runs import run_study as run
+from support.task_files import refusal
 
 RUNS = [f"{m}-r{r}-lr{lr}" for m in ("lora", "tl6") for r in (2, 3) for lr in ("2e-1", "5e-2")]
 TABLES = ("table2.md", "table2.csv", "table2.tex", "figure2.png", "figure3.png")
@@ -33,12 +35,7 @@ LOOP, ADAPTER_RUN = "megatron_tiedlora.training.loop", "megatron_tiedlora.traini
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
-    return write_study_base(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module")
-def whole(study: tuple[Base, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(study: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep that nothing interrupted, of groups of one."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     run(study, folder, together=1)
@@ -51,21 +48,7 @@ def order(runs: list[str]) -> list[str]:
     return ["score base", *(f"group {name}" for name in runs), "scores"]
 
 
-def work(folder: Path) -> Path:
-    return folder.parent / f"{folder.name}-work"
-
-
-def run(study: tuple[Base, Path], folder: Path, *, expect: int = 0, preludes: Any = None, **changes: Any) -> Any:
-    arguments = study_arguments(*study, folder, **changes)
-    return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
-
-
-def go_on(study: tuple[Base, Path], folder: Path, *more: str, expect: int = 0, preludes: Any = None) -> Any:
-    arguments = [f"--output_dir={folder}", *more]
-    return run_sweep(arguments, work=work(folder), cache=study[0].cache, preludes=preludes).expect(expect)
-
-
-def test_what_a_sweep_leaves(study: tuple[Base, Path], whole: Path) -> None:
+def test_what_a_sweep_leaves(study: Given, whole: Path) -> None:
     results = {path.parent.name: json.loads(path.read_text()) for path in (whole / "scores").glob("*/results.json")}
     assert results["base"]["score"] == 0.0 and results["base"]["adapter"] is None
     # By each point's better rate on validation, and nothing else.
@@ -101,23 +84,22 @@ def test_what_a_sweep_leaves(study: tuple[Base, Path], whole: Path) -> None:
     }
 
 
-def test_more_ranks_can_be_added_and_none_left_out(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
+def test_more_ranks_can_be_added_and_none_left_out(study: Given, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(whole, folder)
-    ended = go_on(study, folder, "--methods=lora", expect=2)
-    assert "--methods lora,tl6, but the value tl6 is now missing" in ended.error_line()
-    ended = go_on(study, folder, "--max_steps=17", expect=2)
-    assert "the sweep was started with --max_steps 16, but the value is now 17" in ended.error_line()
-    ended = go_on(study, folder, "--test_limit=3", expect=2)
-    assert "--test_limit no limit, now it is 3" in ended.error_line()
-    assert starts(work(folder)) == []
+    for flag, said in (
+        ("--methods=lora", "--methods lora,tl6, but the value tl6 is now missing"),
+        ("--max_steps=17", "the sweep was started with --max_steps 16, but the value is now 17"),
+        ("--test_limit=3", "--test_limit no limit, now it is 3"),
+    ):
+        assert said in refusal(sweep_here, [f"--output_dir={folder}", flag])
     go_on(study, folder, "--methods=lora,tl6,tl5", "--learning_rates=2e-1,5e-2", "--ranks=2,3")
     new = ["tl5-r2-lr2e-1", "tl5-r2-lr5e-2", "tl5-r3-lr2e-1", "tl5-r3-lr5e-2"]
     assert starts(work(folder)) == order(new)[1:]
     assert "| tl5 | A, B tied |" in (folder / "table2.md").read_text()
 
 
-def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
+def test_runs_that_fail(study: Given, tmp_path: Path) -> None:
     # On validation 5e-2 is the better rate of both: of tl5 the worse run fails, of lora the better. (With 2e-1 beside
     # it roundings would decide which is better.)
     folder, worse, better = tmp_path / "out", "tl5-r2-lr1e-2", "lora-r2-lr5e-2-layer2"
@@ -131,6 +113,7 @@ def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
     assert [run["name"] for run in failed] == [worse, better]
     assert "the loss is nan at step 2" in failed[0]["reason"]
     assert any("the loss is nan" in line for line in failed[0]["last_lines"])
+    assert failed[0]["last_lines"][-1] in ended.outputs[0].partition(f"{worse}: ")[2]
     table = (folder / "table2.md").read_text()
     assert "(5 of custom rows)" in table and "not all learning rates are finished" in table
 
@@ -146,7 +129,7 @@ def test_runs_that_fail(study: tuple[Base, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_path: Path, killed: bool) -> None:
+def test_runs_that_train_together(study: Given, whole: Path, tmp_path: Path, killed: bool) -> None:
     """Tables, answers and runs are those of runs one after another; also if all is killed while they train."""
     folder = tmp_path / "out"
     if killed:
@@ -185,7 +168,7 @@ def test_runs_that_train_together(study: tuple[Base, Path], whole: Path, tmp_pat
 
 
 @pytest.mark.cpu_seconds(20, reason="a study in three starts, beside a whole one")
-def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_beside_others(study: Given, whole: Path, tmp_path: Path) -> None:
     """It is failed alone, with its reason, and tried again by itself. A run that began alone goes on with others."""
     folder, good, sick = tmp_path / "out", "tl6-r2-lr2e-1", "tl6-r2-lr1e9"
     changes = {"methods": "tl6", "ranks": "2", "gradient_clipping": 1.0}
@@ -202,7 +185,7 @@ def test_a_run_that_fails_beside_others(study: tuple[Base, Path], whole: Path, t
     assert starts(work(folder)) == [f"group {good}"]
 
 
-def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) -> None:
+def test_halving_stops_what_is_behind(study: Given, tmp_path: Path) -> None:
     """A clear loser stops at the first evaluation after its warm-up, a near tie goes on, and tables say which stopped;
     the same if all is killed and started again: as only the first was evaluated, before one stops, between exports."""
     # At every evaluation the tie's rates are apart by at most 0.64 of the noise, and at step 4 1e-6 is behind by 6.0
@@ -246,20 +229,9 @@ def test_halving_stops_what_is_behind(study: tuple[Base, Path], tmp_path: Path) 
         assert losses(folder / "runs" / name) == losses(whole / "runs" / name)
 
 
-def test_a_base_that_cannot_be_scored_starts_nothing_else(study: tuple[Base, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    bad = tmp_path / "test.jsonl"
-    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    ended = run((study[0], bad), folder, expect=1)
-    assert starts(work(folder)) == ["score base"]
-    line = f"error: 1 failed: score base; nothing else was started (logs in {folder / 'logs'})"
-    assert ended.error_line() == line
-    assert "test.jsonl:2" in ended.outputs[0] and not (folder / "table2.md").exists()
-
-
 @pytest.mark.parametrize(("number", "status", "together"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_signal_stops_what_runs_and_it_saves(
-    study: tuple[Base, Path], tmp_path: Path, number: int, status: int, together: int
+    study: Given, tmp_path: Path, number: int, status: int, together: int
 ) -> None:
     folder, names = tmp_path / "out", ["tl6-r2-lr2e-1", "tl6-r2-lr5e-2"]
     stop = functools.partial(signal_sweep_at_step, step=2, number=number)

@@ -15,28 +15,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from support.launcher_jobs import write_program
 from support.ranks import wait_for
-from support.run_helpers import Base
-from support.sweep_runs import LAUNCH, a_job, no_start, study_arguments, write_study_base
+from support.sweep_runs import LAUNCH, Given, a_job, planned, study_arguments, sweep_here
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
-from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import take_run_folder
 from megatron_tiedlora.runtime.stopping import StopSignals
-from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
+from megatron_tiedlora.study.plan import SweepPlan
 from megatron_tiedlora.study.record import write_record
-from megatron_tiedlora.study.sweep import Sweep, begin_job, last_lines, lock_study, sweep
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
-    return write_study_base(tmp_path_factory.mktemp("study"))
+from megatron_tiedlora.study.sweep import Sweep, begin_job, last_lines, lock_study
 
 
 class World:
@@ -90,18 +86,10 @@ class _Child:
 
 def write_launcher(folder: Path, text: str) -> tuple[Path, Path]:
     """A deepspeed that is this program, and the Python beside which it would be found."""
-    folder.mkdir(exist_ok=True)
-    launcher = folder / "deepspeed"
-    launcher.write_text(text)
-    launcher.chmod(0o755)
-    return launcher, folder / "python"
+    return write_program(folder, "deepspeed", text), folder / "python"
 
 
-def planned(study: tuple[Base, Path], folder: Path, **changes: Any) -> SweepPlan:
-    return plan_sweep(parse_sweep(study_arguments(*study, folder, **changes)))
-
-
-def test_one_after_another_and_a_failure_is_kept(study: tuple[Base, Path], tmp_path: Path) -> None:
+def test_one_after_another_and_a_failure_is_kept(study: Given, tmp_path: Path) -> None:
     """Nothing leaves a result here. What was scored before needs none, and the groups come without the others."""
     plan = planned(study, tmp_path / "out", together=2, ranks="2")
     world = World(plan, ticks=2)
@@ -114,30 +102,26 @@ def test_one_after_another_and_a_failure_is_kept(study: tuple[Base, Path], tmp_p
     assert {reason for reason, _ in world.work.failures.values()} == {"it was not started"}
 
 
-def full_disk(*_: Any, **__: Any) -> Any:
-    raise OSError(28, "no space left on device")
-
-
 @pytest.mark.parametrize("shown", [True, False])
 def test_without_the_base_s_score_nothing_follows(
-    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: bool
+    study: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, shown: bool
 ) -> None:
     """And progress that cannot be shown stops nothing."""
     world = World(planned(study, tmp_path / "out"), ticks=2)
     if not shown:
-        monkeypatch.setattr(world.work._bar, "set_postfix_str", full_disk)
+        monkeypatch.setattr(world.work._bar, "set_postfix_str", Mock(side_effect=OSError(28, "no space left")))
     world.work.run()
     assert list(world.work.failures) == ["score base"] and world.work.given_up
     assert world.events == ["score base begins", "score base ends"]
+    assert world.work.end() == 1 and not (tmp_path / "out" / "table2.md").exists()
+    line = f"error: 1 failed: score base; nothing else was started (logs in {tmp_path / 'out' / 'logs'})"
+    assert capsys.readouterr().err.splitlines()[-1] == line
 
 
-@pytest.mark.parametrize(
-    ("received", "killed"),
-    [([2], False), ([15, 15], False), ([2, 2], True), ([15, 2], True)],
-)
+@pytest.mark.parametrize(("received", "killed"), [([2], False), ([15, 15], False), ([2, 2], True), ([15, 2], True)])
 @pytest.mark.parametrize("together", [False, True])
 def test_signals_are_passed_on_once_and_a_second_interrupt_kills(
-    study: tuple[Base, Path], tmp_path: Path, received: list[int], killed: bool, together: bool
+    study: Given, tmp_path: Path, received: list[int], killed: bool, together: bool
 ) -> None:
     waiting = list(received)
 
@@ -154,11 +138,8 @@ def test_signals_are_passed_on_once_and_a_second_interrupt_kills(
     assert ("score base killed" in world.events) == killed and world.events[-1] == "score base ends"
 
 
-def test_an_error_of_the_sweeps_own_leaves_nothing_running(study: tuple[Base, Path], tmp_path: Path) -> None:
-    def fail(world: World) -> None:
-        raise MemoryError
-
-    world = World(planned(study, tmp_path / "out"), ticks=4, stop=fail)
+def test_an_error_of_the_sweeps_own_leaves_nothing_running(study: Given, tmp_path: Path) -> None:
+    world = World(planned(study, tmp_path / "out"), ticks=4, stop=Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         world.work.run()
     assert world.events == ["score base begins", "score base killed"]
@@ -187,11 +168,10 @@ def test_gpus_are_those_that_the_user_left_visible(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
     assert visible_gpus() == ("3", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    with pytest.raises(UserError, match="only GPU numbers are supported"):
-        visible_gpus()
+    assert "only GPU numbers are supported" in refusal(visible_gpus)
 
 
-def test_a_port_for_each_start_unless_one_is_named(study: tuple[Base, Path], tmp_path: Path) -> None:
+def test_a_port_for_each_start_unless_one_is_named(study: Given, tmp_path: Path) -> None:
     ports = []
     for number, flags in enumerate(({}, {}, {"launcher_args": "--master_port 5"})):
         world = World(planned(study, tmp_path / str(number), **flags))
@@ -205,8 +185,6 @@ def test_a_port_for_each_start_unless_one_is_named(study: tuple[Base, Path], tmp
 
 
 def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
-    with lock_study(tmp_path) as lock, pytest.raises(UserError, match="it is another sweep"), lock_study(tmp_path):
-        pass
     with lock_study(tmp_path) as lock:
         left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.descriptor,))
     try:
@@ -253,49 +231,44 @@ def test_last_lines_are_what_was_printed_and_not_the_bars(tmp_path: Path) -> Non
 # Errors of the sweep's own --------------------------------------------------------------------------------------------
 
 
-def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Path) -> None:
+def test_a_study_and_a_run_in_one_folder(study: Given, tmp_path: Path) -> None:
     """Whoever comes second is told who is there: a sweep beside a run that has just begun, and a run beside a sweep."""
     folder = tmp_path / "out"
     using = r"out: a launch on .* is using this folder"
     with take_folder(folder, hint="") as run_s, pytest.raises(UserError, match=using):
-        sweep(parse_sweep(study_arguments(*study, folder)), scripts=LAUNCH, begin=no_start)
+        sweep_here(study_arguments(*study, folder))
     assert not folder.exists() and run_s.owner.folder == folder
     with lock_study(folder), pytest.raises(UserError, match=r"out: a launch on .* is using this folder .* --take_over"):
         take_run_folder(make_settings({"output_dir": str(folder), "resume": "auto"}))
     folder.mkdir()
     (folder / "sweep.yaml").write_text("methods: [tl6]\n")
-    with pytest.raises(UserError, match="holds other files; give a new folder"):
-        take_run_folder(make_settings({"output_dir": str(folder), "resume": "auto"}))
+    settings = make_settings({"output_dir": str(folder), "resume": "auto"})
+    assert "holds other files; give a new folder" in refusal(take_run_folder, settings)
 
 
 def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:
     _, python = write_launcher(tmp_path / "bin", "#!/nowhere/sh\n")
     job = a_job(tmp_path, python=python)
     with lock_study(tmp_path / "out") as lock:
-        with pytest.raises(UserError, match=r"deepspeed: cannot be started \(No such file or directory\)"):
-            begin_job(job, tmp_path / "logs" / "a.log", lock.descriptor)
-        with pytest.raises(UserError, match=r"file/a.log: cannot be written \(File exists\)"):
-            (tmp_path / "file").touch()
-            begin_job(job, tmp_path / "file" / "a.log", lock.descriptor)
-        with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
-            begin_job(job, Path("/dev/full"), lock.descriptor)
+        (tmp_path / "file").touch()
+        for log, said in (
+            (tmp_path / "logs" / "a.log", "deepspeed: cannot be started (No such file or directory)"),
+            (tmp_path / "file" / "a.log", "file/a.log: cannot be written (File exists)"),
+            (Path("/dev/full"), "/dev/full: cannot be written (No space left on device)"),
+        ):
+            assert said in refusal(begin_job, job, log, lock.descriptor)
 
 
-def test_without_a_launcher_nothing_begins(
-    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_launcher_nothing_begins(study: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(UserError, match="deepspeed: this program is not installed"):
-        sweep(parse_sweep(study_arguments(*study, tmp_path / "out")), scripts=LAUNCH, begin=no_start)
+    said = refusal(sweep_here, study_arguments(*study, tmp_path / "out"))
+    assert "deepspeed: this program is not installed" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sweep_that_cannot_go_on_says_so_in_its_status(study: tuple[Base, Path], tmp_path: Path) -> None:
-    def begin(*_: Any) -> Any:
-        raise UserError("the log: cannot be written")
-
-    with pytest.raises(UserError, match="the log"):
-        sweep(parse_sweep(study_arguments(*study, tmp_path / "out")), scripts=LAUNCH, begin=begin)
+def test_a_sweep_that_cannot_go_on_says_so_in_its_status(study: Given, tmp_path: Path) -> None:
+    begin = Mock(side_effect=UserError("the log: cannot be written"))
+    assert "the log" in refusal(sweep_here, study_arguments(*study, tmp_path / "out"), begin)
     status = json.loads((tmp_path / "out" / "sweep_status.json").read_text())
     assert status == {"state": "failed", "reason": "the log: cannot be written", "failed": []}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.launcher_jobs import write_program
 from support.run_files import losses, status
-from support.run_helpers import Base
+from support.run_helpers import Ended
 from support.run_preludes import at_call
-from support.sweep_runs import LAUNCH, no_start, run_sweep, starts, study_arguments, write_study_base
+from support.sweep_runs import Given, go_on, planned, run_study, starts, study_arguments, sweep_here, work
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, STALE_SECONDS, OwnerLost
-from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.planning import machines
 from megatron_tiedlora.planning.planned import Planned, StepPlan
 from megatron_tiedlora.study import slurm
-from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import StudyFolder
-from megatron_tiedlora.study.sweep import lock_study, sweep
+from megatron_tiedlora.study.sweep import lock_study
 
 RUNS = [f"tl6-r2-lr{rate}" for rate in ("2e-1", "5e-2")]
-SETTINGS = {"methods": "tl6", "ranks": "2", "together": 1}
+SETTINGS: dict[str, Any] = {"methods": "tl6", "ranks": "2", "together": 1}
 # Notes its name and words. sbatch answers with the next number, and rejects the job whose number is in `reject`.
 PROGRAM = """#!/bin/bash
 cd "$(dirname "$0")"; name=$(basename "$0"); echo "$name $*" >> calls; env | grep ^SLURM_JOB >> variables
@@ -41,19 +42,13 @@ esac
 """
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
-    return write_study_base(tmp_path_factory.mktemp("study"))
-
-
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of Slurm's programs, first on the path, and of the notes that they make."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("sbatch", "squeue", "scontrol", "scancel", "srun"):
-        (folder / name).write_text(PROGRAM)
-        (folder / name).chmod(0o755)
+        write_program(folder, name, PROGRAM)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("STUDY", str(tmp_path / "out"))
     return folder
@@ -67,13 +62,8 @@ def calls(programs: Path) -> list[str]:
     return lines
 
 
-def submit(study: tuple[Base, Path], folder: Path, options: str = "", *more: str) -> int:
-    arguments = study_arguments(*study, folder, **SETTINGS)
-    return sweep(parse_sweep([*arguments, f"--slurm={options}", *more]), scripts=LAUNCH, begin=no_start)
-
-
-def planned(study: tuple[Base, Path], folder: Path, *flags: str, **changes: Any) -> SweepPlan:
-    return plan_sweep(parse_sweep([*study_arguments(*study, folder, **{**SETTINGS, **changes}), *flags]))
+def submit(study: Given, folder: Path, options: str = "", *more: str) -> int:
+    return sweep_here([*study_arguments(*study, folder, **SETTINGS), f"--slurm={options}", *more])
 
 
 @pytest.mark.parametrize(
@@ -120,28 +110,25 @@ def test_options(text: str, num_gpus: int | None, nodes: int, ranks: int, kept: 
         ("--tasks-p=4", "--slurm: --tasks-p: write the name in full, such as --tasks-per-node"),
         ("--node=2", "--slurm: --node: write the name in full, such as --nodes"),
         ("--w=x", "--slurm: --w: write the name in full, such as --wrap"),
-        ("'--time=1", "--slurm '--time=1: no closing quotation; correct the quotation"),
     ],
 )
-def test_options_that_are_rejected(study: tuple[Base, Path], tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        submit(study, tmp_path / "out", text)
+def test_options_that_are_rejected(text: str, said: str) -> None:
+    assert re.search(said, refusal(slurm.job_options, text, num_gpus=None))
 
 
 @pytest.mark.usefixtures("programs")
-def test_jobs_of_runs_that_the_study_does_not_have(study: tuple[Base, Path], tmp_path: Path) -> None:
+def test_jobs_of_runs_that_the_study_does_not_have(study: Given, tmp_path: Path) -> None:
     submit(study, folder := tmp_path / "out")
     (folder / "slurm.json").write_text(json.dumps({"jobs": ["1"], "groups": {RUNS[0]: [RUNS[0], "tl6-r9-lr1"]}}))
-    said = r"out/slurm.json: tl6-r9-lr1 is not a run of this study; submit the study again with --slurm$"
+    said = f"{folder}/slurm.json: tl6-r9-lr1 is not a run of this study; submit the study again with --slurm"
     for part in (RUNS[0], "scores"):
-        with pytest.raises(UserError, match=said):
-            planned(study, folder, f"--part={part}").groups()
+        assert refusal(planned(study, folder, f"--part={part}", **SETTINGS).groups) == said
 
 
 @pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("part", [RUNS[0], "scores"])
 def test_a_part_waits_for_the_lock_of_a_killed_task(
-    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+    study: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """The lock is that of a process on another node, which was last renewed 59.5 of the 60 seconds ago."""
     submit(study, folder := tmp_path / "out")
@@ -152,27 +139,22 @@ def test_a_part_waits_for_the_lock_of_a_killed_task(
     (own / OWNER_FILE).write_text(json.dumps(token))
     os.utime(own / OWNER_FILE, (time.time() - STALE_SECONDS + 0.5,) * 2)
     monkeypatch.setattr("megatron_tiedlora.study.sweep.Sweep.run", lambda self: self.stop.received.append(15))
-    assert sweep(parse_sweep([f"--output_dir={folder}", f"--part={part}"]), scripts=LAUNCH, begin=no_start) == 128 + 15
+    assert sweep_here([f"--output_dir={folder}", f"--part={part}"]) == 128 + 15
 
 
-def test_settings_that_do_not_fit(study: tuple[Base, Path], tmp_path: Path) -> None:
-    def message(*flags: str) -> str:
-        with pytest.raises(UserError) as raised:
-            planned(study, tmp_path / "out", *flags)
-        return str(raised.value)
-
+def test_settings_that_do_not_fit(study: Given, tmp_path: Path) -> None:
+    message = functools.partial(refusal, planned, study, tmp_path / "out", **SETTINGS)
     (file := tmp_path / "s.yaml").write_text("slurm: --wrap=reboot\n")
     assert message("--config", str(file)).endswith("slurm is not read from a file; give --slurm on the command line")
+    assert message("--slurm='--time=1") == "--slurm '--time=1: no closing quotation; correct the quotation"
     assert "needs --slurm or --dry_run" in message("--gpu=h100")
     assert message("--part=base", "--slurm=") == "--part base runs here; remove --slurm"
     assert "srun or mpirun starts the ranks" in message("--slurm=", "--launcher_args=--launcher torchrun")
     for flags, together, said in (
         ("--part=x", 1, "--part x: --slurm has planned no such part. Give one of base, scores"),
-        ("--slurm=--gres=gpu:2", "auto", "this machine has no GPU .* give their kind to --gpu, or give a number"),
+        ("--slurm=--gres=gpu:2", "auto", "jobs' GPUs; give their kind to --gpu, or give a number"),
     ):
-        plan = planned(study, tmp_path / "out", flags, together=together)
-        with pytest.raises(UserError, match=said):
-            plan.groups()
+        assert said in refusal(planned(study, tmp_path / "out", flags, **{**SETTINGS, "together": together}).groups)
 
 
 def test_the_script(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +162,8 @@ def test_the_script(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPa
     here = tmp_path / 'it\'s "$HOME" `x`'
     here.mkdir()
     monkeypatch.chdir(here)
-    program, options = here / "pro gram", slurm.job_options("--array=%3", num_gpus=None)
-    program.write_text('#!/bin/bash\nprintf "%s\\n" "$PWD" "$@" "${SRUN_CPUS_PER_TASK:-no}" > said; exit $WANTED\n')
-    program.chmod(0o755)
+    text = '#!/bin/bash\nprintf "%s\\n" "$PWD" "$@" "${SRUN_CPUS_PER_TASK:-no}" > said; exit $WANTED\n'
+    program, options = write_program(here, "pro gram", text), slurm.job_options("--array=%3", num_gpus=None)
     jobs = slurm.Submission(StudyFolder(here / "100%"), options, [str(program), "--a=$b c"], {}, ["base"])
     (here / "script").write_text(jobs.script)
     for wanted, index, cpus in ((138, "1", "4"), (1, None, None), (0, "0", None)):
@@ -196,9 +177,9 @@ def test_the_script(tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPa
     assert f"--output={here}/100%%/logs/slurm-%j.out" in next(jobs.commands([]))
 
 
-def test_gpu_hours(study: tuple[Base, Path], tmp_path: Path) -> None:
+def test_gpu_hours(study: Given, tmp_path: Path) -> None:
     """Hours of a step by its own plan, times steps and ranks; of data, those of the samples' lengths."""
-    shape: dict[str, Any] = {"model": "llama2-7b", "max_length": 512, "global_batch_size": 16, "dtype": "bf16"}
+    shape = {**SETTINGS, "model": "llama2-7b", "max_length": 512, "global_batch_size": 16, "dtype": "bf16"}
     plan = planned(study, tmp_path / "out", "--slurm=--nodes=2 --gpus-per-node=4", "--gpu=h100", "--dry_run", **shape)
     hours = plan.gpu_hours(plan.groups())
     for run, found in zip(plan.runs, hours or (), strict=True):
@@ -207,12 +188,12 @@ def test_gpu_hours(study: tuple[Base, Path], tmp_path: Path) -> None:
         seconds = Planned(step=step, layout=step.layout, machine=card, per_node=4).seconds.total
         assert plan.runs[run].layout.dp_size == 8 and found == pytest.approx(16 * seconds * 8 / 3600)
     assert hours is not None and f"  {sum(hours):,.2f} GPU hours of training steps" in "\n".join(plan.dry_run_lines())
-    plan = planned(study, tmp_path / "out", "--slurm=")
+    plan = planned(study, tmp_path / "out", "--slurm=", **SETTINGS)
     assert plan.gpu_hours(plan.groups()) is None
     assert "rank hours are unknown; give --gpu, or --constants" in "\n".join(plan.dry_run_lines())
 
     (file := tmp_path / "cpu.json").write_text(json.dumps({**machines.CPU.record(), "title": "here"}))
-    plan = planned(study, tmp_path / "out", "--slurm=", f"--constants={file}")
+    plan = planned(study, tmp_path / "out", "--slurm=", f"--constants={file}", **SETTINGS)
     own = plan.gpu_hours(plan.groups())
     long = sum(Planned(step=(step := StepPlan({"a": p})), layout=step.layout, machine=machines.CPU).hours
                for p in plan.runs.values())  # fmt: skip
@@ -220,7 +201,7 @@ def test_gpu_hours(study: tuple[Base, Path], tmp_path: Path) -> None:
 
 
 def test_what_is_submitted(
-    study: tuple[Base, Path], tmp_path: Path, programs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    study: Given, tmp_path: Path, programs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
     monkeypatch.setenv("SLURM_JOB_NAME", "x")  # as in another allocation
@@ -234,16 +215,11 @@ def test_what_is_submitted(
     words = [line.split() for line in found]
     assert all(line[:2] == ["sbatch", "--parsable"] and "--time=9" in line for line in words)
     own = [[w for w in line if w.startswith(("--hold", "--dep", "--array", "--kill"))] for line in words]
-    after = (
-        ["--kill-on-invalid-dep=yes", "--dependency=afterok:11"],
-        ["--kill-on-invalid-dep=yes", "--dependency=afterany:12"],
-    )
-    assert own == [["--hold"], ["--array=0-1%1", *after[0]], after[1]]
+    kill = "--kill-on-invalid-dep=yes"
+    assert own == [["--hold"], ["--array=0-1%1", kill, "--dependency=afterok:11"], [kill, "--dependency=afterany:12"]]
     assert "--dependency=afterany:JOB" in shown
-    assert json.loads((folder / "slurm.json").read_text()) == {
-        "jobs": ["11", "12", "13"],
-        "groups": {name: [name] for name in RUNS},
-    }
+    before = (folder / "slurm.json").read_text()
+    assert json.loads(before) == {"jobs": ["11", "12", "13"], "groups": {name: [name] for name in RUNS}}
     assert '--launcher_args=--num_gpus 1\' --part="$1"' in (folder / "slurm.sbatch").read_text()
     assert (programs / "variables").read_text() == ""
     assert OWNER_FILE not in (programs / "at_release").read_text().split(), "the first job can lock the folder"
@@ -251,23 +227,20 @@ def test_what_is_submitted(
 
     (programs / "queue").write_text("12_[0-1%1]\n13\n")
     for more in ("--slurm=", "--together=1"):
-        with pytest.raises(UserError, match=r"queued or run \(12_\[0-1%1\], 13\); wait .* scancel 11 12 13$"):
-            sweep(parse_sweep([f"--output_dir={folder}", more]), scripts=LAUNCH, begin=no_start)
+        said = refusal(sweep_here, [f"--output_dir={folder}", more])
+        assert "queued or run (12_[0-1%1], 13); wait " in said and said.endswith(" scancel 11 12 13")
     (programs / "queue").unlink()  # then squeue does not know the jobs
     (programs / "reject").write_text("15")
     calls(programs)
-    before = (folder / "slurm.json").read_text()
-    with pytest.raises(UserError, match="sbatch fails: sbatch: error: no such partition"):
-        sweep(parse_sweep([f"--output_dir={folder}", "--slurm="]), scripts=LAUNCH, begin=no_start)
+    said = refusal(sweep_here, [f"--output_dir={folder}", "--slurm="])
+    assert said == "sbatch fails: sbatch: error: no such partition"
     assert calls(programs)[-1] == "scancel 14" and (folder / "slurm.json").read_text() == before
 
 
-def test_without_slurm(study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm(study: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"--slurm: sbatch fails .No such file or directory.; submit on a login node of the cluster"
-    ):
-        submit(study, tmp_path / "out")
+    said = refusal(submit, study, tmp_path / "out")
+    assert said == "--slurm: sbatch fails (No such file or directory); submit on a login node of the cluster"
     assert not (tmp_path / "out").exists()
 
 
@@ -295,14 +268,13 @@ BEFORE_STEPS = functools.partial(be_told, module="planning.adapter_plans", name=
 
 
 @pytest.mark.cpu_seconds(25, reason="a study twice, in one launch and in parts")
-def test_a_study_in_parts(study: tuple[Base, Path], tmp_path: Path, programs: Path) -> None:
+def test_a_study_in_parts(study: Given, tmp_path: Path, programs: Path) -> None:
     """Its tables and runs are those of one launch, though one task was requeued and the other came too late."""
     folder, whole = tmp_path / "out", tmp_path / "whole"
     submit(study, folder)
 
-    def run(part: str, *, expect: int = 0, **keywords: Any) -> Any:
-        arguments = [f"--output_dir={folder}", f"--part={part}"]
-        return run_sweep(arguments, work=tmp_path / "work", cache=study[0].cache, **keywords).expect(expect)
+    def run(part: str, **keywords: Any) -> Ended:
+        return go_on(study, folder, f"--part={part}", **keywords)
 
     early = run("scores", expect=1)
     assert early.error_line().startswith("error: 1 failed: score base; nothing else was started")
@@ -323,14 +295,13 @@ def test_a_study_in_parts(study: tuple[Base, Path], tmp_path: Path, programs: Pa
     run(RUNS[1])
     run("scores")
     groups = [f"group {name}" for name in (RUNS[0], RUNS[0], RUNS[0], RUNS[1])]
-    assert starts(tmp_path / "work") == ["score base", *groups[:3], "scores", groups[3]]
-    arguments = study_arguments(*study, whole, **SETTINGS)
-    run_sweep(arguments, work=tmp_path / "work", cache=study[0].cache).expect(0)
+    assert starts(work(folder)) == ["score base", *groups[:3], "scores", groups[3]]
+    run_study(study, whole, **SETTINGS)
     for name in RUNS:
         assert losses(folder / "runs" / name) == losses(whole / "runs" / name)
         assert status(folder / "runs" / name) == status(whole / "runs" / name)
     for name in ("table2.md", "table2.csv", "figure2.png"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     calls(programs)
-    again = sweep(parse_sweep([f"--output_dir={folder}", "--slurm="]), scripts=LAUNCH, begin=no_start)
-    assert again == 0 and not any("--parsable" in line for line in calls(programs)), "nothing is left to submit"
+    assert sweep_here([f"--output_dir={folder}", "--slurm="]) == 0
+    assert not any("--parsable" in line for line in calls(programs)), "nothing is left to submit"

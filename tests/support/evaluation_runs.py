@@ -32,10 +32,8 @@ FILES = {"predictions.jsonl", "results.json"}
 def evaluate(
     folder: Path, *, work: Path, expect: int = 0, ranks: int | None = None, prelude: Any = None, **settings: Any
 ) -> Ended:
-    """One evaluation into `folder`, started in `work`, which must end with status `expect` on every rank.
-
-    An adapter's folder has its two files then, and where the evaluation has failed there is nothing.
-    """
+    """One evaluation into `folder`, started in `work`, which must end with status `expect` on every rank. An adapter's
+    folder has its two files then, and where the evaluation has failed there is nothing."""
     words = settings.pop("adapters", ())
     settings = {"output_dir": folder, "dtype": "fp32", **settings}
     arguments = [f"--{name}={str(value).lower() if value is True else value}" for name, value in settings.items()]
@@ -50,9 +48,7 @@ def evaluate(
 
 def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     """Rank 0's start of an evaluation in this process, until it would load the model; then it gives its folder back.
-
-    It takes the steps of commands/evaluate.py, without a process group.
-    """
+    It takes the steps of commands/evaluate.py, without a process group."""
     from megatron_tiedlora.commands.evaluate import take_results_folder
     from megatron_tiedlora.config.cli import parse_settings
     from megatron_tiedlora.data.splits import check_files_exist
@@ -86,9 +82,7 @@ def write_tasks(folder: Path) -> dict[str, dict[str, str]]:
 
 def answers_of(engine: Any = None, **settings: Any) -> dict[str, list[Answer]]:
     """The answers in this process, from this package's decoder, one adapter after the other, or from `engine`'s class.
-
-    Settings are a task's, in fp32 with answers of up to 40 tokens, which are several rounds of vLLM.
-    """
+    Settings are a task's, in fp32 with answers of up to 40 tokens, which are several rounds of vLLM."""
     own = {"dtype": "fp32", "max_new_tokens": 40, "engine": "vllm" if engine else "own"}
     plans = plan_evaluations(EvaluateSettings(**{**own, **settings}), rank=0, world_size=1)
     scored, found = read_scored(plans), {}

@@ -25,7 +25,9 @@ from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import make_job
 from megatron_tiedlora.config.job_settings import parse_launcher, parse_sweep
 from megatron_tiedlora.study import tables
+from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import Point, Study, make_grid
+from megatron_tiedlora.study.sweep import sweep
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT, fork_server, redirect_output
 from support.run_helpers import Base, Ended, World, _be_rank, write_base
@@ -45,14 +47,8 @@ def write_study(
 ) -> Path:
     """A study without runs. `known`: its base is the paper's `model`, by which name its shape goes."""
     folder.mkdir(parents=True)
-    content = {
-        "methods": ["lora", "tl6"],
-        "ranks": [2, 8],
-        "learning_rates": [1e-4],
-        "model": model,
-        "task": task,
-        **settings,
-    }
+    content = {"methods": ["lora", "tl6"], "ranks": [2, 8], "learning_rates": [1e-4], "model": model, "task": task}
+    content |= settings
     (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
     layers, hidden = SHAPES[model]
     command = parse_sweep([f"--config={folder / 'sweep.yaml'}", f"--output_dir={folder}"])
@@ -129,10 +125,11 @@ def write_scored(folder: Path, name: str, score: float, **keywords: Any) -> None
 
 
 LAUNCH = ROOT / "launch"
+Given = tuple[Base, Path]  # a model with its data, and a test set
 Preludes = Mapping[str, Callable[..., None]]  # by name of the start's log
 
 
-def write_study_base(folder: Path) -> tuple[Base, Path]:
+def write_study_base(folder: Path) -> Given:
     """A tiny model, data whose answer depends on the question's last letter, and a test set: adapters of different
     methods, ranks and learning rates come to different scores on it."""
     base, test = write_base(folder), folder / "test.jsonl"
@@ -160,6 +157,16 @@ def study_arguments(base: Base, test: Path, folder: Path, **changes: Any) -> lis
         **changes,
     }
     return base.arguments(**settings)
+
+
+def planned(study: Given, folder: Path, *flags: str, **changes: Any) -> SweepPlan:
+    """The plan of a sweep with these arguments."""
+    return plan_sweep(parse_sweep([*study_arguments(*study, folder, **changes), *flags]))
+
+
+def sweep_here(arguments: Sequence[str], begin: Any = no_start) -> int:
+    """A sweep in this process; returns its exit status."""
+    return sweep(parse_sweep(arguments), scripts=LAUNCH, begin=begin)
 
 
 def a_job(folder: Path, *words: str, python: Path = Path(sys.executable), port: int = 1) -> Job:
@@ -249,8 +256,6 @@ def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, o
 
     tqdm.monitor_interval = 0  # a thread would not outlive the forks, and its lock might
     from megatron_tiedlora.config.cli import run_command
-    from megatron_tiedlora.config.job_settings import parse_sweep
-    from megatron_tiedlora.study.sweep import sweep
 
     start: Any = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)
     run_command(lambda argv: sweep(parse_sweep(argv), scripts=LAUNCH, begin=start), arguments)
@@ -270,6 +275,23 @@ def start_sweep(arguments: list[str], *, work: Path, cache: Path, preludes: Prel
 def run_sweep(arguments: list[str], **keywords: Any) -> Ended:
     """`start_sweep` and wait."""
     return start_sweep(arguments, **keywords).wait()
+
+
+def work(folder: Path) -> Path:
+    """Where the commands of a study run."""
+    return folder.parent / f"{folder.name}-work"
+
+
+def go_on(study: Given, folder: Path, *words: str, expect: int = 0, preludes: Preludes | None = None) -> Ended:
+    """A sweep with only its folder and `words`, which must end with status `expect`."""
+    keywords = {"work": work(folder), "cache": study[0].cache, "preludes": preludes}
+    return run_sweep([f"--output_dir={folder}", *words], **keywords).expect(expect)
+
+
+def run_study(study: Given, folder: Path, *, expect: int = 0, preludes: Any = None, **changes: Any) -> Ended:
+    """A sweep with all its arguments."""
+    words = study_arguments(*study, folder, output_dir=None, **changes)
+    return go_on(study, folder, *words, expect=expect, preludes=preludes)
 
 
 def starts(work: Path) -> list[str]:

@@ -26,11 +26,7 @@ def rate_of(method: str, **changes: Any) -> float:
     return auto_rate(method, **{**REFERENCE, **changes})
 
 
-def test_every_method_has_constants() -> None:
-    assert list(RULES) == list(METHODS)
-
-
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_reference_run_has_the_rate_of_the_table(method: str) -> None:
     assert rate_of(method) == float(f"{RULES[method].rate:.1e}")
 

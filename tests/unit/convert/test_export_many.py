@@ -136,9 +136,7 @@ def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> No
 # Many adapters -------------------------------------------------------------------------------------------------------
 
 
-def test_many_in_one_call(
-    adapters: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_many_in_one_call(adapters: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [str(adapters / "runs/*/adapter"), str(adapters / "plain")]
     assert call("export", ["--adapter", *given, "--output", str(tmp_path / "all")]) == 0
     exported, plugin, by_name, vllm, resolver, serving = capsys.readouterr().out.splitlines()
@@ -275,9 +273,7 @@ def test_what_vllm_does_not_serve_is_said() -> None:
         assert "sglang.launch_server --model-path org/base" in others and "convert_lora_to_gguf.py peft" in others
         assert "vllm serve" not in others
     several = {"a": Export(Path("a"), 8, ["qkv"]), "b": Export(Path("b"), 8, ["qkv"])}
-    assert serve_hints(several, STABLE) == [
-        "# vLLM has no LoRA for StableLM; serve the merged model instead"
-    ]
+    assert serve_hints(several, STABLE) == ["# vLLM has no LoRA for StableLM; serve the merged model instead"]
     huge = {name: export._replace(rank=513) for name, export in several.items()}
     (said,) = serve_hints(huge, BASE)
     assert said == "# vLLM accepts ranks up to 512; serve the merged model of a, b instead"
@@ -306,8 +302,7 @@ def test_one_command_serves_all_by_name() -> None:
 def test_the_name_that_vllm_s_resolver_asks_for_is_said_where_it_differs() -> None:
     lines = serve_hints(one(8), SHARED, named="llama2-7b")
     assert lines[1] == (
-        "# only for vLLM's filesystem resolver: the export names llama2-7b; export with --base_name"
-        " /shared/llama2-7b"
+        "# only for vLLM's filesystem resolver: the export names llama2-7b; export with --base_name /shared/llama2-7b"
     )
     assert lines[2].startswith("vllm serve /shared/llama2-7b ")
     for named in ("/shared/llama2-7b", None):
