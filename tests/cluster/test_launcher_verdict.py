@@ -1,21 +1,15 @@
-"""A status file that is seen late, one that holds what a terminal would act on, and the command of --on_end."""
+"""A status file that is seen late, and one that holds what a terminal would act on."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.launcher_jobs import write_program
 
-from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import START_ID, FolderLock, take_folder
-from megatron_tiedlora.cluster.start import StatusFile, judge, launch
-from megatron_tiedlora.config.job_settings import parse_launch
+from megatron_tiedlora.cluster.start import StatusFile, judge
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(30)
@@ -80,30 +74,3 @@ def test_a_status_with_control_characters_is_one_line(tmp_path: Path) -> None:
     folder.write_status("failed", step=4, reason="\x1b[2J\n" + "x" * 5000)
     line = judge(file, launcher="srun", launcher_status=1, passed_on=0).line
     assert line.isprintable() and len(line) < 1500 and "\\x1b[2J" in line
-
-
-@pytest.mark.parametrize("cause", ["signal", "error"])
-def test_a_command_is_told_of_the_last_end_if_a_restart_does_not_begin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str
-) -> None:
-    folder, status = tmp_path / "out", '{"state": "failed", "step": 3, "reason": "so"}'
-    program = f"mkdir -p {folder}; echo >> {tmp_path}/starts; echo '{status}' > {folder}/run_status.json; exit 7"
-    write_program(tmp_path / "bin", "mpirun", f"#!/bin/bash\n{program}\n")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-
-    def between_attempts(_: Any) -> int:
-        if (tmp_path / "starts").exists():
-            if cause == "error":
-                raise UserError("no port is free")
-            signal.raise_signal(signal.SIGTERM)
-        return 20000
-
-    monkeypatch.setattr("megatron_tiedlora.cluster.start.new_port", between_attempts)
-    tell = f'--on_end=echo "$TIEDLORA_STATE $TIEDLORA_STATUS" >> {tmp_path}/told'
-    command = parse_launch([f"--output_dir={folder}", "--launcher=mpirun", "--num_gpus=1", "--max_restarts=1", tell])
-    if cause == "error":
-        with pytest.raises(UserError, match="no port is free"):
-            launch(command, scripts=tmp_path)
-    else:
-        assert launch(command, scripts=tmp_path) == 128 + signal.SIGTERM
-    assert (tmp_path / "told").read_text() == "failed 7\n" and (tmp_path / "starts").read_text() == "\n"

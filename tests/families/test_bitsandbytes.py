@@ -13,7 +13,7 @@ from support.engine_runs import relative_distance, relative_errors, run_engine, 
 from support.native_files import with_adapter
 from support.oracle import OracleAdapter, OracleConfig
 from support.oracle_adapter import ALL_TARGETS
-from support.peft_models import hf_model
+from support.peft_models import hf_model, nf4_model
 from support.peft_training import peft_losses, settings_for_peft, through_lora_on_all_linears
 from support.quantised_models import with_values
 from support.tiny_models import random_adapter, write_tiny_model
@@ -41,22 +41,6 @@ FUSED = {"attention.qkv": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up": ("gate_
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("bnb") / "model", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
-
-
-def nf4_model(folder: Path, *, double: bool = False) -> Any:
-    """The folder in nf4 as transformers loads it, which computes in bf16; `double`: with quantised statistics."""
-    pytest.importorskip("bitsandbytes", reason="pip install 'megatron_tiedlora[quantised]'")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    how = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
-    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ and its LoRA and VeRA on Phi-3's fused `qkv_proj`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.cases import Starts, grouped, marked
 from support.engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start
 from support.oracle import OracleAdapter, OracleConfig
 from support.peft_models import BASES, TARGETS, hf_model, write_bases
@@ -72,17 +71,12 @@ class Witness:
 
 
 WITNESSES = {
-    "tl6-qkv": Witness("llama", "tl6", "qkv", through_our_method, 4),
     "tl6-all": Witness("llama", "tl6", "all", through_our_method, 16),
     "vera-qkv": Witness("llama", "vera", "qkv", through_our_method, 2),
-    "lora-all": Witness("llama", "lora", "all", through_our_method, 8),
     "lora-all-linear": Witness("llama", "lora", "all", through_lora_on_all_linears, 3 * (4 + 7)),
     "phi3-lora": Witness("phi3", "lora", "qkv", through_fused_projections, 3 * 2),
     "phi3-vera": Witness("phi3", "vera", "qkv", through_fused_projections, 3 * 2, alpha=RANK),  # PEFT's has no alpha
 }
-
-# Of its method and of LoRA on all linears there is another one.
-SLOW = ("tl6-qkv", "lora-all")
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +100,20 @@ def starts(settings: dict[str, dict[str, Any]]) -> dict[str, OracleAdapter]:
 @pytest.fixture(scope="module")
 def ours(
     settings: dict[str, dict[str, Any]], starts: dict[str, OracleAdapter], tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, EngineRun]:
-    """This package's run from some factors; the slow ones and all others in one start of one rank."""
-
-    def run(names: Sequence[str]) -> list[EngineRun]:
-        folder, cases = tmp_path_factory.mktemp("runs"), []
-        for name in names:
-            start, file = starts[name], folder / f"{name}.safetensors"
-            own = {"method": start.method, "targets": list(start.targets), "alpha": start.alpha}
-            of_base = settings[WITNESSES[name].base]
-            cases.append({"settings": {**of_base, **own}, "start": str(save_start(start, file))})
-        return run_engine(cases, folder, ranks=1)
-
-    return Starts(grouped(WITNESSES, SLOW.__contains__), run)
+) -> dict[str, EngineRun]:
+    """This package's run from some factors, all in one start of one rank."""
+    folder, cases = tmp_path_factory.mktemp("runs"), []
+    for name, start in starts.items():
+        own = {"method": start.method, "targets": list(start.targets), "alpha": start.alpha}
+        file = save_start(start, folder / f"{name}.safetensors")
+        cases.append({"settings": {**settings[WITNESSES[name].base], **own}, "start": str(file)})
+    return dict(zip(starts, run_engine(cases, folder, ranks=1), strict=True))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", marked(WITNESSES, SLOW))
+@pytest.mark.parametrize("name", WITNESSES)
 def test_training_is_that_of_peft(
-    settings: dict[str, dict[str, Any]], starts: dict[str, OracleAdapter], ours: Mapping[str, EngineRun], name: str
+    settings: dict[str, dict[str, Any]], starts: dict[str, OracleAdapter], ours: dict[str, EngineRun], name: str
 ) -> None:
     witness, start, run = WITNESSES[name], starts[name], ours[name]
     model, tensors = witness.through(hf_model(Path(settings[witness.base]["model"])), start)

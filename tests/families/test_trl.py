@@ -1,12 +1,12 @@
-"""TRL trains the method: the gradients of SFT, DPO and GRPO are those of whole updates, one leaf for each adapted
-linear of a model in fp64, carried to A, B, u and v by hand; the reference model is the base; a saved adapter is native.
+"""TRL trains the method: the gradients of SFT, DPO and GRPO are those of the dense merged model in fp64; the reference
+model is the base; a saved adapter is native.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,13 +18,12 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training, set_peft_model_state_dict
 from support.engine_runs import relative_distance
 from support.native_files import write_native
-from support.oracle import OracleAdapter, OracleConfig, cast_weights, load_weights, oracle_logits
-from support.oracle_adapter import TARGET_PARTS, tensor_name
-from support.peft_models import TARGETS, hf_model
+from support.oracle import OracleAdapter, OracleConfig, cast_weights, load_weights, merged_weights, oracle_logits
+from support.peft_models import TARGETS, hf_model, nf4_model
 from support.tiny_models import random_adapter, write_tiny_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import BitsAndBytesConfig, TrainerCallback
+from transformers import TrainerCallback
 
 import megatron_tiedlora
 from megatron_tiedlora.checkpoint.sources import demo_model_path
@@ -50,29 +49,29 @@ def reward(completions: Sequence[str], **_: Any) -> list[float]:
 
 @dataclass
 class Run(TrainerCallback):
-    """The gradients of each step, the micro-batches of the first one, and the trainer after the last one."""
+    """A trainer, the gradients of each step that it takes, and the micro-batches of the first one."""
 
     trainer: Any = None
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     batches: list[dict[str, Any]] = field(default_factory=list)
 
     def on_pre_optimizer_step(self, *_: Any, **keywords: Any) -> None:
-        named = ((name, weight.grad) for name, weight in factors_of(keywords["model"]).items())
-        self.gradients.append({name: gradient.clone() for name, gradient in named if gradient is not None})
+        trained = {name: weight for name, weight in factors_of(keywords["model"]).items() if weight.requires_grad}
+        self.gradients.append({name: weight.grad.clone() for name, weight in trained.items()})
 
 
-def factors_of(model: Any, adapter: str = "default") -> dict[str, Tensor]:
+def factors_of(model: Any, adapter: str = "default") -> dict[str, Any]:
     """The parameters of an adapter, by their names in the native format."""
     mark = f".tied_lora_adapters.{adapter}."
     return {name.partition(mark)[2]: weight for name, weight in model.named_parameters() if mark in name}
 
 
-def trainer_of(kind: str, model: Any, out: Path, run: Run, peft_config: Any = None, **keywords: Any) -> Any:
-    """A trainer of TRL that fills `run`; `keywords` of its config."""
+def run_of(kind: str, model: Any, out: Path, peft_config: Any = None, **keywords: Any) -> Run:
+    """A run of TRL's trainer, which has not begun; `keywords` of its config."""
     common: dict[str, Any] = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     common |= {"max_steps": STEPS, "per_device_train_batch_size": 2, "max_grad_norm": 0.0, "disable_tqdm": True}
     common |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-    config = getattr(trl, f"{kind.upper()}Config")(str(out), **common | OWN[kind] | keywords)
+    config, run = getattr(trl, f"{kind.upper()}Config")(str(out), **common | OWN[kind] | keywords), Run()
 
     class Recorded(getattr(trl, f"{kind.upper()}Trainer")):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **keywords: Any) -> Any:
@@ -85,7 +84,7 @@ def trainer_of(kind: str, model: Any, out: Path, run: Run, peft_config: Any = No
         data = data.rename_column("chosen", "completion").remove_columns("rejected")
     own |= {"train_dataset": data, "peft_config": peft_config, "callbacks": [run]}
     run.trainer = Recorded(model=model, args=config, **own)
-    return run.trainer
+    return run
 
 
 DEMO = [pytest.mark.slow, pytest.mark.skipif(not demo_model_path().is_dir(), reason="prepare the demo model first")]
@@ -118,13 +117,13 @@ Runs = Callable[..., Run]
 def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @cache
     def run(kind: str, method: str = "tl6", checkpointing: bool = True) -> Run:
-        found, start, before = Run(), start_of(base, method), models()
+        before = models()
         config = TiedLoraConfig(method=method, r=RANK, alpha=ALPHA, layers=list(LAYERS), targets="all")
         own = {"gradient_checkpointing": checkpointing, "model_init_kwargs": {"dtype": "float32"}}
-        trainer = trainer_of(kind, str(base), tmp_path_factory.mktemp("out"), found, config, **own)
-        set_peft_model_state_dict(trainer.model, dict(start.tensors))
-        trainer.train()
-        assert getattr(trainer, "ref_model", None) is None and models() == before + 1
+        found = run_of(kind, str(base), tmp_path_factory.mktemp("out"), config, **own)
+        set_peft_model_state_dict(found.trainer.model, dict(start_of(base, method).tensors))
+        found.trainer.train()
+        assert getattr(found.trainer, "ref_model", None) is None and models() == before + 1
         return found
 
     return run
@@ -132,87 +131,60 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 # The dense reference --------------------------------------------------------------------------------------------------
 
-
-class Dense:
-    """The base in fp64, and the base with a leaf added to each adapted linear: the whole update of its weight."""
-
-    def __init__(self, base: Path, start: OracleAdapter) -> None:
-        self.start, self.sizes = start.cast(torch.float64), OracleConfig.from_folder(base)
-        self.base = cast_weights(load_weights(base), torch.float64)
-        self.weights, self.updates = dict(self.base), dict[tuple[str, int], Tensor]()
-        for target in start.targets:
-            for layer in start.layers:
-                a, b, u, v = self.start.of_layer(layer, target) or ()
-                update = (v[:, None] * b * u) @ a * (start.alpha / start.rank)
-                self.updates[target, layer] = update.requires_grad_()
-                rows = update.split(self.sizes.target_rows(target))
-                for module, part in zip(TARGET_PARTS[target].values(), rows, strict=True):
-                    name = f"model.layers.{layer - 1}.{module}.weight"
-                    self.weights[name] = self.base[name] + part
-
-    def log_probs(self, weights: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Of each token but the first, (B, S - 1)."""
-        logits = oracle_logits(weights, self.sizes, None, tokens, mask)[:, :-1]
-        return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-
-    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
-        """Of A, B, u and v: the update is s diag(v) B diag(u) A, and all layers share A and B."""
-        by_update = dict(zip(self.updates, torch.autograd.grad(loss, list(self.updates.values())), strict=True))
-        scale, found = self.start.alpha / self.start.rank, dict[str, Tensor]()
-        for target in self.start.targets:
-            of_layers = list[tuple[Tensor, ...]]()
-            for layer in self.start.layers:
-                a, b, u, v = self.start.of_layer(layer, target) or ()
-                g = scale * by_update[target, layer]
-                bvg = (v[:, None] * b).T @ g
-                of_a, of_b = u[:, None] * bvg, (v[:, None] * g @ a.T) * u
-                of_layers.append((of_a, of_b, (bvg * a).sum(1), (g * ((b * u) @ a)).sum(1)))
-            for name, values in zip("ABuv", map(torch.stack, zip(*of_layers, strict=True)), strict=True):
-                found[tensor_name(target, name)] = values.sum(0) if name in "AB" else values
-        return found
+LogProbs = Callable[[Tensor, Tensor], list[Tensor]]
 
 
-def sft_loss(dense: Dense, batch: dict[str, Any]) -> Tensor:
+def log_probs_of(base: Path, start: OracleAdapter) -> LogProbs:
+    """Log-probabilities (B, S - 1) of each token but the first, of the merged model and of the base, both in fp64."""
+    sizes, weights = OracleConfig.from_folder(base), cast_weights(load_weights(base), torch.float64)
+    merged = merged_weights(weights, sizes, start)
+
+    def log_probs(tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        both = (oracle_logits(some, sizes, None, tokens, mask) for some in (merged, weights))
+        return [one[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0] for one in both]
+
+    return log_probs
+
+
+def sft_loss(log_probs: LogProbs, batch: dict[str, Any]) -> Tensor:
     """Of each supervised token. In a step all tokens weigh the same."""
-    log_probs = dense.log_probs(dense.weights, batch["input_ids"], batch["attention_mask"])
-    return -log_probs[batch["labels"][:, 1:] != -100]
+    return -log_probs(batch["input_ids"], batch["attention_mask"])[0][batch["labels"][:, 1:] != -100]
 
 
-def dpo_loss(dense: Dense, batch: dict[str, Any]) -> Tensor:
+def dpo_loss(log_probs: LogProbs, batch: dict[str, Any]) -> Tensor:
     """Of each pair."""
     tokens, mask, kept = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
-    both = (dense.log_probs(some, tokens, mask) for some in (dense.weights, dense.base))
-    policy, reference = (log_probs.where(kept[:, 1:].bool(), 0).sum(1) for log_probs in both)
+    policy, reference = (one.where(kept[:, 1:].bool(), 0).sum(1) for one in log_probs(tokens, mask))
     chosen, rejected = (policy - reference).chunk(2)
     return -logsigmoid(BETA * (chosen - rejected))
 
 
-def grpo_loss(dense: Dense, batch: dict[str, Any]) -> Tensor:
+def grpo_loss(log_probs: LogProbs, batch: dict[str, Any]) -> Tensor:
     """Of each token of the completions. The ratio, which is 1, is also a factor of the KL term."""
     tokens, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
     kept = batch["completion_mask"].bool()
-    both = (dense.log_probs(some, tokens, mask) for some in (dense.weights, dense.base))
-    policy, reference = (log_probs[:, -kept.shape[1] :][kept] for log_probs in both)
+    policy, reference = (one[:, -kept.shape[1] :][kept] for one in log_probs(tokens, mask))
     torch.testing.assert_close(batch["ref_per_token_logps"][kept].double(), reference, rtol=1e-4, atol=1e-4)
     advantages, gap = batch["advantages"][:, None].expand(kept.shape)[kept], reference - policy
     assert advantages.abs().max() > 0.1
     return (BETA * (gap.exp() - gap - 1) - advantages) * (policy - policy.detach()).exp()
 
 
-LOSSES: dict[str, Callable[[Dense, dict[str, Any]], Tensor]] = {"sft": sft_loss, "dpo": dpo_loss, "grpo": grpo_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {"sft": sft_loss, "dpo": dpo_loss, "grpo": grpo_loss}
 
 
 # Tests ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_gradients_are_those_of_whole_updates(runs: Runs, base: Path, kind: str) -> None:
+def test_gradients_are_those_of_the_merged_model(runs: Runs, base: Path, kind: str) -> None:
     """Gradient checkpointing, TRL's default, changes nothing."""
-    run, without, dense = runs(kind), runs(kind, checkpointing=False), Dense(base, start_of(base))
-    wanted = dense.gradients(torch.cat([LOSSES[kind](dense, batch) for batch in run.batches]).mean())
+    run, without, start = runs(kind), runs(kind, checkpointing=False), start_of(base).cast(torch.float64).leaves()
+    log_probs, leaves = log_probs_of(base, start), {name: start.tensors[name] for name in start.trained}
+    loss = torch.cat([LOSSES[kind](log_probs, batch) for batch in run.batches]).mean()
+    wanted = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     assert run.trainer.args.gradient_checkpointing and not without.trainer.args.gradient_checkpointing
     assert len(run.batches) == 2 and len(run.gradients) == STEPS and wanted.keys() == run.gradients[0].keys()
-    assert len(wanted) == 16
     for name, gradient in wanted.items():
         assert relative_distance(run.gradients[0][name], gradient) < 2e-5, name
     for ours, others in zip(run.gradients, without.gradients, strict=True):
@@ -240,8 +212,8 @@ def test_a_trained_adapter_is_its_own_reference(base: Path, tmp_path: Path, kind
     """TRL adds a frozen copy named "ref"."""
     start = start_of(base, "vera")
     write_native(tmp_path / "start", base, start)
-    model, run = PeftModel.from_pretrained(hf_model(base), tmp_path / "start", is_trainable=True), Run()
-    trainer = trainer_of(kind, model, tmp_path, run)
+    model = PeftModel.from_pretrained(hf_model(base), tmp_path / "start", is_trainable=True)
+    trainer = run_of(kind, model, tmp_path).trainer
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     copy, trained = (megatron_tiedlora.load_adapter(tmp_path / "adapter" / name).state for name in ("ref", "."))
@@ -253,13 +225,10 @@ def test_a_trained_adapter_is_its_own_reference(base: Path, tmp_path: Path, kind
 
 def test_a_quantised_base(tmp_path: Path) -> None:
     """TRL stores the trained factors of a quantised model in bf16, which a warning says; they can be fp32 again."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder = write_tiny_model(tmp_path / "base", dtype=torch.bfloat16, hidden_size=128, intermediate_size=320)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     for again, dtype in ((False, torch.bfloat16), (True, torch.float32)):
-        model = hf_model(folder, torch.bfloat16, quantization_config=nf4, device_map="cpu")
-        config = TiedLoraConfig(method="vera", r=RANK)
-        trainer = trainer_of("sft", prepare_model_for_kbit_training(model), tmp_path, Run(), config)
+        model, config = prepare_model_for_kbit_training(nf4_model(folder)), TiedLoraConfig(method="vera", r=RANK)
+        trainer = run_of("sft", model, tmp_path, config).trainer
         if again:
             trainer.model.base_model.tied_lora_adapters.float()
         u = factors_of(trainer.model)["u"]

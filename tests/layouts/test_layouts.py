@@ -34,6 +34,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 KINDS = (("qkv",), ALL_TARGETS)
 FEWER = 3  # steps where not all cases of a test are run
+# As in LoRA+, with factors that some methods do not train.
+RATES: dict[str, Any] = {"rate_factors": "B=4,u=0.5,v=2", "targets": list(ALL_TARGETS)}
 Sized = tuple[dict[str, Any], Path]
 """Settings, and the folder of starts on their model, as `prepare` takes them."""
 
@@ -112,7 +114,7 @@ def test_layouts(sized: Sized, tmp_path: Path, ranks: int, whole: bool) -> None:
 
 @pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 def test_every_method_over_tensor_and_pipeline(sized: Sized, tmp_path: Path, whole: bool) -> None:
-    """All eight methods and layers alone, on the first and on the last stage, at (2, 2, 1), with QKV and all targets.
+    """All eight methods, layers alone on the first and on the last stage, and rates of single factors, at (2, 2, 1).
 
     In part, two steps of two micro-batches: nothing of what these leave out depends on the method.
     """
@@ -123,6 +125,7 @@ def test_every_method_over_tensor_and_pipeline(sized: Sized, tmp_path: Path, who
         for targets in (KINDS if whole else KINDS[turn // 2 % 2 :][:1])
     ]
     cases += [{"method": "lora", "layers": [layer]} for layer in (2, 5)]
+    cases += [{"method": method, **RATES} for method in ("tl6", "lora")]
     alone = [("tl6", 5, ALL_TARGETS), ("lora", 5, ("down_proj",)), ("tl6", 1, ALL_TARGETS)]
     alone += [("tl6", 5, ("down_proj",)), ("lora", 1, ("o_proj",)), ("tl6", 5, ("gate_up",))]
     cases += [
@@ -200,7 +203,7 @@ def test_every_method_on_one_process(three: Sized, tmp_path: Path, whole: bool) 
 
 
 def test_two_ranks_at_every_zero_stage(three: Sized, tmp_path: Path, whole: bool) -> None:
-    """DP = 2 under ZeRO 0 to 3 and offload, 1 or 4 samples a micro-batch, and packed: two to four micro-batches a rank.
+    """DP = 2 under ZeRO 0 to 3 and offload, 1 or 4 samples a micro-batch, packed, and with rates of single factors.
 
     Tensors as small as these are partitioned under ZeRO-3 only if its threshold for keeping them is 0.
     """
@@ -214,20 +217,10 @@ def test_two_ranks_at_every_zero_stage(three: Sized, tmp_path: Path, whole: bool
     if not whole:
         views = ("ds_config", "micro_batch_size", "packing")
         cases = part_of(cases, *(lambda case, view=view: (view, case[view]) for view in views))
+    methods = dict(zip(files, ("tl6", "lora", "tl6", "vera"), strict=False))
+    cases += [{"ds_config": file, "method": method, **RATES} for file, method in methods.items()]
     prepared = [prepare(*three, Layout(1, 1, 2), optimizer="adamw", **case) for case in cases]
     run_and_check(prepared, tmp_path)
-
-
-def test_rates_of_single_factors(three: Sized, base: dict[str, Any], starts: Path, tmp_path: Path) -> None:
-    """LoRA+ at every ZeRO stage, over stages and tensor-parallel ranks, with factors that a method does not train."""
-    rates = {"rate_factors": "B=4,u=0.5,v=2", "targets": list(ALL_TARGETS)}
-    files = (("zero0.json", "tl6"), ("zero1.json", "lora"), ("zero2.json", "tl6"), ("zero3.json", "vera"))
-    cases = [{"ds_config": file, "method": method, **rates} for file, method in files]
-    two = [prepare(*three, Layout(1, 1, 2), optimizer="adamw", **case) for case in cases]
-    run_and_check(two, tmp_path / "two")
-    run = {**base, "max_steps": FEWER}, starts
-    four = [prepare(*run, Layout(2, 2, 1), method=method, **rates, **SHORT) for method in ("tl6", "lora")]
-    run_and_check(four, tmp_path / "four")
 
 
 def test_splits_of_the_global_batch(three: Sized, tmp_path: Path) -> None:

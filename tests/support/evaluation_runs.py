@@ -96,13 +96,15 @@ def answers_of(engine: Any = None, **settings: Any) -> dict[str, list[Answer]]:
     return found
 
 
-def assert_same_answers(found: Mapping[str, list[Answer]], expected: Mapping[str, list[Answer]]) -> None:
-    """Texts are equal, and log-likelihoods nearly."""
+def assert_same_answers(
+    found: Mapping[str, list[Answer]], expected: Mapping[str, list[Answer]], *, near: float = 1e-3
+) -> None:
+    """Samples and texts are equal, and log-likelihoods nearly."""
     assert found.keys() == expected.keys()
     for name, answers in expected.items():
-        assert [one.prediction for one in found[name]] == [one.prediction for one in answers], name
         for ours, theirs in zip(found[name], answers, strict=True):
-            assert ours.choice_scores == pytest.approx(theirs.choice_scores, abs=1e-3), name
+            assert (ours.example, ours.prediction) == (theirs.example, theirs.prediction), name
+            assert ours.choice_scores == pytest.approx(theirs.choice_scores, abs=near), name
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

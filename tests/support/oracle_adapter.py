@@ -167,10 +167,10 @@ def adapter_update(x: Tensor, adapter: OracleAdapter, layer: int, target: str) -
 
 # Dropout of the input, in NumPy's 32-bit integers, token by token. The rule: a run draws from SHA-256 of "SEED:NAME"; a
 # token has a number; feature j of the input of a target in a layer is kept where a hash of the token's key and of j is
-# at least p.
+# at least p. The noise of sampled tokens is of the same hashes and keys.
 
 
-def _hash(words: np.ndarray) -> np.ndarray:
+def hashed(words: np.ndarray) -> np.ndarray:
     """The hashes of 32-bit values by C. Wellons' constants; products wrap."""
     words = words ^ words >> np.uint32(15)
     words = words * np.uint32(0x2C1B3C6D)
@@ -184,13 +184,18 @@ def _drawn(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") // 2
 
 
+def keys_of(numbers: Sequence[int], *, seed: int, name: str) -> np.ndarray:
+    """The key of each token, (tokens,)."""
+    run = _drawn(seed, name)
+    low, high = (np.array([part(n) for n in numbers], np.uint32) for part in (lambda n: n % 2**32, lambda n: n >> 32))
+    return hashed(hashed(low ^ np.uint32(run % 2**32)) ^ high ^ np.uint32(run >> 32))
+
+
 def kept(numbers: Sequence[int], *, seed: int, layer: int, target: str, width: int, probability: float) -> np.ndarray:
     """(tokens, width) bool."""
-    run, salt = _drawn(seed, "dropout"), _drawn(seed, f"dropout.{layer}.{target}") % 2**32
-    columns = _hash(np.arange(width, dtype=np.uint32) ^ np.uint32(salt))
-    low, high = (np.array([part(n) for n in numbers], np.uint32) for part in (lambda n: n % 2**32, lambda n: n >> 32))
-    keys = _hash(_hash(low ^ np.uint32(run % 2**32)) ^ high ^ np.uint32(run >> 32))
-    return _hash(keys[:, None] ^ columns) >= round(probability * 2**32)
+    salt, keys = _drawn(seed, f"dropout.{layer}.{target}") % 2**32, keys_of(numbers, seed=seed, name="dropout")
+    columns = hashed(np.arange(width, dtype=np.uint32) ^ np.uint32(salt))
+    return hashed(keys[:, None] ^ columns) >= round(probability * 2**32)
 
 
 def dropout(numbers: Sequence[int], *, seed: int, probability: float) -> Callable[[Tensor, int, str], Tensor]:

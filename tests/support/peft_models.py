@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -30,6 +31,16 @@ def hf_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -
     from transformers import AutoConfig
 
     return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype, **options).eval()
+
+
+def nf4_model(folder: Path, *, double: bool = False) -> Any:
+    """The same in nf4 by bitsandbytes, which computes in bf16; `double`: with quantised statistics."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'megatron_tiedlora[quantised]'")
+    from transformers import BitsAndBytesConfig
+
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(load_in_4bit=True, **how)
+    return hf_model(folder, torch.bfloat16, quantization_config=config, device_map="cpu")
 
 
 def greedy_tokens(model: Any, prompt: list[int], count: int, *, eos: int | None = None) -> list[int]:

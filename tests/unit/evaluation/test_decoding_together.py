@@ -179,9 +179,7 @@ def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, An
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("tp", "pp"), [(2, 2), (1, 3), *(pytest.param(*few, marks=pytest.mark.slow) for few in ((2, 1), (1, 2)))]
-)
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), (1, 3)])
 def test_every_layout(folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
     """All ranks have all tokens; three stages have parts with some of the adapters under way."""
     expected, sampled = (

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.folders import ROOT
+from support.folders import python
 from support.peft_models import greedy_tokens, hf_model, write_adapter, write_bases
 from support.run_files import edit_json
 from support.task_files import refusal, write_rows
@@ -20,7 +18,7 @@ from transformers import AutoTokenizer
 import megatron_tiedlora as tiedlora
 from megatron_tiedlora.data.chat import chat_template_sha256
 
-lm_eval = pytest.importorskip("lm_eval")
+lm_eval, lm_eval_tasks = (pytest.importorskip(name) for name in ("lm_eval", "lm_eval.tasks"))
 
 CHOICES = ["x", "yz", "w v"]
 ROWS = [{"question": f"{'abc def ' * (i + 1)}{i}:", "choices": CHOICES, "answer": i % 3} for i in range(4)]
@@ -56,6 +54,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def samples_of(model: Any, tasks: Path, *names: str, **options: Any) -> dict[str, Any]:
+    """What lm_eval finds for each of these tasks."""
+    manager = lm_eval_tasks.TaskManager(include_path=str(tasks))
+    found = lm_eval.simple_evaluate(model, tasks=[f"tl_{name}" for name in names], task_manager=manager, **options)
+    return {name: found["samples"][f"tl_{name}"] for name in names}
+
+
 def load(adapter: Any, **options: Any) -> Any:
     from megatron_tiedlora.integrations.lm_eval_model import TiedLoraLM
 
@@ -82,14 +87,11 @@ def expected(model: Any, folder: Path) -> dict[str, list[Any]]:
 
 
 def test_scores_and_answers_are_those_of_the_merged_model(adapter: Path, bases: dict[str, Path], tasks: Path) -> None:
-    from lm_eval.tasks import TaskManager
-
     import megatron_tiedlora.lm_eval  # noqa: F401
 
-    manager, base = TaskManager(include_path=str(tasks)), hf_model(bases["llama"])
-    options, names = {"adapter": str(adapter), "batch_size": 3, "device": "cpu"}, [f"tl_{name}" for name in TASKS]
-    samples = lm_eval.simple_evaluate("tiedlora", options, tasks=names, task_manager=manager)["samples"]
-    found = {name: [[one for (one,) in row["resps"]] for row in samples[f"tl_{name}"]] for name in TASKS}
+    options = {"adapter": str(adapter), "batch_size": 3, "device": "cpu"}
+    samples, base = samples_of("tiedlora", tasks, *TASKS, model_args=options), hf_model(bases["llama"])
+    found = {name: [[one for (one,) in row["resps"]] for row in rows] for name, rows in samples.items()}
     unlike = expected(base, bases["llama"])
     wanted = expected(tiedlora.merge(base, tiedlora.load_adapter(adapter)), bases["llama"])
     assert [text for (text,) in found["write"]] == wanted["write"] != unlike["write"]
@@ -135,26 +137,13 @@ def test_the_run_s_chat_template_and_start_of_texts(
 
 def test_chats_are_encoded_without_a_bos(run: Path, tasks: Path) -> None:
     """In training none is added to a templated chat. lm_eval itself puts one before texts whose likelihood it rolls."""
-    from lm_eval.tasks import TaskManager
-
-    model, manager, seen = load(run / "adapter"), TaskManager(include_path=str(tasks)), dict[str, list[Any]]()
-    call, generate = model._model_call, model._model_generate
-
-    def called(ids: torch.Tensor, **options: Any) -> Any:
-        seen.setdefault("call", []).append(ids)
-        return call(ids, **options)
-
-    def generated(context: torch.Tensor, **options: Any) -> Any:
-        seen.setdefault("write", []).append(context)
-        return generate(context, **options)
-
-    model._model_call, model._model_generate = called, generated
+    model, seen = load(run / "adapter"), list[torch.Tensor]()
+    embeddings = model.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, ids, __: seen.append(ids[0]) if ids[0].shape[1] > 1 else None)
     for name, most in (("choose", 0), ("write", 0), ("roll", 1)):
         seen.clear()
-        names = [f"tl_{name}"]
-        lm_eval.simple_evaluate(model, tasks=names, task_manager=manager, apply_chat_template=True, batch_size=1)
-        (found,) = seen.values()
-        assert [int((ids == model.tokenizer.bos_token_id).sum()) for ids in found] == [most] * len(found), name
+        samples_of(model, tasks, name, apply_chat_template=True, batch_size=1)
+        assert {int((ids == model.tokenizer.bos_token_id).sum()) for ids in seen} == {most}, name
 
 
 def test_a_tokenizer_that_cannot_add_a_bos(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +165,8 @@ def test_a_chat_template_that_has_changed(run: Path) -> None:
 
 
 def test_wrong_arguments_give_one_line(adapter: Path, bases: dict[str, Path]) -> None:
-    assert "base_difers: the model tiedlora has no such argument (did you mean base_differs?)" in refusal(
-        load, adapter, base_difers=True
-    )
+    said = "base_difers: the model tiedlora has no such argument (did you mean base_differs?)"
+    assert said in refusal(load, adapter, base_difers=True)
     assert "--model_args dtype=int4: is not one of bf16, fp16, fp32" in refusal(load, adapter, dtype="int4")
     assert "has no adapter; give adapter=RUN/adapter" in refusal(load, "")
     assert "use its own base" in refusal(load, adapter, model=str(bases["phi3"]))
@@ -188,12 +176,10 @@ def test_wrong_arguments_give_one_line(adapter: Path, bases: dict[str, Path]) ->
 @pytest.mark.cpu_seconds(30, reason="two processes import lm_eval")
 def test_the_command(adapter: Path, tasks: Path) -> None:
     """A batch size of the model has precedence over the flag's default."""
-    words = [sys.executable, "-m", "megatron_tiedlora.lm_eval", "--model", "tiedlora", "--include_path", str(tasks)]
-    words += ["--tasks", "tl_write", "--device", "cpu", "--model_args"]
+    words = ["-m", "megatron_tiedlora.lm_eval", "--model", "tiedlora", "--include_path", tasks, "--tasks", "tl_write"]
     for given, status, said in ((adapter, 0, ""), (f"{adapter}x", 2, f"error: {adapter}x: no such folder; give")):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        command = [*words, f"adapter={given},batch_size=2"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        model = f"adapter={given},batch_size=2"
+        done = python(*words, "--device", "cpu", "--model_args", model, HF_HUB_OFFLINE="1")
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.splitlines()[-1].startswith(said) and ("|tl_write|" in done.stdout) == (status == 0)
 

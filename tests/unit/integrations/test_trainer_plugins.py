@@ -45,12 +45,12 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "swift.tuner_plugin": {"PeftTuner": SwiftTuner, "tuners_map": {"ia3": SwiftTuner}},
 }
 # The flags of swift that the tuner reads, and their defaults.
-DEFAULTS = {"tuner_type": "tl6", "task_type": "causal_lm", "seed": 42, "lora_rank": 8, "lora_alpha": 32.0}
+DEFAULTS: dict[str, Any] = {"tuner_type": "tl6", "task_type": "causal_lm", "seed": 42, "lora_rank": 8}
+DEFAULTS |= {"lora_alpha": 32.0, "target_modules": field(default_factory=lambda: ["all-linear"])}
 DEFAULTS |= {"lora_dropout": 0.05, "lora_bias": "none", "lora_dtype": None, "lorap_lr_ratio": None, "use_dora": False}
 DEFAULTS |= {"use_rslora": False, "init_weights": "true", "target_parameters": None}
-LISTS = {"target_modules": lambda: ["all-linear"], "modules_to_save": list}
-LISTED = [(name, list, field(default_factory=make)) for name, make in LISTS.items()]
-Flags = make_dataclass("Flags", [(name, Any, value) for name, value in DEFAULTS.items()] + LISTED)
+DEFAULTS["modules_to_save"] = field(default_factory=list)
+Flags = make_dataclass("Flags", [(name, Any, value) for name, value in DEFAULTS.items()])
 KEYS = {"adapter": "tied_lora", "lora_r": 3, "tied_lora_method": "tl6", "tied_lora_layers": [1, 3], "seed": 7}
 KEYS |= {"tied_lora_targets": ["qkv", "o_proj"]}
 
@@ -104,12 +104,11 @@ def test_axolotl_adds_loads_and_ignores_adapters(plugins: Any, base: Path, tmp_p
         ({"lora_r": 0}, "adapter: tied_lora (r is lora_r, alpha is lora_alpha): r = 0 is not a positive integer"),
         ({"tied_lora_targets": "q_proj"}, "'q_proj' is unknown (part of qkv)"),
         ({"load_in_4bit": True}, "load_in_4bit: True does not work with adapter: tied_lora; axolotl quantises"),
-        ({"lora_dropout": 0.1}, "lora_dropout: 0.1 does not work with adapter: tied_lora; it is for LoRA only"),
         ({"lora_target_linear": True}, "use tied_lora_targets"),
-        ({"lora_qkv_kernel": True}, "lora_qkv_kernel: True does not work with adapter: tied_lora; it is for LoRA only"),
-        ({"lora_mlp_kernel": True, "lora_o_kernel": False}, "lora_mlp_kernel: True does not work"),
-        ({"lora_o_kernel": True}, "lora_o_kernel: True does not work"),
-        ({"lora_embedding_kernel": True}, "lora_embedding_kernel: True does not work"),
+        *(
+            ({f"lora_{name}": 0.1}, f"lora_{name}: 0.1 does not work with adapter: tied_lora; it is for LoRA only")
+            for name in ("dropout", "qkv_kernel", "mlp_kernel", "o_kernel", "embedding_kernel")
+        ),
     ],
 )
 def test_axolotl_says_what_is_wrong(plugins: Any, keys: dict[str, Any], said: str) -> None:

@@ -73,21 +73,18 @@ def test_logits_and_gradients_are_those_of_the_package(upstream: Any, base: Path
     sizes = OracleConfig.from_folder(base)
     adapter = random_adapter(method, sizes, alpha=6, layers=(1, 3), targets=TARGETS[targets])
     common = {"method": method, "r": adapter.rank}
-    ours = get_peft_model(
-        hf_model(base), TiedLoraConfig(**common, alpha=6, layers=[1, 3], targets=list(TARGETS[targets]))
-    )
+    config = TiedLoraConfig(**common, alpha=6, layers=[1, 3], targets=list(TARGETS[targets]))
+    ours = get_peft_model(hf_model(base), config)
     set_peft_model_state_dict(ours, {name: tensor.float() for name, tensor in adapter.tensors.items()})
     modules = [part.rpartition(".")[2] for target in adapter.targets for part in TARGET_PARTS[target].values()]
     config = upstream.TiedLoraConfig(**common, tied_lora_alpha=6, target_modules=modules, layers_to_transform=[0, 2])
     theirs = upstream.TiedLoraModel(hf_model(base), config, "default")
 
-    held = {name: tensor for name, tensor in theirs.state_dict().items() if "tied_lora" in name}
-    values = upstream_tensors(adapter, sizes, adapter.tensors)
-    assert {name.removesuffix(".default").replace("frozen_", "") for name in held} == {
-        name for name in values if name[-1] in "AB" or METHODS[method].factor(name[-1]).trained
-    }
+    state = ((n.removesuffix(".default").replace("frozen_", ""), t) for n, t in theirs.state_dict().items())
+    held, values = {n: t for n, t in state if "tied_lora" in n}, upstream_tensors(adapter, sizes, adapter.tensors)
+    assert held.keys() == {n for n in values if n[-1] in "AB" or METHODS[method].factor(n[-1]).trained}
     for name, tensor in held.items():
-        tensor.copy_(values[name.removesuffix(".default").replace("frozen_", "")])
+        tensor.copy_(values[name])
 
     ids = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(1))
     outputs = [model(ids, labels=ids) for model in (ours, theirs)]

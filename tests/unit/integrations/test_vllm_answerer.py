@@ -161,24 +161,19 @@ def test_the_parameters_of_samples(vllm: list[StandIn], given: dict[str, dict[st
         assert seeds[0] <= found <= set().union(*seeds) and all(found & own for own in seeds)
 
 
-def test_the_command(vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    """Its files are those of every evaluation. vLLM's processes do not see the variables of this package's ranks."""
-    one = {**alone(given["custom"]), "max_new_tokens": 20, "dtype": "fp32"}
-    words = {**one, "engine": "vllm", "output_dir": tmp_path / "out", "tensor_parallel": 2}
-    assert call("evaluate", [f"--{name}={value}" for name, value in words.items() if value is not None]) == 0
-    assert [row["prediction"] for row in predictions(tmp_path / "out")] == [a.prediction for a in answers_of(**one)[""]]
-    assert results(tmp_path / "out")["layout"]["tensor_parallel"] == vllm[0].options["tensor_parallel_size"] == 2
-    assert "RANK" not in vllm[0].variables
-
-
-def test_what_the_command_says_of_samples(
+def test_the_command(
     vllm: list[StandIn], given: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = {**alone(given["custom"]), "max_new_tokens": 4, "dtype": "fp32", "engine": "vllm", "temperature": 0.01}
-    words = {**one, "output_dir": tmp_path / "out"}
+    """Its files are those of every evaluation. vLLM's processes do not see the variables of this package's ranks."""
+    one = {**alone(given["custom"]), "max_new_tokens": 20, "dtype": "fp32"}
+    words = {**one, "engine": "vllm", "output_dir": tmp_path / "out", "tensor_parallel": 2, "temperature": 0.01}
     assert call("evaluate", [f"--{name}={value}" for name, value in words.items() if value is not None]) == 0
-    assert results(tmp_path / "out")["signature"].endswith("; sampled at temperature 0.01, seed 1234, by vLLM")
-    assert ", at most 4 tokens, 256 prompts at once in vLLM\n" in capsys.readouterr().out
+    assert ", at most 20 tokens, 256 prompts at once in vLLM\n" in capsys.readouterr().out
+    assert [row["prediction"] for row in predictions(tmp_path / "out")] == [a.prediction for a in answers_of(**one)[""]]
+    found = results(tmp_path / "out")
+    assert found["layout"]["tensor_parallel"] == vllm[0].options["tensor_parallel_size"] == 2
+    assert found["signature"].endswith("; sampled at temperature 0.01, seed 1234, by vLLM")
+    assert "RANK" not in vllm[0].variables
 
 
 def test_what_vllm_cannot_do(given: dict[str, dict[str, Any]], tmp_path: Path) -> None:
