@@ -61,7 +61,7 @@ def row_losses(model: Any, rows: list[Row]) -> torch.Tensor:
     supervised = labels[:, 1:] != -100
     first = int(supervised.any(dim=0).nonzero()[0])  # logits before the first answer are not needed
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length - first).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, first + 1 :], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels[:, first + 1 :], reduction="none")
     return losses.sum(dim=1) / supervised.sum(dim=1)
 
 
