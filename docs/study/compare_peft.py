@@ -1,11 +1,11 @@
 """Train adapters of PEFT's methods and of this package on the same steps, for the table in docs/study.md.
 
-    python docs/study/compare_peft.py MODEL DATA OUTPUT.csv [--steps 16]
+    python docs/study/compare_peft.py MODEL DATA OUTPUT.csv [--steps 12]
 
-MODEL is a Hugging Face folder, DATA the output of split_xquad.py. The linears of q, k and v are adapted. Each method is
-trained with two learning rates on a bf16 base; the one with the lower validation loss answers the test questions.
-Differences from tl6 are paired by question; their errors are those of questions, not of seeds. A second start continues
-after the last method in OUTPUT.csv.
+MODEL is a Hugging Face folder, DATA the output of split_xquad.py. The linears of q, k and v are adapted (for IA3 its
+usual ones: k, v and down_proj). Each method is trained with three learning rates on a bf16 base; the one with the
+lowest validation loss gives the loss of the test answers. Differences from tl6 are paired by question; their errors are
+those of questions, not of seeds. A second start continues after the last method in OUTPUT.csv.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 from megatron_tiedlora.peft import TiedLoraConfig
 
 SEED = 1234
-BATCH, WARMUP, CLIPPING, DECAY = 8, 4, 1.0, 0.01
+BATCH, WARMUP, CLIPPING, DECAY = 8, 2, 1.0, 0.01
 ROWS_OF_FORWARD = 16
-# The lower rate of each; the other is three times as high. For LoRA, tl5 and tl6 the rate of --learning_rate auto is
-# between them.
+# The middle rate of each; the others are a third of it and three times as high.
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
+USUAL = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 METHODS: dict[str, tuple[float, Callable[[], Any]]] = {
-    "LoRA r 8": (3e-3, lambda: peft.LoraConfig(r=8, lora_alpha=8, **QKV)),
-    "VeRA r 256": (1e-2, lambda: peft.VeraConfig(r=256, projection_prng_key=SEED, **QKV)),
-    "IA3": (1e-2, lambda: peft.IA3Config(feedforward_modules=[], **QKV)),
-    "tl5 r 8": (6e-3, lambda: TiedLoraConfig(method="tl5", r=8)),
-    "tl6 r 8": (1e-2, lambda: TiedLoraConfig(method="tl6", r=8)),
+    "LoRA r 8": (5e-3, lambda: peft.LoraConfig(r=8, lora_alpha=8, **QKV)),
+    "VeRA r 256": (3e-2, lambda: peft.VeraConfig(r=256, projection_prng_key=SEED, **QKV)),
+    "IA3": (3e-2, lambda: peft.IA3Config(**USUAL)),
+    "tl5 r 8": (1e-2, lambda: TiedLoraConfig(method="tl5", r=8)),
+    "tl6 r 8": (2e-2, lambda: TiedLoraConfig(method="tl6", r=8)),
 }
 Row = tuple[list[int], list[int]]  # token ids, and labels of which the prompt's are -100
 
@@ -103,10 +103,11 @@ def score(
     folder: str, config: Callable[[], Any], rates: list[float], rows: dict[str, list[Row]], steps: int
 ) -> dict[str, str]:
     """A row of the table: validation losses of all rates, and the test losses of the best one."""
-    best, losses = None, []
+    best, losses = None, list[float]()
     for rate in rates:
         model = train(folder, config(), rate, rows["train"], steps)
-        losses.append(all_losses(model, rows["validation"]).mean().item())
+        loss = all_losses(model, rows["validation"]).mean().item()
+        losses.append(loss if math.isfinite(loss) else math.inf)
         best = model if losses[-1] == min(losses) else best
     test = all_losses(best, rows["test"])
     return {
@@ -124,8 +125,9 @@ def print_table(found: list[dict[str, str]]) -> None:
     last = losses[found[-1]["method"]]
     print("| method | parameters | rate | validation loss | test loss | - tl6's |\n|---|---|---|---|---|---|")
     for row in found:
-        tried = [float(loss) for loss in row["validation_losses"].split()]
-        rate = row["rates"].split()[tried.index(min(tried))]
+        tried, rates = [float(loss) for loss in row["validation_losses"].split()], row["rates"].split()
+        rate = rates[tried.index(min(tried))]
+        rate += "*" if rate in (rates[0], rates[-1]) else ""  # an edge: another rate may be better
         apart = losses[row["method"]] - last
         mean, wide = apart.mean(), 1.96 * apart.std() / len(apart) ** 0.5
         print(
@@ -140,16 +142,19 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     rows = {part: encode(tokenizer, given.data / f"{part}.jsonl") for part in ("train", "validation", "test")}
     found: list[dict[str, str]] = []
+    same = {"model": given.model, "steps": str(given.steps)}
     if given.output.exists():
         found = list(csv.DictReader(given.output.open(encoding="utf-8")))
-    for method, (lower, config) in list(METHODS.items())[len(found) :]:
-        rates = [lower, 3 * lower]
-        found.append({"method": method, **score(given.model, config, rates, rows, given.steps)})
+        if any(row[name] != value for row in found for name, value in same.items()):
+            parser.error(f"{given.output}: its rows have another model or other steps; give a new file")
+    for method, (middle, config) in list(METHODS.items())[len(found) :]:
+        rates = [middle / 3, middle, 3 * middle]
+        found.append({"method": method, **same, **score(given.model, config, rates, rows, given.steps)})
         with given.output.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(found[0]))
             writer.writeheader()

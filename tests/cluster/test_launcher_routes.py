@@ -182,6 +182,9 @@ def test_local(tmp_path: Path) -> None:
     assert follows(command, "--hostfile", str(job.hostfile)) and plan.files == {job.hostfile: "localhost slots=2\n"}
     assert plan.environment["HF_TOKEN"] == "mine"  # this machine is the user's own
     assert "--include" not in command and "--no_ssh_check" in command
+    asked = make_job(tmp_path / "job", route="local", hosts=job.hosts, launcher_args=("--log_level=info",))
+    levels = [word for word in plan_start(asked, {}).words if word.startswith("--log_level")]
+    assert levels == ["--log_level=warning", "--log_level=info"] and levels[0] in command  # the last one counts
     some = plan_start(make_job(tmp_path / "job", route="local", hosts=(Host("localhost", 2),), gpus=("3", "5")), {})
     assert follows(list(some.words), "--include", "localhost:3,5")
     assert list(some.files.values()) == ["localhost slots=6\n"]

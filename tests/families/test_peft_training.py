@@ -73,6 +73,7 @@ class Witness:
 WITNESSES = {
     "tl6-all": Witness("llama", "tl6", "all", through_our_method, 16),
     "vera-qkv": Witness("llama", "vera", "qkv", through_our_method, 2),
+    "lora-all": Witness("llama", "lora", "all", through_our_method, 8),
     "lora-all-linear": Witness("llama", "lora", "all", through_lora_on_all_linears, 3 * (4 + 7)),
     "phi3-lora": Witness("phi3", "lora", "qkv", through_fused_projections, 3 * 2),
     "phi3-vera": Witness("phi3", "vera", "qkv", through_fused_projections, 3 * 2, alpha=RANK),  # PEFT's has no alpha

@@ -15,6 +15,8 @@ from support.oracle import OracleConfig, load_weights, merged_weights
 from support.tiny_decoders import build, calls_of, decoded_adapter
 from support.tiny_models import EOS_ID, write_tiny_model
 
+from megatron_tiedlora.checkpoint.load_model import load_model
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.generate import (
     TOKENS_BETWEEN_AGREEMENTS,
     Decoder,
@@ -27,7 +29,7 @@ from megatron_tiedlora.evaluation.generate import (
 )
 from megatron_tiedlora.model.attention import KeyValueCache, _attend_to_cache
 from megatron_tiedlora.model.cpu_attention import Scores
-from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa": {},
@@ -183,6 +185,20 @@ def test_ranks_that_call_together_call_equally_often(references: dict[str, Refer
     with calls_of(decoder) as calls:
         ending_log_likelihoods(decoder, [([5] * 4500, [[6, 7]] * 4)] * 2)
     assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_a_bf16_model_chooses_by_its_own_logits(tmp_path: Path) -> None:
+    """Its cache is fp32 on a CPU, so its logits are not quite those of a whole pass; the choice is near the top."""
+    folder = write_tiny_model(tmp_path, tokenizer=False)
+    source, batch = find_model(str(folder)), prompts(seed=6, count=9)
+    model = load_model(source, None, dtype=torch.bfloat16)
+    decoded = decode(Decoder(model, ParallelGroups(), source.shape), batch, new=8)
+    for prompt, row in zip(batch, decoded, strict=True):
+        ids = torch.tensor([prompt + row])
+        logits = model.predict(ids, torch.arange(ids.shape[1])[None])[0, len(prompt) - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(row)[:, None])[:, 0]
+        assert (logits.amax(1) - chosen <= 0.03 * logits.abs().amax(1)).all()
 
 
 def test_prompts_of_similar_length_are_computed_together(decoder: Decoder) -> None:
