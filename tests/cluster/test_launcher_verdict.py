@@ -1,15 +1,18 @@
-"""A status file that is seen late, and one that holds what a terminal would act on."""
+"""A status file that is seen late, one that holds what a terminal would act on, and what is said of ranks elsewhere."""
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from support.launcher_jobs import make_job
 
 from megatron_tiedlora.base.ownership import START_ID, FolderLock, take_folder
-from megatron_tiedlora.cluster.start import StatusFile, judge
+from megatron_tiedlora.cluster.start import StatusFile, _say_what_may_be_left, judge
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(30)
@@ -74,3 +77,20 @@ def test_a_status_with_control_characters_is_one_line(tmp_path: Path) -> None:
     folder.write_status("failed", step=4, reason="\x1b[2J\n" + "x" * 5000)
     line = judge(file, launcher="srun", launcher_status=1, passed_on=0).line
     assert line.isprintable() and len(line) < 1500 and "\\x1b[2J" in line
+
+
+def test_what_ends_ranks_elsewhere_ends_those_of_this_folder_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a+b (1)%h.d"
+    _say_what_may_be_left(make_job(tmp_path), RunFolder(folder))
+    first, second = capfd.readouterr().err.splitlines()
+    assert second == "tiedlora run: ranks that hang end with the same command and pkill -KILL -f"
+    words = shlex.split(first.partition(" end with: ")[2])
+    assert words[:-1] == ["pdsh", "-R", "ssh", "-w", "node1,node2"]
+    pkill, f, pattern = shlex.split(words[-1].replace("%%", "\0").replace("\0", "%"))
+    assert (pkill, f) == ("pkill", "-f") and "%%h" in words[-1]
+    for line, is_found in ((folder, True), (f"{folder} --x=1", True), (f"{folder}-2", False), (f"{folder}/2", False)):
+        text = f"python train.py --output_dir={line}\n"
+        found = subprocess.run(["grep", "-E", "--", pattern], input=text, capture_output=True, text=True)
+        assert (found.returncode == 0) is is_found, line

@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -355,23 +354,6 @@ def test_a_start_that_was_refused_ends_at_once(start: Launch) -> None:
     ended = start(rank, grace=60, arguments=("--max_restarts=1",))
     assert ended.status == 2 and time.monotonic() - begun < 20
     assert "belongs to another launch; mpirun ended with status 2" in ended.said and "restart 1" not in ended.said
-
-
-def test_what_ends_ranks_elsewhere_ends_those_of_this_folder_only(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "a+b (1)%h.d"
-    _say_what_may_be_left(make_job(tmp_path), RunFolder(folder))
-    first, second = capfd.readouterr().err.splitlines()
-    assert second == "tiedlora run: ranks that hang end with the same command and pkill -KILL -f"
-    words = shlex.split(first.partition(" end with: ")[2])
-    assert words[:-1] == ["pdsh", "-R", "ssh", "-w", "node1,node2"]
-    pkill, f, pattern = shlex.split(words[-1].replace("%%", "\0").replace("\0", "%"))
-    assert (pkill, f) == ("pkill", "-f") and "%%h" in words[-1]
-    for line, is_found in ((folder, True), (f"{folder} --x=1", True), (f"{folder}-2", False), (f"{folder}/2", False)):
-        text = f"python train.py --output_dir={line}\n"
-        found = subprocess.run(["grep", "-E", "--", pattern], input=text, capture_output=True, text=True)
-        assert (found.returncode == 0) is is_found, line
 
 
 def test_what_ends_the_ranks_of_an_allocation(
