@@ -1,11 +1,11 @@
-"""Train adapters of PEFT's methods and of this package on the same steps, for the table in docs/study.md.
+"""Train adapters of PEFT's own methods and of this package on the same steps, for the table in docs/study.md.
 
     python docs/study/compare_peft.py MODEL DATA OUTPUT.csv [--steps 12]
 
-MODEL is a Hugging Face folder, DATA the output of split_xquad.py. The linears of q, k and v are adapted (for IA3 its
-usual ones: k, v and down_proj). Each method is trained with three learning rates on a bf16 base; the one with the
-lowest validation loss gives the loss of the test answers. Differences from tl6 are paired by question; their errors are
-those of questions, not of seeds. A second start continues after the last method in OUTPUT.csv.
+MODEL is a Hugging Face folder, DATA the output of split_xquad.py. The linears of q, k and v are adapted. Each
+method is trained with three learning rates on a bf16 base; the one with the lowest validation loss gives the loss of
+the test answers. Differences from tl6 are paired by question; their errors are those of questions, not of seeds. A
+second start continues after the last method in OUTPUT.csv.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ BATCH, WARMUP, CLIPPING, DECAY = 8, 2, 1.0, 0.01
 ROWS_OF_FORWARD = 16
 # The middle rate of each; the others are a third of it and three times as high.
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
-USUAL = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
 METHODS: dict[str, tuple[float, Callable[[], Any]]] = {
     "LoRA r 8": (5e-3, lambda: peft.LoraConfig(r=8, lora_alpha=8, **QKV)),
     "VeRA r 256": (3e-2, lambda: peft.VeraConfig(r=256, projection_prng_key=SEED, **QKV)),
-    "IA3": (3e-2, lambda: peft.IA3Config(**USUAL)),
     "tl5 r 8": (1e-2, lambda: TiedLoraConfig(method="tl5", r=8)),
     "tl6 r 8": (2e-2, lambda: TiedLoraConfig(method="tl6", r=8)),
 }
