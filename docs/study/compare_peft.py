@@ -28,8 +28,8 @@ from megatron_tiedlora.peft import TiedLoraConfig
 SEED = 1234
 BATCH, WARMUP, CLIPPING, DECAY = 8, 2, 1.0, 0.01
 ROWS_OF_FORWARD = 16
-# The middle rate of each; the others are a third of it and three times as high.
 QKV = {"target_modules": ["q_proj", "k_proj", "v_proj"]}
+# By method its middle rate, of which the others are a third and the triple, and its config. The last is compared with.
 METHODS: dict[str, tuple[float, Callable[[], Any]]] = {
     "LoRA r 8": (5e-3, lambda: peft.LoraConfig(r=8, lora_alpha=8, **QKV)),
     "VeRA r 256": (3e-2, lambda: peft.VeraConfig(r=256, projection_prng_key=SEED, **QKV)),

@@ -14,7 +14,8 @@ from support.sweep_runs import table2_markdown, table3_markdown, write_answers, 
 from support.task_files import refusal
 
 from megatron_tiedlora.study import tables
-from megatron_tiedlora.study.record import read_study
+from megatron_tiedlora.study.figures import lines as figure_lines
+from megatron_tiedlora.study.record import Point, read_study
 from megatron_tiedlora.study.tables import table2, table3
 
 T = {2: 12.706, 3: 4.303}  # Student's t of a 95 % interval, by number of seeds
@@ -176,3 +177,11 @@ def test_latex_has_the_cells_of_the_markdown(tmp_path: Path) -> None:
     assert tables.latex_text("a_b 5 % ~ ^ {x} \\ 1e-4 -2.5 (-1 to --ranks $") == (
         r"a\_b 5 \% \textasciitilde{} \textasciicircum{} \{x\} \textbackslash{} 1e-4 $-$2.5 ($-$1 to -{}-ranks \$"
     )
+
+
+def test_the_figures_have_the_intervals_over_seeds(tmp_path: Path) -> None:
+    read = read_study(random_study(tmp_path / "study", 3, points=POINTS)[0])
+    score = read.results[Point("tl6", 8)].score
+    assert score is not None and score.spread is not None
+    shown = figure_lines([read])["tl6"][8]
+    assert (shown.value, shown.low, shown.high) == pytest.approx((score.value, score.low, score.high))

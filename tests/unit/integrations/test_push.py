@@ -99,6 +99,7 @@ def test_the_card(run_folder: Path, tmp_path: Path) -> None:
     assert "tiedlora train --model org/base --" in body and "--dropout 0.1" in body and "--layers" not in body
     assert "--train_file rows.jsonl" in body and "--prompt_template '```{prompt}'" in body and "--max_steps 3" in body
     assert "--output_dir" not in body and "torch 2.6" in body
+    assert metadata["license"] == "mit"
     assert "from_pretrained('org/base')" in body and "from_pretrained(model, 'me/demo')" in body
 
 
@@ -254,6 +255,8 @@ def test_the_command_of_the_card_gives_the_settings_of_the_run(
 
 def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tmp_path: Path) -> None:
     notes: list[str] = []
+    card(run_folder, tmp_path / "named", base="org/base", say=notes.append)
+    assert not notes
     card(run_folder, tmp_path / "out", say=notes.append)
     (note,) = notes
     assert note.startswith("the model card names the base model tiny-base, like its folder; give --base_name ORG/NAME")
