@@ -366,6 +366,8 @@ def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
     # A batch of an adapter without dropout has no token index. Zeros take its place and are not used.
     indices = [torch.zeros_like(batch.tokens) if batch.token_index is None else batch.token_index for batch in batches]
     indexed = any(batch.token_index is not None for batch in batches)
+    inputs = [batch.loss_inputs.flatten(1) for batch in batches if batch.loss_inputs is not None]
+    assert len(inputs) in (0, len(batches)), "some adapters have an objective and some have none"
     return MicroBatch(
         tokens=concatenated([batch.tokens for batch in batches])[None],
         positions=concatenated([batch.positions for batch in batches])[None],
@@ -373,6 +375,8 @@ def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
         documents=concatenated(documents)[None] if documents else None,
         token_index=concatenated(indices)[None] if indexed else None,
         segments=segments,
+        objectives=tuple(objective for batch in batches for objective in batch.objectives),
+        loss_inputs=torch.cat(inputs, 1)[:, None] if inputs else None,
         lengths=concatenated([batch.lengths for batch in batches]),
         num_samples=sum(batch.num_samples for batch in batches),
     )

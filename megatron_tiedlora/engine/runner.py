@@ -262,10 +262,17 @@ Divisors = tuple[float, ...]  # the summed loss of a micro-batch is divided by t
 
 @dataclass
 class Losses:
-    """The losses of several micro-batches, recorded by adapter, and the divisors that are applied to them."""
+    """The losses of several micro-batches, recorded by adapter, and the divisors that are applied to them.
 
-    divisors: Mapping[str, Divisors]  # for every adapter that has a loss
+    Attributes:
+        divisors: the divisors of every adapter that has a loss.
+        tokens: a list to which the cross entropy of each label is appended, (n,), in the order of the micro-batches, in
+            one or more parts; or None.
+    """
+
+    divisors: Mapping[str, Divisors]
     found: list[tuple[str, Tensor]] = field(default_factory=list)
+    tokens: list[Tensor] | None = None
 
     def weighted(self, losses: Tensor, segments: AdapterSegments) -> Tensor:
         """Record the losses, (segments,) or () for one segment, and return the sum of the divided losses."""
@@ -316,45 +323,65 @@ class Runner:
             return gather_state(dict(self.adapters[name].named_parameters()), layout)
 
     def accumulate(
-        self, batches: Sequence[MicroBatch], divisors: Mapping[str, Divisors], between: Callable[[], None]
+        self,
+        batches: Sequence[MicroBatch],
+        divisors: Mapping[str, Divisors],
+        between: Callable[[], None],
+        *,
+        tokens: list[Tensor] | None = None,
     ) -> dict[str, float]:
         """Run the forward and backward passes of a step. Gradients are accumulated, and no parameter changes.
 
         Args:
             divisors: the divisors of every adapter that takes a step.
             between: a function that is called after a micro-batch if all ranks can stop there. It may raise an error.
+            tokens: see `Losses.tokens`. It is only filled on stages that have the head.
 
         Returns:
             the summed loss of each adapter on this rank; 0 if another rank counts it.
         """
         self.engine.train()
         self.optimizers.begin(len(batches))
-        losses = Losses(divisors)
+        losses = Losses(divisors, tokens=tokens)
         self._train(batches, losses, between)
         return losses.sums(counted=self.counts_loss)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
-        """Return the summed loss of each adapter, per micro-batch, without gradients; 0 if another rank counts it."""
+    def evaluate(self, batches: Sequence[MicroBatch], *, tokens: list[Tensor] | None = None) -> list[dict[str, float]]:
+        """Return the summed loss of each adapter, per micro-batch, without gradients; 0 if another rank counts it.
+
+        For `tokens`, see `accumulate`.
+        """
         self.engine.eval()
-        found = [Losses({segment.adapter: () for segment in batch.segments}) for batch in batches]  # no divisors
+        none: list[dict[str, Divisors]] = [{segment.adapter: () for segment in batch.segments} for batch in batches]
+        found = [Losses(divisors, tokens=tokens) for divisors in none]
         self._score(batches, found)
         return [losses.sums(counted=self.counts_loss) for losses in found]
 
-    def _supervised(self, batch: MicroBatch) -> list[Supervised]:
+    def _supervised(self, batch: MicroBatch, losses: Losses) -> list[Supervised]:
         """Return the supervised positions of a micro-batch, or of its halves, computed on the host."""
         parts, segments = self.stage.tensor_parallel.sequence_parts, batch.segments
-        halves = batch.labels.chunk(self.stage.num_halves(len(batch.labels), segments))
-        return [find_supervised(labels, parts, segments).moved(self._on_device) for labels in halves]
+        number = self.stage.num_halves(len(batch.labels), segments)
+        inputs = (None,) * number if batch.loss_inputs is None else batch.loss_inputs.chunk(number, 1)
+        report = None if losses.tokens is None else losses.tokens.append
+        halves = [
+            find_supervised(labels, parts, segments, batch.objectives, own)
+            for labels, own in zip(batch.labels.chunk(number), inputs, strict=True)
+        ]
+        return [half.moved(self._on_device)._replace(report=report) for half in halves]
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """Return the summed loss of a micro-batch: a scalar, or one loss per adapter, (segments,), for several."""
-        supervised = self._supervised(batch)
+    def forward(self, batch: MicroBatch, losses: Losses | None = None) -> Tensor:
+        """Return the summed loss of a micro-batch: a scalar, or one loss per adapter, (segments,), for several.
+
+        Args:
+            losses: records the losses of tokens, if wanted.
+        """
+        supervised = self._supervised(batch, losses or Losses({}))
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         token_index = None if batch.token_index is None else self._on_device(batch.token_index)
         # Document ids stay on the host, where their boundaries are computed.
@@ -370,7 +397,7 @@ class Runner:
             # packed steps, so DeepSpeed cannot count them itself.
             steps = self.optimizers.engine_steps and index == len(batches)
             self.engine.set_gradient_accumulation_boundary(steps)
-            self.engine.backward(losses.weighted(self.forward(batch), batch.segments))
+            self.engine.backward(losses.weighted(self.forward(batch, losses), batch.segments))
             if not steps:
                 self.engine.step()  # changes no parameter
             if index < len(batches):
@@ -381,7 +408,7 @@ class Runner:
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
         """Run the forward pass of each micro-batch and record its losses in the matching element of `losses`."""
         for found, batch in zip(losses, batches, strict=True):
-            found.weighted(self.forward(batch), batch.segments)
+            found.weighted(self.forward(batch, found), batch.segments)
 
 
 class PipelineRunner(Runner):
@@ -437,7 +464,7 @@ class PipelineRunner(Runner):
             self.engine.pipe_buffers["inputs"][buffer_id] = (self._on_device(batch.tokens), *self._positions(batch))
         if self.stage.head is not None:
             losses = next(self._losses)
-            labels = self._supervised(batch), lambda found: losses.weighted(found, batch.segments)
+            labels = self._supervised(batch, losses), lambda found: losses.weighted(found, batch.segments)
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
     def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_groups import AdapterSegments, spans_of
 from megatron_tiedlora.parallel.frozen_weight import padded
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL, RowSpan, RowSpans, span_starts, spans_between
+from megatron_tiedlora.parallel.loss import (
+    IGNORED_LABEL,
+    RowSpan,
+    RowSpans,
+    span_starts,
+    spans_between,
+    sums_by_adapter,
+)
+from megatron_tiedlora.parallel.objectives import Objective
 
 # Rows are padded to a multiple of this, because repeated shapes need less memory and fewer kernels.
 PAD_MULTIPLE = 8
@@ -34,6 +42,8 @@ class MicroBatch:
         token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
             None if there is no dropout.
         segments: the rows of each adapter. If there are several adapters, all rows are concatenated, so b is 1.
+        objectives: the loss of each segment; empty for the cross entropy.
+        loss_inputs: with `objectives` the numbers of each label, (2, b, s) fp32, see `Objective`; otherwise None.
         lengths: (rows,) int64, the number of tokens in each row without padding. With several adapters, these are their
             rows before concatenation.
         num_samples: the number of samples; 0 for a batch of padding only.
@@ -45,6 +55,8 @@ class MicroBatch:
     documents: Tensor | None = None
     token_index: Tensor | None = None
     segments: AdapterSegments = ()
+    objectives: tuple[Objective, ...] = ()
+    loss_inputs: Tensor | None = None
     lengths: Tensor
     num_samples: int
 
@@ -60,7 +72,7 @@ class MicroBatch:
 
     def supervised(self, num_parts: int = 1) -> "Supervised":
         """Return the supervised positions of the micro-batch; see `find_supervised`."""
-        return find_supervised(self.labels, num_parts, self.segments)
+        return find_supervised(self.labels, num_parts, self.segments, self.objectives, self.loss_inputs)
 
 
 class Supervised(NamedTuple):
@@ -77,6 +89,9 @@ class Supervised(NamedTuple):
         labels: (n,) int64, the labels of these positions.
         spans: the span of each adapter in `rows`, if there are several adapters.
         supervised_spans: the span of each adapter in `supervised`, if there are several adapters.
+        objectives: the loss of each adapter; empty for the cross entropy.
+        inputs: with `objectives` the numbers of the labels, (2, n).
+        report: a function that is called with the cross entropy of each label, (n,), detached; or None.
     """
 
     rows: Tensor
@@ -85,11 +100,21 @@ class Supervised(NamedTuple):
     labels: Tensor
     spans: RowSpans = ()
     supervised_spans: RowSpans = ()
+    objectives: tuple[Objective, ...] = ()
+    inputs: Tensor | None = None
+    report: Callable[[Tensor], None] | None = None
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
         """Return a copy with `move` applied to every tensor."""
         rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
-        return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels)
+        inputs = None if self.inputs is None else move(self.inputs)
+        return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels, inputs=inputs)
+
+    def summed(self, losses: Tensor) -> Tensor:
+        """Return the sum of the losses, () or (adapters,), from the cross entropy of each label (n,), and report it."""
+        if self.report is not None:
+            self.report(losses.detach())
+        return sums_by_adapter(losses, self.supervised_spans, self.objectives, self.inputs)
 
 
 def padded_positions(num_supervised: int) -> int:
@@ -97,7 +122,13 @@ def padded_positions(num_supervised: int) -> int:
     return padded(max(1, num_supervised))
 
 
-def find_supervised(labels: Tensor, num_parts: int = 1, segments: AdapterSegments = ()) -> Supervised:
+def find_supervised(
+    labels: Tensor,
+    num_parts: int = 1,
+    segments: AdapterSegments = (),
+    objectives: tuple[Objective, ...] = (),
+    inputs: Tensor | None = None,
+) -> Supervised:
     """Return the supervised positions of labels (b, s) int64. Positions with the label -100 are not supervised.
 
     In each shard, the positions of an adapter are padded to a multiple of `SIZE_MULTIPLE` with the position of its
@@ -107,6 +138,7 @@ def find_supervised(labels: Tensor, num_parts: int = 1, segments: AdapterSegment
     Args:
         num_parts: the number of shards of activations along the sequence; it must divide b s.
         segments: the adapters of the micro-batch; if there are several adapters, b is 1.
+        objectives, inputs: see `MicroBatch.objectives` and `MicroBatch.loss_inputs`.
     """
     spans, by_part = spans_of(segments), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
@@ -129,7 +161,10 @@ def find_supervised(labels: Tensor, num_parts: int = 1, segments: AdapterSegment
             of_supervised.append(RowSpan(adapter, len(rows)))
     joined, chosen = torch.cat(local_rows), torch.cat(supervised)
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
-    result = Supervised(rows, joined, chosen, labels.flatten()[rows[chosen]])
+    chosen_rows = rows[chosen]
+    result = Supervised(rows, joined, chosen, labels.flatten()[chosen_rows], objectives=objectives)
+    if inputs is not None:
+        result = result._replace(inputs=inputs.flatten(1)[:, chosen_rows])
     return result._replace(spans=tuple(of_rows), supervised_spans=tuple(of_supervised)) if spans else result
 
 

@@ -27,7 +27,7 @@ from megatron_tiedlora.model.regions import Needs, Recompute, RegionEntry, Regio
 from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.frozen_weight import RoundedRows
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped
-from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
+from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 from megatron_tiedlora.parallel.rows import as_rows
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
@@ -289,7 +289,7 @@ class Head(nn.Module):
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
                 d) or (1, m / p, d).
-            summed: False to return the loss of each position, (n,), without a gradient.
+            summed: False to return the cross entropy of each position, (n,).
         """
         group = tensor_parallel.group
         normed = self.norm(hidden)
@@ -306,9 +306,8 @@ class Head(nn.Module):
         shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels, self.cap)
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
-        if not summed:
-            return token_losses(rows, supervised.labels, shard)
-        return sum_token_losses(rows, supervised.labels, shard, supervised.supervised_spans or None)
+        losses = token_losses(rows, supervised.labels, shard)
+        return supervised.summed(losses) if summed else losses
 
 
 @dataclass(frozen=True)

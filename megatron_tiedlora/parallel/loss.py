@@ -1,4 +1,4 @@
-"""Compute the loss: the cross entropy of the next token, summed over the tokens of each adapter.
+"""Compute the loss: the cross entropy of the next token, or an `Objective`, summed over the tokens of each adapter.
 
 The forward pass of a loss also computes its gradients. The backward pass only multiplies them by a factor, so only the
 gradients are saved. The backward pass cannot be differentiated again.
@@ -19,6 +19,7 @@ from torch.nn import functional
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped, times_slope
+from megatron_tiedlora.parallel.objectives import Objective
 from megatron_tiedlora.parallel.rows import as_rows, scaled, upcast
 
 
@@ -66,17 +67,27 @@ def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] 
     return torch.cat([scaled(part, factors[span.adapter]) for part, span in parts]).view(tensor.shape)
 
 
-def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) -> Tensor:
-    """Return the sum of each adapter's elements, (adapters,). Each span is summed in chunks of `at_once` elements.
+def sums_by_adapter(
+    losses: Tensor,
+    spans: Sequence[RowSpan],
+    objectives: Sequence[Objective] = (),
+    inputs: Tensor | None = None,
+) -> Tensor:
+    """Return the sum of each adapter's losses, (adapters,), or () without spans, which stand for one adapter.
 
     Args:
-        numbers: (n,).
+        losses: (n,), the cross entropy of each token.
+        objectives: one per adapter; the sums are of these losses instead of the cross entropy.
+        inputs: with `objectives` the numbers of the tokens, (2, n).
     """
-    totals = [numbers.new_zeros(()) for _ in range(1 + max(span.adapter for span in spans))]
-    for part, span in zip(numbers.split([span.size for span in spans]), spans, strict=True):
-        for chunk in part.split(at_once):
-            totals[span.adapter] += chunk.sum()
-    return torch.stack(totals)
+    owned = spans or (RowSpan(0, len(losses)),)
+    totals = [losses.new_zeros(()) for _ in range(1 + max(span.adapter for span in owned))]
+    for start, (adapter, size) in zip(span_starts(owned), owned, strict=True):
+        part = losses[start : start + size]
+        if inputs is not None:
+            part = objectives[adapter].losses(-part, inputs[:, start : start + size])
+        totals[adapter] = totals[adapter] + part.sum()
+    return torch.stack(totals) if spans else totals[0]
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,25 +194,20 @@ def _losses(local_logits: Tensor, labels: Tensor, shard: VocabularyShard) -> _Fo
     return _Found(total - by_rank[:, 1].sum(dim=0), total, index, own, picked)
 
 
-class _SumTokenLosses(torch.autograd.Function):
+class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
         weight, kernels, rows_at_once = shard.weight, shard.kernels, shard.rows_at_once
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
         rows, labels = _padded_rows(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
-        loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
-        by_row = [loss.new_empty(0)]  # losses of rows of several adapters
+        losses = [upcast(rows[:0, 0])]
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # the same memory for all chunks
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
             local_logits = as_rows(weight.times_transposed(rows[part], out=logits[: len(rows[part])]))
             found = _losses(local_logits, labels[part], shard)
-            losses = found.losses[: max(num_rows - start, 0)]
-            if spans is None:
-                loss += losses.sum()
-            else:
-                by_row.append(losses)
+            losses.append(found.losses[: max(num_rows - start, 0)])
             if gradient is not None:
                 kernels.exp_logits_(local_logits, found.total, shard.cap)
                 # Subtract 1 from the probability of each label on this rank; expm1 avoids the rounding of bf16.
@@ -211,15 +217,14 @@ class _SumTokenLosses(torch.autograd.Function):
                 # scatter_ is not used, because it would visit every element.
                 local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))
                 weight.times(local_logits, out=gradient[part])
-        ctx.spans = spans
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
-        return loss if spans is None else sums_by_adapter(torch.cat(by_row), spans, at_once=rows_at_once)
+        return torch.cat(losses)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        return scaled_by_adapter(grad_rows, gradient, ctx.spans), None, None, None
+        return scaled(grad_rows, gradient[:, None]), None, None
 
 
 def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,31 +235,15 @@ def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
 
 
-def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None = None) -> Tensor:
-    """Return the sum over rows of -log softmax(rows W^T)[label], the same on every rank.
+def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
+    """Return -log softmax(rows W^T)[label] of each row, (n,), in max(fp32, dtype of `rows`), the same on every rank.
 
-    W is frozen, so the forward pass also computes the gradient of `rows`, in chunks of rows. Only this gradient is
-    saved for the backward pass; logits are not saved.
+    W is frozen, so if `rows` needs a gradient, the forward pass also computes it, in chunks of rows. Only this gradient
+    is saved for the backward pass, which multiplies each row of it by a factor; logits are not saved.
 
     Args:
-        rows: (n, d), any float dtype, the same on every rank.
+        rows: (n, d), any float dtype, the same on every rank. Its gradient is the partial sum for this rank's shard of
+            the vocabulary. This function does not sum it over ranks.
         labels: (n,) int64, all supervised, the same on every rank.
-        spans: the adapters of the n rows, if there are several.
-
-    Returns:
-        a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows` is
-        the partial sum for this rank's shard of the vocabulary. This function does not sum it over ranks.
     """
-    return cast(Tensor, _SumTokenLosses.apply(rows, labels, shard, spans))
-
-
-@torch.no_grad()
-def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
-    """Return -log softmax(rows W^T)[label] of each row, (n,), without a gradient. See `sum_token_losses`."""
-    num_rows = len(rows)
-    rows, labels = _padded_rows(rows, labels)
-    losses = [
-        _losses(as_rows(shard.weight.times_transposed(part)), own, shard).losses
-        for part, own in zip(rows.split(shard.rows_at_once), labels.split(shard.rows_at_once), strict=True)
-    ]
-    return torch.cat(losses)[:num_rows]
+    return cast(Tensor, _TokenLosses.apply(rows, labels, shard))

@@ -73,6 +73,11 @@ def run_in_parts(
 
 
 def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Return tensor * factor, (..., n), in the tensor's dtype. It is computed in fp32 or wider, some rows at a time."""
-    rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), [True, False])
+    """Return tensor * factor, (..., n), in the tensor's dtype. It is computed in fp32 or wider, some rows at a time.
+
+    Args:
+        factor: (), or one per row, (rows, 1).
+    """
+    has_rows = [True, factor.ndim > 0]
+    rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), has_rows)
     return cast(Tensor, rows).view(tensor.shape)

@@ -4,7 +4,7 @@ are summed in one message of each group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from support.forked_ranks import groups_of, run_on_ranks
 from support.gradient_worker import DTYPE, Case, Walk, build_adapter, build_stage, joined, run_cases
 from support.oracle import OracleConfig, cast_weights, load_weights
 from support.oracle_adapter import ALL_TARGETS
-from support.oracle_training import oracle_gradients
+from support.oracle_training import SETTINGS, oracle_gradients
 from support.tiny_models import write_tiny_model
 from support.token_rows import Member, SharedBatch, rounds
 from torch import distributed
@@ -116,6 +116,7 @@ PACKED = tuple(
     Member(m.name, m.adapter, rows, seed=m.seed, packed=True)
     for m, rows in zip(FOUR, (((3, 2),), ((4,), (2,)), ((1, 1),), ((2, 2),)), strict=True)
 )
+LOSSES = tuple(replace(m, name=f"{m.name}{o}", objective=o) for m, o in zip((*FOUR, TWO[1]), SETTINGS, strict=True))
 LAYOUTS = {2: ((2, 1, 1), (1, 2, 1), (1, 1, 2)), 4: ((2, 2, 1), (1, 2, 2), (2, 1, 2))}
 
 
@@ -132,7 +133,8 @@ def _cases(folder: Path, ranks: int, family: str, whole: bool) -> list[GroupCase
                 GroupCase(folder, layout, TWO, sequence, recompute="full"),
                 GroupCase(folder, layout, PACKED, sequence, recompute="selective"),
             ]
-            cases += some if whole else some[len(cases) // 2 % 2 :: 2]
+            cases += [GroupCase(folder, layout, LOSSES, sequence)]
+            cases += some if whole else some[len(cases) // 3 % 2 :: 2]
     return cases
 
 

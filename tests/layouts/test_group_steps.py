@@ -121,7 +121,13 @@ def _train(
 
     def counted(batches: Sequence[MicroBatch], *arguments: Any) -> dict[str, float]:
         micro_batches.append(max(len(batch.segments) for batch in batches))
-        sums = accumulate(batches, *arguments)
+        tokens: list[torch.Tensor] = []
+        sums = accumulate(batches, *arguments, tokens=tokens)
+        if runner.counts_loss:
+            of_labels = torch.cat(tokens).double()
+            assert len(of_labels) == sum(batch.num_supervised for batch in batches)
+            assert float(of_labels.sum()) == pytest.approx(sum(sums.values()), rel=1e-5)
+        assert bool(tokens) == (runner.stage.head is not None)
         for name, adapter in runner.adapters.items() if not gradients else ():
             gradients[name] = {tensor: p.grad.clone() for tensor, p in adapter.named_parameters() if p.grad is not None}
         return sums

@@ -20,7 +20,7 @@ from support.forked_ranks import run_on_ranks
 from support.gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
 from support.oracle import OracleConfig, cast_weights, load_weights, oracle_logits
 from support.oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, dropout
-from support.oracle_training import oracle_gradients
+from support.oracle_training import SETTINGS, oracle_gradients
 from support.quantised_models import quantised
 from support.tiny_models import FAMILY_MODELS, LATER_FAMILIES, write_tiny_model
 
@@ -204,7 +204,8 @@ class Answers:
 
     def gradients(self, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
         """Of the samples, each on its own: neither padded nor packed; dropout is drawn for each, too."""
-        key = case.folder, case.base, case.method, case.rank, case.layers, case.targets, case.shares, case.dropout
+        adapter = case.method, case.rank, case.layers, case.targets, case.shares
+        key = case.folder, case.base, *adapter, case.dropout, case.objective
         if key not in self._gradients:
             samples = case.samples
             if case.dropout:
@@ -303,6 +304,21 @@ def test_gradients_of_two_halves_equal_the_oracle(
     folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int, whole: bool
 ) -> None:
     run_and_check(_half_cases(folders, ranks, whole=whole), answers, tmp_path, ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gradients_of_every_loss_of_tokens_equal_the_oracle(
+    folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int
+) -> None:
+    """Every loss in every way of sharding, packed and in halves; the last block's MLP is adapted too."""
+    cases = list[Case]()
+    for layout in {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1)], 4: [(2, 2, 1), (1, 2, 2)]}[ranks]:
+        for variant, objective in product(_variants(layout), SETTINGS):
+            cases += [Case(folders["short"], objective=objective, targets=ALL_TARGETS, **variant)]
+        last = {**_variants(layout)[0], "objective": "ppo", "packed": True}
+        cases += [Case(folders["short"], **last), Case(folders["gemma2"], **last)]
+        cases += [Case(folders["short"], overlap=True, **last)] if layout[0] == 2 else []
+    run_and_check(cases, answers, tmp_path, ranks)
 
 
 def run_and_check(cases: list[Case], answers: Answers, tmp_path: Path, ranks: int) -> None:

@@ -17,7 +17,7 @@ from support.run_helpers import Base, run
 
 pytestmark = pytest.mark.distributed
 PACKAGE = ROOT / "megatron_tiedlora"
-LOSS, STEP = ("parallel/loss.py", "sum_token_losses"), ("training/step.py", "TrainStep.run")
+LOSS, STEP = ("parallel/loss.py", "token_losses"), ("training/step.py", "TrainStep.run")
 Place = tuple[str, str]  # a file of the package, and the qualified name of a function there
 
 

@@ -22,6 +22,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
+from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Attended, Stage
 from megatron_tiedlora.model.weights import Stages, layer_costs, partition, stage_weight_rules
@@ -34,10 +35,11 @@ from megatron_tiedlora.parallel.groups import (
     TrafficCounter,
     named_handles,
 )
+from megatron_tiedlora.parallel.objectives import Objective
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from support.forked_ranks import groups_of
 from support.oracle import OracleAdapter, OracleConfig
-from support.oracle_training import OracleBatch
+from support.oracle_training import SETTINGS, OracleBatch, with_objective
 from support.shared_tensors import GROUPS, tl6_shares
 from support.tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 
@@ -55,6 +57,7 @@ class Case:
         shares: in which way of `shared_tensors` layers share the tensors of tl6.
         seed: of the factors.
         first_adapted: of the model, if other adapters are trained beside this one.
+        objective: the loss of tokens, with settings of the oracle's; None: the cross entropy.
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class Case:
     shares: str | None = None
     seed: int = 5
     first_adapted: int | None = None
+    objective: str | None = None
 
     @property
     def way(self) -> tuple[tuple[int, int, int], bool]:
@@ -135,7 +139,7 @@ class Case:
         assert len(places) >= len(tokens)
         for token, (sample, place) in zip(tokens, places, strict=False):
             sample.input_ids[0, place] = sample.labels[0, place - 1] = token
-        return samples
+        return [with_objective(sample, self.objective, seed) for seed, sample in enumerate(samples)]
 
     @cached_property
     def micro_batches(self) -> list[OracleBatch]:
@@ -186,6 +190,17 @@ class Case:
         """What a rank holds of the adapter."""
         stage = self.stages[grid.pp_rank]
         return tied_adapter.AdapterShard.of_stage(self.adapter_config, stage, grid.tp_rank, grid.tp_size)
+
+
+def labels_of(batch: OracleBatch, stage: Stage) -> Any:
+    """The labels of a micro-batch as the stage takes them."""
+    if batch.objective is None:
+        return batch.labels
+    number = stage.num_halves(len(batch.labels))
+    objectives = (Objective(batch.objective, SETTINGS[batch.objective]),)
+    halves = zip(batch.labels.chunk(number), batch.loss_inputs.chunk(number, 1), strict=True)
+    parts = stage.tensor_parallel.sequence_parts
+    return [find_supervised(labels, parts, (), objectives, inputs) for labels, inputs in halves]
 
 
 def tokens_at_cuts(vocab_size: int) -> list[int]:
@@ -296,7 +311,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
             value, gradient = walk.train(
                 batch.input_ids,
                 _position_ids(batch),
-                batch.labels,
+                labels_of(batch, stage),
                 num_supervised,
                 in_stage=grid.pp_size == 1 and not case.packed,  # as an engine of one stage calls it
                 documents=batch.documents,

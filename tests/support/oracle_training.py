@@ -28,6 +28,8 @@ class OracleBatch:
     positions: Tensor | None = None
     documents: Tensor | None = None
     drops: Sequence[Drop] | None = None
+    objective: str | None = None  # a key of SETTINGS; None: the cross entropy
+    loss_inputs: Tensor | None = None  # (2, B, S), numbers of each label
 
     @property
     def num_supervised(self) -> int:
@@ -40,6 +42,46 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     chosen = logits[supervised].to(_wide(logits.dtype))
     targets = labels[supervised].long()
     return chosen.logsumexp(dim=-1) - chosen[torch.arange(len(targets)), targets]
+
+
+SETTINGS: Mapping[str, Mapping[str, float]] = {  # of the losses of tokens, none the package's default
+    "cross_entropy": {},
+    "importance_sampling": {},
+    "ppo": {"clip_low_threshold": 0.5, "clip_high_threshold": 1.75},
+    "cispo": {"clip_low_threshold": 0.625, "clip_high_threshold": 1.5},
+    "dro": {"beta": 0.3},
+}
+
+
+def objective_losses(name: str, logprobs: Tensor, inputs: Tensor, settings: Mapping[str, float]) -> Tensor:
+    """Losses of tokens, (N,), from their log-probabilities and their numbers, (2, N): weights, or q and advantages."""
+    if name == "cross_entropy":
+        return inputs[0] * -logprobs
+    sampled, advantages = inputs
+    ratio = torch.exp(logprobs) / torch.exp(sampled)
+    low, high = settings.get("clip_low_threshold", 0.0), settings.get("clip_high_threshold", math.inf)
+    if name == "importance_sampling":
+        return -ratio * advantages
+    if name == "ppo":  # a good token gains nothing above `high`, and a bad one nothing below `low`
+        active = torch.where(advantages > 0, ratio < high, ratio > low)
+        bound = torch.where(advantages > 0, torch.full_like(ratio, high), torch.full_like(ratio, low))
+        return -advantages * torch.where(active, ratio, bound)
+    if name == "cispo":
+        with torch.no_grad():
+            factor = torch.where(ratio < low, low, torch.where(ratio > high, high, ratio)) * advantages
+        return -factor * logprobs
+    assert name == "dro"
+    return settings["beta"] / 2 * (logprobs - sampled) ** 2 - logprobs * advantages
+
+
+def with_objective(sample: OracleBatch, objective: str | None, seed: int) -> OracleBatch:
+    """The sample with a loss of tokens and their numbers: weights, or log-probabilities near the tiny models' own."""
+    if objective is None:
+        return sample
+    numbers = torch.randn(2, *sample.labels.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if objective != "cross_entropy":
+        numbers[0] = 0.5 * numbers[0] - 5.8
+    return replace(sample, objective=objective, loss_inputs=numbers)
 
 
 def oracle_loss(
@@ -68,7 +110,11 @@ def oracle_loss(
             documents=part.documents,
             drops=part.drops,
         )
-        total = total + token_losses(logits, part.labels).sum()
+        losses = token_losses(logits, part.labels)
+        if part.objective is not None:
+            inputs = part.loss_inputs[:, part.labels != IGNORED_LABEL].to(losses.dtype)
+            losses = objective_losses(part.objective, -losses, inputs, SETTINGS[part.objective])
+        total = total + losses.sum()
     return total / num_supervised
 
 

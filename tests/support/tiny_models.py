@@ -349,22 +349,29 @@ def pad_samples(samples: list[OracleBatch], *, multiple: int = 1) -> OracleBatch
     input_ids, labels = torch.full(shape, EOS_ID), torch.full(shape, IGNORED_LABEL)
     mask, positions, documents = torch.zeros(3, *shape, dtype=torch.long)
     documents += 99
+    inputs = None if samples[0].loss_inputs is None else torch.zeros(2, *shape, dtype=torch.float64)
     for row, part in enumerate(samples):
         width = part.input_ids.shape[1]
         input_ids[row, :width], labels[row, :width], mask[row, :width] = part.input_ids[0], part.labels[0], 1
         if part.positions is not None and part.documents is not None:
             positions[row, :width], documents[row, :width] = part.positions[0], part.documents[0]
+        if inputs is not None:
+            inputs[:, row, :width] = part.loss_inputs[:, 0]
+    more: dict[str, Any] = {"objective": samples[0].objective, "loss_inputs": inputs}
     if samples[0].documents is None:
-        return OracleBatch(input_ids, labels, attention_mask=mask)
-    return OracleBatch(input_ids, labels, positions=positions, documents=documents)
+        return OracleBatch(input_ids, labels, attention_mask=mask, **more)
+    return OracleBatch(input_ids, labels, positions=positions, documents=documents, **more)
 
 
 def pack_samples(samples: list[OracleBatch]) -> OracleBatch:
     """One (1, S) row of all samples, with positions that restart and document ids."""
     lengths = [part.input_ids.shape[1] for part in samples]
+    inputs = [part.loss_inputs for part in samples if part.loss_inputs is not None]
     return OracleBatch(
         torch.cat([part.input_ids for part in samples], dim=1),
         torch.cat([part.labels for part in samples], dim=1),
         positions=torch.cat([torch.arange(n) for n in lengths])[None],
         documents=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None],
+        objective=samples[0].objective,
+        loss_inputs=torch.cat(inputs, dim=2) if inputs else None,
     )

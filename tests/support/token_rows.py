@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-from support.oracle_training import OracleBatch
+from megatron_tiedlora.parallel.objectives import Objective
+from support.oracle_training import SETTINGS, OracleBatch, with_objective
 from support.tiny_models import pack_samples, pad_samples, random_batches
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -128,6 +129,7 @@ class Member:
         adapter: keywords of `random_adapter`, with its method.
         rows: the rows of each of its micro-batches; the samples of each row.
         silent: which of its micro-batches have no supervised token.
+        objective: see `OracleBatch`.
     """
 
     name: str
@@ -136,11 +138,13 @@ class Member:
     seed: int = 0
     packed: bool = False
     silent: tuple[int, ...] = ()
+    objective: str | None = None
 
     @property
     def samples(self) -> list[OracleBatch]:
         """All of its samples in this step."""
-        return random_batches(1, samples_per_step=sum(map(sum, self.rows)), seed=self.seed)[0]
+        samples = random_batches(1, samples_per_step=sum(map(sum, self.rows)), seed=self.seed)[0]
+        return [with_objective(sample, self.objective, seed) for seed, sample in enumerate(samples)]
 
     @property
     def micro_batches(self) -> list[OracleBatch]:
@@ -152,7 +156,7 @@ class Member:
             batch = pad_samples([pack_samples(row) if self.packed else row[0] for row in parts], multiple=8)
             if not self.packed:
                 positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids).contiguous()
-                batch = OracleBatch(batch.input_ids, batch.labels, positions=positions)
+                batch = replace(batch, attention_mask=None, positions=positions)
             if number in self.silent:
                 batch.labels.fill_(IGNORED_LABEL)
             found.append(batch)
@@ -168,19 +172,24 @@ class SharedBatch:
     labels: torch.Tensor
     documents: torch.Tensor | None
     segments: tuple[AdapterSegment, ...]
+    objectives: tuple[Objective, ...] = ()
+    loss_inputs: torch.Tensor | None = None
 
     def supervised(self, num_parts: int = 1) -> Supervised:
         """Its supervised positions."""
-        return find_supervised(self.labels, num_parts, self.segments)
+        return find_supervised(self.labels, num_parts, self.segments, self.objectives, self.loss_inputs)
 
 
 def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:
     """One shared micro-batch from those of (adapter, its micro-batch)."""
     segments = tuple(AdapterSegment(name, *batch.input_ids.shape) for name, batch in parts)
     of_each = [(batch.input_ids, batch.positions, batch.labels, batch.documents) for _, batch in parts]
+    objectives = tuple(Objective(b.objective, SETTINGS[b.objective]) for _, b in parts if b.objective)
+    inputs = [batch.loss_inputs.flatten(1) for _, batch in parts if batch.loss_inputs is not None]
+    more = {"objectives": objectives, "loss_inputs": torch.cat(inputs, 1) if inputs else None}
     if len(parts) == 1:
-        return SharedBatch(*of_each[0], segments)
-    return SharedBatch(*map(_end_to_end, zip(*of_each, strict=True)), segments)
+        return SharedBatch(*of_each[0], segments, **more)
+    return SharedBatch(*map(_end_to_end, zip(*of_each, strict=True)), segments, **more)
 
 
 def rounds(members: Sequence[Member], *, shared: bool) -> list[SharedBatch]:

@@ -1,0 +1,1 @@
+"""A training service: many clients train their adapters of one base at the same time."""
