@@ -24,7 +24,8 @@ from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.config.fields import parse_rate_factors
 from megatron_tiedlora.config.settings import Schedule, Settings
 from megatron_tiedlora.engine import engine as deepspeed_engine
-from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer, PipelineRunner, Runner
+from megatron_tiedlora.engine.optimizers import EngineOptimizer, Optimizers, OwnOptimizer
+from megatron_tiedlora.engine.runner import PipelineRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules

@@ -20,7 +20,8 @@ from itertools import islice
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatches
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch, shared_rounds
-from megatron_tiedlora.engine.runner import Divisors, Missing, Runner
+from megatron_tiedlora.engine.optimizers import Missing
+from megatron_tiedlora.engine.runner import Divisors, Runner
 from megatron_tiedlora.parallel.agreement import first_messages, max_over_ranks, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.planning.adapter_plans import Plans
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS, StepVotes, StopRequests

@@ -275,7 +275,7 @@ def _believe_all_numbers() -> None:
     """No check of a value ends the run or leaves a step out: losses, norms and gradients are whatever was in memory."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers
+    from megatron_tiedlora.engine.optimizers import EngineOptimizer, Optimizers
     from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
     from megatron_tiedlora.training import step
 

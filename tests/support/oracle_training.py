@@ -47,7 +47,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 SETTINGS: Mapping[str, Mapping[str, float]] = {  # of the losses of tokens, none the package's default
     "cross_entropy": {},
     "importance_sampling": {},
-    "ppo": {"clip_low_threshold": 0.5, "clip_high_threshold": 1.75},
+    "ppo": {"clip_low_threshold": 0.375, "clip_high_threshold": 2.5},
     "cispo": {"clip_low_threshold": 0.625, "clip_high_threshold": 1.5},
     "dro": {"beta": 0.3},
 }

@@ -17,7 +17,7 @@ from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import Schedule, make_settings
-from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer
+from megatron_tiedlora.engine.optimizers import EngineOptimizer, Optimizers, OwnOptimizer
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training import step as module
 from megatron_tiedlora.training.build import SCHEDULES, learning_rate_factor, make_training, resume_scheduler
