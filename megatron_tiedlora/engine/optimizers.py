@@ -8,9 +8,9 @@ tensors of the rank's parameters, gathered over its data-parallel ranks, and com
 `adapters/tying.py` joins the shards of tensor and pipeline parallelism.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -52,7 +52,7 @@ class Optimizers:
 
     adapter_group: AdapterGroup
     groups: ParallelGroups
-    own: Mapping[str, OwnOptimizer]
+    own: dict[str, OwnOptimizer]
     device: torch.device
 
     engine_steps: ClassVar[bool] = False  # whether the engine holds and steps the optimizer
@@ -100,22 +100,29 @@ class Optimizers:
         own.scheduler.step()
         return norm
 
+    def set_numbers(self, name: str, *, max_norm: float, **numbers: Any) -> None:
+        """Set the clipping and AdamW's `lr`, `betas`, `eps` and `weight_decay` for an adapter's next step."""
+        self.own[name] = replace(self.own[name], max_norm=max_norm)
+        for group in self.optimizer(name).param_groups:
+            group.update(numbers)
+
     def learning_rate(self, name: str) -> float:
         """Return the learning rate of the adapter's next step, for factors that have no multiple of it."""
         rates = {group["factor"]: group["lr"] for group in self.optimizer(name).param_groups}
         return cast(float, rates[1.0] if 1.0 in rates else max(rates.values()) / max(rates))
 
-    def clear(self) -> None:
-        """Set all gradients to None, including those of adapters that took no step."""
-        for _, parameter in self.adapter_group.named_parameters():
-            parameter.grad = None
+    def clear(self, names: Iterable[str]) -> None:
+        """Set the gradients of these adapters to None, whether they took a step or not."""
+        for name in names:
+            for parameter in self.adapter_group.adapters[name].parameters():
+                parameter.grad = None
 
     def opened(self, name: str) -> AbstractContextManager[None]:
         """Return a context for reading or writing an adapter's tensors, which are gathered if they are partitioned."""
         return nullcontext()
 
     def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
-        """Return fp32 copies of this rank's moments of an adapter that has taken a step, by moment and tensor."""
+        """Return fp32 copies of this rank's moments of an adapter, by moment and tensor. They start as zeros."""
         parameters = trained_parameters(self.adapter_group.adapters[name]).items()
         return {
             moment: {
@@ -126,7 +133,8 @@ class Optimizers:
         }
 
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
-        return cast(Tensor, self.optimizer(name).state[parameter][moment])
+        state = self.optimizer(name).state
+        return cast(Tensor, state[parameter][moment]) if parameter in state else torch.zeros_like(parameter)
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
         """Set the optimizer of an adapter to the state after `step`, before the adapter takes a step in this launch.
@@ -183,7 +191,7 @@ class EngineOptimizer(Optimizers):
         self._step()
         return reported_norm(float(self._engine.get_global_grad_norm()))
 
-    def clear(self) -> None:
+    def clear(self, names: Iterable[str]) -> None:
         """See `Optimizers.clear`. The engine has already dropped the gradients."""
 
     def opened(self, name: str) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_groups import AdapterSegments
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
+from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full, gather_state
 from megatron_tiedlora.engine.optimizers import Optimizers
 from megatron_tiedlora.model.batch import MicroBatch, Supervised, find_supervised
 from megatron_tiedlora.model.stage import Stage
@@ -92,6 +92,12 @@ class Runner:
         """Return full fp32 A, B, u and v of an adapter on rank 0's CPU, and {} on others. All ranks must call it."""
         with self.optimizers.opened(name):
             return gather_state(dict(self.adapters[name].named_parameters()), layout)
+
+    def full_moments(self, name: str, layout: AdapterLayout) -> dict[str, dict[str, Tensor]]:
+        """Return the full fp32 moments of an adapter on rank 0's CPU, by moment and tensor, and no tensors on others.
+        All ranks must call it."""
+        names = list(layout.config.num_trained())
+        return {moment: gather_full(names, local, layout) for moment, local in self.optimizers.moments(name).items()}
 
     def accumulate(
         self,

@@ -7,6 +7,7 @@ Weights that a client can use again are native adapters in folders, so that they
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_tiedlora.parallel.agreement import SentTensor
 
@@ -17,7 +18,7 @@ class Create:
 
     Attributes:
         targets: names of linears, as in --targets.
-        folder: a checkpoint whose weights the model starts with, or "" for initial weights from `seed`.
+        folder: a checkpoint that decides all of these and has the weights to start with, or "" for initial weights.
         optimizer: whether the moments of the checkpoint are restored too.
     """
 
@@ -66,10 +67,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the weights of a model to a new folder, with its optimizer if the folder is a checkpoint."""
+    """Write the weights of a model to a new folder: a checkpoint with the optimizer, or an adapter without it."""
 
     folder: str
     optimizer: bool
+    kind: Literal["save"] = "save"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Load:
 
     folder: str
     optimizer: bool
+    kind: Literal["load"] = "load"
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ def with_objective(sample: OracleBatch, objective: str | None, seed: int) -> Ora
     """The sample with a loss of tokens and their numbers: weights, or log-probabilities near the tiny models' own."""
     if objective is None:
         return sample
-    numbers = torch.randn(2, *sample.labels.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.Generator().manual_seed(seed + 3)  # ppo clips no shard's tokens altogether
+    numbers = torch.randn(2, *sample.labels.shape, generator=drawn, dtype=torch.float64)
     if objective != "cross_entropy":
         numbers[0] = 0.5 * numbers[0] - 5.8
     return replace(sample, objective=objective, loss_inputs=numbers)
