@@ -47,6 +47,7 @@ from megatron_tiedlora.training.build import BuiltModel, make_adapter, own_optim
 from megatron_tiedlora.training.step import AdapterStep, StepChecks, require_finite, take_steps
 
 Sampler = Callable[[Sequence[Sample]], Sequence[SampleResult]]
+_ABSENT = Failure("the model is not in memory, because it could not be created or loaded", by_user=False)
 CHECKED_STEPS = 2  # the first steps of a model after which the replicas of its tensors are compared
 
 
@@ -56,13 +57,17 @@ class Command:
 
     Attributes:
         unload: the models whose tensors are freed.
-        passes: passes that share micro-batches, those of a model in their order.
+        creates: the models that are added.
+        fresh: the models whose gradients are dropped.
+        passes: passes that share micro-batches, those of a model in their order, all with or all without backward.
         others: operations that run one after the other.
     """
 
     unload: tuple[str, ...] = ()
+    creates: tuple[tuple[str, Create], ...] = ()
+    fresh: tuple[str, ...] = ()
     passes: tuple[tuple[str, Pass], ...] = ()
-    others: tuple[tuple[str, Create | Step | Save | Load], ...] = ()
+    others: tuple[tuple[str, Step | Save | Load], ...] = ()
     samples: tuple[Sample, ...] = ()
 
 
@@ -70,9 +75,10 @@ class Command:
 class Outcome:
     """The results of a command on rank 0, in the order of its lists. They are not complete on other ranks."""
 
+    creates: list[Result] = field(default_factory=list)
     passes: list[Result] = field(default_factory=list)
     others: list[Result] = field(default_factory=list)
-    samples: list[SampleResult] = field(default_factory=list)
+    samples: list[Result] = field(default_factory=list)
 
 
 class Worker:
@@ -95,12 +101,19 @@ class Worker:
         found = Outcome()
         for model in command.unload:
             self._remove(model)
-        if command.passes:
-            found.passes = self._run_passes(command.passes)
+        found.creates = [self._alone(model, create) for model, create in command.creates]
+        self.runner.optimizers.clear(model for model in command.fresh if model in self._steps)
+        found.passes = self._passes(command.passes)
         found.others = [self._alone(model, operation) for model, operation in command.others]
         if command.samples:
             found.samples = list(self._sampler(command.samples))
         return found
+
+    def _passes(self, passes: Sequence[tuple[str, Pass]]) -> list[Result]:
+        """Run the passes of models that are in memory. Return the results of all passes on rank 0."""
+        there = [(model, one) for model, one in passes if model in self._steps]
+        results = iter(self._run_passes(there) if there else [])
+        return [next(results, Done()) if model in self._steps else _ABSENT for model, _ in passes]
 
     def _run_passes(self, passes: Sequence[tuple[str, Pass]]) -> list[Result]:
         """Run passes, all with or all without backward passes. The gradients of a model whose loss is not finite are
@@ -126,6 +139,8 @@ class Worker:
         try:
             if isinstance(operation, Create):
                 self._create(model, operation)
+            elif model not in self._steps:
+                return _ABSENT
             elif isinstance(operation, Step):
                 return self._step(model, operation)
             elif isinstance(operation, Load):

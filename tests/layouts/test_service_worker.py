@@ -98,9 +98,11 @@ def _serve(case: Case, device: torch.device) -> Found:
     results: dict[str, list[Any]] = {}
     for some in case.commands:
         passes = tuple(one for one in some if isinstance(one[1], Pass))
-        others = tuple(one for one in some if not isinstance(one[1], Pass))
-        outcome = worker.run(Command(passes=passes, others=others))
-        found = [*zip(passes, outcome.passes, strict=False), *zip(others, outcome.others, strict=True)]
+        creates = tuple(one for one in some if isinstance(one[1], Create))
+        others = tuple(one for one in some if not isinstance(one[1], Create | Pass))
+        outcome = worker.run(Command(creates=creates, passes=passes, others=others))
+        lists = ((creates, outcome.creates), (passes, outcome.passes), (others, outcome.others))
+        found = [pair for operations, of in lists for pair in zip(operations, of, strict=True)]
         for (model, _), result in found:
             results.setdefault(model, []).append(result)
     runner = worker.runner
@@ -144,7 +146,7 @@ def run_trained(layouts: list[tuple[int, int, int]], settings: dict[str, Any], f
         worker = Worker(plan, build_model({"largest": plan}, device, empty=True), division, lambda _: [])
         adapter = plan.adapter
         create = Create(adapter.method, adapter.rank, adapter.alpha, ("qkv", "o_proj"), seed=5)
-        worker.run(Command(others=(("it", create),)))
+        worker.run(Command(creates=(("it", create),)))
         for of_step in full_passes():
             worker.run(Command(passes=tuple(("it", one) for one in of_step)))
             worker.run(Command(others=(("it", Step(1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)),)))
