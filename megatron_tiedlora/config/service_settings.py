@@ -87,13 +87,12 @@ answered: after a crash, the same command goes on, and clients notice a pause. C
         if self.new_token is None and self.state is None:
             raise ValueError("--state is required: a folder of everything that must survive a restart")
 
-    @property
-    def train(self) -> Settings:
-        """The settings of a run with the largest adapter that a client may create."""
+    def train(self, world_size: int) -> Settings:
+        """Return the settings of a run on `world_size` ranks with the largest adapter that a client may create."""
         given = self.model_dump(include=set(_SHARED) & self.model_fields_set)
         given |= {"ds_config": self.ds_config, "compile": self.compile}
         rows = {"task": DEFAULT_TASK} if self.model == DEFAULT_MODEL else {"task": "custom", "train_file": "of clients"}
         return make_settings({
             **given, **rows, "method": "lora", "rank": self.max_rank, "targets": TARGET_NAMES, "alpha": self.alpha,
-            "schedule": "constant", "warmup_steps": 0,
+            "schedule": "constant", "warmup_steps": 0, "global_batch_size": world_size * 64 * (self.micro_batch_size or 1),
         })

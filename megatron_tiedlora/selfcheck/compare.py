@@ -162,7 +162,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
     """Return one micro-batch of the adapter `name` that has the rows of all `batches`. The rows are not packed."""
     arrays = ("tokens", "positions", "labels", "lengths")
-    joined = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
+    joined: dict[str, Any] = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
     segments = (AdapterSegment(name, *joined["tokens"].shape),)
     return MicroBatch(**joined, segments=segments, num_samples=sum(batch.num_samples for batch in batches))
 
