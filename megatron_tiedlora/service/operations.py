@@ -184,9 +184,12 @@ class Ticket:
         request: the id under which the client asks for the result.
         model: the model; "" for `Sample`, which belongs to no model.
         number: the number of the operation among those of the model, from 0 for `Create`.
+        fresh: whether gradients that the model still has are dropped first. This is so for the first backward pass
+            after a `Step` or `Load`, because a step after a failed pass is rejected before it reaches the engine.
     """
 
     request: str
     model: str
     number: int
     operation: Operation
+    fresh: bool = False
