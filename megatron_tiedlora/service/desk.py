@@ -475,6 +475,14 @@ class Desk:
         """Return the folder for the state of a model after operation `number`."""
         return self._folder / _folder_name(model) / "state" / str(number)
 
+    def rewind(self, model: str) -> None:
+        """Record that a model has left the memory. The operations behind its last saved state are handed out again
+        together with its next operation."""
+        with self._changed:
+            self._awake.pop(model, None)
+            if model in self._models and self._models[model].rewind():
+                self._awake[model] = None
+
     def origin(self, model: str) -> Create | str:
         """Return how a model that is not in memory comes back: the folder of its saved state, or how it is created."""
         with self._changed:

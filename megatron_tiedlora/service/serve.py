@@ -5,13 +5,14 @@ them (`worker`) until a signal stops them.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import psutil
 import torch
 
+from megatron_tiedlora.base.files import read_json_object
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text, show, user_path
 from megatron_tiedlora.config.service_settings import ServiceSettings
 from megatron_tiedlora.config.settings import DEFAULT_SEED
@@ -30,7 +31,7 @@ from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.futures import Limits
 from megatron_tiedlora.service.http import make_app
-from megatron_tiedlora.service.sampler import Sampler
+from megatron_tiedlora.service.snapshots import Sampler
 from megatron_tiedlora.service.scheduler import Scheduler
 from megatron_tiedlora.service.server import serving
 from megatron_tiedlora.service.tokens import TokenFile
@@ -65,11 +66,12 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
     decoded = partial(tokenizer.decode, skip_special_tokens=False)
     sampler = Sampler(plan, built, decode=decoded, agree=stop.agree, cache_bytes=room.cache_bytes)
     worker = Worker(plan, built, _division(settings, plan), sampler)
-    scheduler, serves = None, nullcontext()
+    scheduler: Scheduler | None = None
+    serves: AbstractContextManager[None] = nullcontext()
     if front.desk is not None:
         round_tokens = worker.division.capacity * plan.grid.dp_size * inputs_to_fill(plan.grid.pp_size)
-        sizes = {"most_models": room.num_models, "state_steps": settings.state_steps}
-        scheduler = Scheduler(front.desk, round_tokens=round_tokens, **sizes)
+        most, every = room.num_models, settings.state_steps
+        scheduler = Scheduler(front.desk, round_tokens=round_tokens, most_models=most, state_steps=every)
         ends = end_ids(tokenizer, folder, vocab_size=plan.source.shape.vocab_size)
         serves = front.serving(settings, _facts(settings, plan, tuple(sorted(ends))), room)
     with stop.deferred(), serves:
@@ -124,11 +126,11 @@ def _division(settings: ServiceSettings, plan: RunPlan) -> Division:
 
 
 def _facts(settings: ServiceSettings, plan: RunPlan, stop_tokens: tuple[int, ...]) -> ServiceFacts:
-    name = settings.model_name or settings.model
+    folder = plan.source.weights_folder()
     return ServiceFacts(
-        model_name=name,
-        tokenizer_id=settings.tokenizer or (settings.model_name or str(plan.source.weights_folder())),
-        architecture=plan.source.shape.family,
+        model_name=settings.model_name or settings.model,
+        tokenizer_id=settings.tokenizer or settings.model_name or str(folder),
+        architecture=str(read_json_object(folder / "config.json", kind="a model's config").get("model_type")),
         vocab_size=plan.source.shape.vocab_size,
         max_length=plan.settings.max_length,
         stop_tokens=stop_tokens,
