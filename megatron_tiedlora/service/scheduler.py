@@ -169,12 +169,14 @@ class Scheduler:
     def _passes(self, model: str, queue: deque[Ticket], before: list[_Work]) -> Iterator[_Work]:
         """Yield a model's next passes of the kind of those `before`, which other models have in the command."""
         tokens = sum(sum(work.operation.lengths) for work in before)
-        backward = before[0].operation.backward if before else None
+        backward, found = before[0].operation.backward if before else None, 0
         while queue and isinstance(one := queue[0].operation, Pass):
             size = sum(one.lengths)
             if backward not in (None, one.backward) or (tokens and tokens + size > self._round_tokens):
                 return
-            backward, tokens = one.backward, tokens + size
+            if found and queue[0].fresh:  # gradients are dropped before all passes of a command
+                return
+            backward, tokens, found = one.backward, tokens + size, found + 1
             yield _Work(model, one, queue.popleft())
 
     def _others(self, model: str, queue: deque[Ticket]) -> Iterator[_Work]:
