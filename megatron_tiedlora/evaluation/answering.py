@@ -22,7 +22,8 @@ from megatron_tiedlora.data.chat import chat_writer, template_end_ids
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
 from megatron_tiedlora.data.splits import Encoding, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, join_answer
-from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, Sample, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Agree, Prompts, Sample, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
 from megatron_tiedlora.parallel.groups import Grid

@@ -17,7 +17,8 @@ from support.tiny_decoders import build
 from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.evaluation import sampling
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.parallel.groups import Grid
 

@@ -26,7 +26,8 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation import generate as module
 from megatron_tiedlora.evaluation import step_graphs
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.sampling import Sampling
 from megatron_tiedlora.evaluation.step_graphs import StepGraphs, find_step_graphs
 from megatron_tiedlora.model.attention import rotation_table
