@@ -98,7 +98,13 @@ class Decoder:
 
     @torch.no_grad()
     def forward(
-        self, rows: Sequence[AdapterRows], *, wanted: RowTensors | None = None, labels: RowTensors | None = None
+        self,
+        rows: Sequence[AdapterRows],
+        *,
+        wanted: RowTensors | None = None,
+        labels: RowTensors | None = None,
+        num_top: int = 0,
+        report: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor | None:
         """Call the stage on some sequences of the batch, for one or several adapters.
 
@@ -109,12 +115,16 @@ class Decoder:
             rows: the input of each adapter.
             wanted: for each adapter, the position in each sequence whose logits are returned, (b,) int64.
             labels: for each adapter, the labels of its tokens, (b, s) int64.
+            report: a function that gets the log-probabilities of the labels on the last stage, (tokens, 1 + 2 num_top)
+                as in `label_logprobs`, instead of losses. Not with ZeRO-3, where ranks would call the head differently
+                often.
 
         Returns:
-            for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`,
-                the loss of each token, (tokens,).
+            for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`
+                and without `report`, the loss of each token, (tokens,).
         """
-        call = _, predict, inputs, positions = self._call(rows, wanted, labels)
+        flat = None if report is None else lambda found: report(found.flatten(0, 1))
+        call = _, predict, inputs, positions = self._call(rows, wanted, labels, num_top=num_top, report=flat)
         if self.pipeline.rank > 0:
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         if self.graphs is not None and rows[0].caches[0].filled and wanted is None and labels is None:
@@ -137,7 +147,11 @@ class Decoder:
             self.graphs, self.stage.can_be_captured = None, False
 
     def _call(
-        self, rows: Sequence[AdapterRows], wanted: RowTensors | None = None, labels: RowTensors | None = None
+        self,
+        rows: Sequence[AdapterRows],
+        wanted: RowTensors | None = None,
+        labels: RowTensors | None = None,
+        **options: Any,
     ) -> tuple[Hashable, Step, torch.Tensor, torch.Tensor]:
         """Return what the kernels of a call depend on, its function, input (empty on later stages) and positions."""
         segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
@@ -153,7 +167,7 @@ class Decoder:
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
-        options: dict[str, Any] = {"labels": of_tokens, "segments": segments, "caches": all_caches, "wanted": picked}
+        options |= {"labels": of_tokens, "segments": segments, "caches": all_caches, "wanted": picked}
         predict = partial(self.stage.predict, **options, updates=self._updates_of(segments))
         read = [(own[0].keys.data_ptr(), own[0].num_read(new.shape[1])) for new, _, own, _ in rows]
         return (segments, *read), predict, inputs, positions
@@ -166,15 +180,15 @@ class Decoder:
         some = SomeTokens(none, none, spans, spans)
         return {layer: update_at(update, some) for layer, update in self._updates.items()}
 
-    def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
-        """Send the tokens that the last stage generated, (batch,) int64, to every stage; `chosen` is None on other
-        stages. Return a function that waits for the tokens. Call these functions in the order of the `share` calls."""
+    def share(self, chosen: torch.Tensor | None, shape: Sequence[int], dtype: Any) -> Callable[[], torch.Tensor]:
+        """Send a tensor of the last stage, such as its generated tokens, to every stage; `chosen` is None on other
+        stages. Return a function that waits for the tensor. Call these functions in the order of the `share` calls."""
         from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
 
         def receive() -> torch.Tensor:
-            tokens = torch.empty(batch, dtype=torch.int64, device=self.device)
-            distributed.broadcast(tokens, **from_last)
-            return tokens
+            received = torch.empty(*shape, dtype=dtype, device=self.device)
+            distributed.broadcast(received, **from_last)
+            return received
 
         if chosen is None:
             return receive

@@ -234,6 +234,8 @@ class Stage(nn.Module):
         caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
         wanted: Tensor | None = None,
+        num_top: int = 0,
+        report: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Return logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
 
@@ -244,6 +246,7 @@ class Stage(nn.Module):
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
                 several adapters, there is one position for each of their rows, as an index into all s tokens.
+            report: a function that gets the `position_logprobs` of `labels` with `num_top`. The result is then logits.
 
         Returns:
             activations between layers if the stage has no head. The loss of a position without a label is 0.
@@ -259,7 +262,9 @@ class Stage(nn.Module):
             if isinstance(output, Tensor):
                 return output
             tail = replace(self.tail, tensor_parallel=tensor_parallel)
-            if labels is not None:
+            if labels is not None and report is not None:
+                report(tail.position_logprobs(output, labels, segments, num_top=num_top))
+            elif labels is not None:
                 return tail.position_losses(output, labels, segments)
             return tail.logits(output, wanted=wanted, segments=segments)
 

@@ -1,4 +1,4 @@
-"""Compute the layers after the last attention: the last block's output projection, its MLP, the final norm, head and loss.
+"""Compute the layers after the last attention: output projection and MLP of the last block, final norm, head and loss.
 
 They compute only supervised positions. From the MLP on, the backward pass of the summed loss runs inside its forward
 pass. So with every recompute setting, only gradients are saved: d elements per supervised position, and the gradients
@@ -20,7 +20,9 @@ from megatron_tiedlora.base.shapes import MLP_TARGETS
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
-from megatron_tiedlora.parallel.loss import RowSpan, run_with_early_backward, spans_between
+from megatron_tiedlora.parallel.loss import RowSpan, label_logprobs, run_with_early_backward, spans_between
+
+LOGITS_AT_ONCE = 2**26
 
 
 class Attended(NamedTuple):
@@ -101,6 +103,22 @@ class SupervisedTail:
         losses = self.head(hidden, self.tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
+
+    def position_logprobs(
+        self, attended: Attended, labels: Tensor, segments: AdapterSegments = (), *, num_top: int
+    ) -> Tensor:
+        """Return the result of `label_logprobs` at each position, (b, s, 1 + 2 num_top), nan at positions without a
+        label. At most `LOGITS_AT_ONCE` logits are in memory at a time. Sequences must be whole on every rank."""
+        supervised, some = self._supervised(labels, segments)
+        joined, update = self._join(attended, some)
+        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
+        found = torch.full((labels.numel(), 1 + 2 * num_top), torch.nan, dtype=torch.float64, device=labels.device)
+        parts = [supervised.supervised, supervised.rows[supervised.supervised], supervised.labels]
+        size = max(1, LOGITS_AT_ONCE // self.head.vocab_size)
+        for chosen, positions, own in zip(*(part.split(size) for part in parts), strict=True):
+            logits = self.head(hidden[:, chosen], self.tensor_parallel)[0]
+            found[positions] = label_logprobs(logits, own, num_top)
+        return found.view(*labels.shape, -1)
 
     def _supervised(self, labels: Tensor | Supervised, segments: AdapterSegments = ()) -> tuple[Supervised, SomeTokens]:
         """Return the supervised positions, and this rank's tokens at these positions."""

@@ -19,7 +19,7 @@ from support.tiny_models import write_tiny_model
 from megatron_tiedlora.evaluation import sampling
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Prompts, generate
-from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
+from megatron_tiedlora.evaluation.sampling import GREEDY, RowSamplings, Sampling, choose
 from megatron_tiedlora.parallel.groups import Grid
 
 LEVEL = 1e-3  # a right sampler fails a test of frequencies with this probability, once for all, as the seed is fixed
@@ -56,6 +56,11 @@ def expected_token(logits: Sequence[float], row: int, position: int, how: Sampli
     return max(kept, key=lambda token: logits[token] / how.temperature + added[token])
 
 
+def chosen(how: Sampling, logits: torch.Tensor, places: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    """The tokens of rows that all have the same settings."""
+    return choose(logits, [(RowSamplings.of([how] * len(rows), rows.tolist()), position) for rows, position in places])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.3, 1.0), (1.0, 1.0), (2.5, 0.9), (1.0, 0.5), (0.7, 1e-9)])
 def test_tokens_are_those_of_the_oracle(
@@ -67,9 +72,9 @@ def test_tokens_are_those_of_the_oracle(
     at = [(row, position) for rows, position in places for row in rows.tolist()]
     how = Sampling(temperature, top_p, seed=11)
     expected = [expected_token(own, *place, how) for own, place in zip(logits.tolist(), at, strict=True)]
-    assert how.choose(logits, places).tolist() == expected
+    assert chosen(how, logits, places).tolist() == expected
     monkeypatch.setattr(sampling, "HOST_NUMBERS_AT_ONCE", 5 * 77)
-    assert how.choose(logits, places).tolist() == expected
+    assert chosen(how, logits, places).tolist() == expected
     assert (expected == logits.argmax(-1).tolist()) == (top_p < 0.1)
 
 
@@ -78,8 +83,8 @@ def test_temperature_0_is_the_most_likely_token() -> None:
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(2)) * 40
     places = [(torch.arange(64), 0)]
     for how in (GREEDY, Sampling(0.0, 0.5, 3), Sampling(5e-324), Sampling(1e-5, 0.9)):
-        assert torch.equal(how.choose(logits, places), logits.argmax(-1)), how
-    assert len(set(Sampling(1e15).choose(logits, places).tolist())) > 25
+        assert torch.equal(chosen(how, logits, places), logits.argmax(-1)), how
+    assert len(set(chosen(Sampling(1e15), logits, places).tolist())) > 25
 
 
 def test_the_nucleus_is_that_of_transformers() -> None:
@@ -93,7 +98,7 @@ def test_the_nucleus_is_that_of_transformers() -> None:
         assert [sorted(kept) for kept in ours] == [row.nonzero()[:, 0].tolist() for row in theirs]
     logits, rows = torch.tensor([2, 4, 2, 1, 2]).double().log(), torch.arange(500)
     for top_p, kept in ((0.36, {1}), (0.37, {0, 1}), (0.6, {0, 1, 2}), (0.9, {0, 1, 2, 4}), (0.95, {0, 1, 2, 3, 4})):
-        tokens = Sampling(1.0, top_p, seed=1).choose(logits.expand(500, -1), [(rows, 0)])
+        tokens = chosen(Sampling(1.0, top_p, seed=1), logits.expand(500, -1), [(rows, 0)])
         assert set(tokens.tolist()) == kept == set(nucleus(logits.tolist(), 1.0, top_p))
 
 
@@ -119,7 +124,7 @@ def test_frequencies_are_the_probabilities(temperature: float, top_p: float) -> 
     def drawn(seed: int) -> torch.Tensor:
         """Tokens (positions, rows), as numbers in the nucleus."""
         how, rows = Sampling(temperature, top_p, seed), torch.arange(400)
-        tokens = torch.stack([how.choose(logits.expand(400, -1), [(rows, position)]) for position in range(200)])
+        tokens = torch.stack([chosen(how, logits.expand(400, -1), [(rows, position)]) for position in range(200)])
         assert set(tokens.unique().tolist()) == set(kept)
         return torch.searchsorted(torch.tensor(sorted(kept)), tokens)
 
