@@ -72,6 +72,13 @@ class Decoder:
         """Return whether this rank's stage has the language-model head."""
         return self.pipeline.rank == self.pipeline.size - 1
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Return the bytes of a token in the caches of a stage, the same on every rank."""
+        heads, dtype = self.shape.heads, cache_dtype(self.dtype, self.device)
+        width = 2 * heads.num_kv // self.stage.tensor_parallel.group.size * heads.dim * dtype.itemsize
+        return width * -(-self.shape.num_layers // self.pipeline.size)
+
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence. Idle
         caches are freed first, and all graphs."""

@@ -115,14 +115,14 @@ class Generated:
 
     Attributes:
         tokens: the new tokens, without the end token.
-        end: the end token, or None if the sequence ended by `is_end` or has the maximum number of tokens.
-        stopped: whether the sequence ended before it had the maximum number of tokens, or with it.
+        end: the end token, or () if the sequence ended by `is_end` or has the maximum number of tokens.
+        stopped: whether an end token or `is_end` ended the sequence.
         numbers: for each new token, and the end token, a row of `label_logprobs`, if it is wanted.
         prompt: the same for each token of the prompt; nan for the first token and where it is not wanted.
     """
 
     tokens: list[int] = field(default_factory=list)
-    end: int | None = None
+    end: tuple[int, ...] = ()
     stopped: bool = False
     numbers: list[list[float]] = field(default_factory=list)
     prompt: list[list[float]] = field(default_factory=list)
@@ -209,6 +209,29 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) ->
     return pad_sequence(ids, batch_first=True, padding_value=fill).to(device)
 
 
+def text_test(
+    decode: Callable[[Sequence[int]], str],
+    stops: Sequence[str],
+    contains: Callable[[str, str], bool] = lambda text, stop: stop in text,
+) -> Callable[[Sequence[int]], bool]:
+    """Return a function for `is_end`, which tests whether the text of new tokens contains one of the texts `stops`.
+
+    Args:
+        contains: whether a text, in which a stop occurs somewhere, contains it.
+    """
+    if not stops:
+        return Prompts.is_end
+    # A token is at least one byte. With one token more, a decoder that strips the first space strips none of a stop.
+    width = 1 + max(len(stop.encode()) for stop in stops)
+
+    def ends(row: Sequence[int]) -> bool:
+        # The whole text is decoded only if the last tokens contain a stop text.
+        tail = decode(row[-width:])
+        return any(stop in tail and contains(decode(row), stop) for stop in stops)
+
+    return ends
+
+
 class _Batch:
     """A batch of sequences of one adapter, with the longest sequences first."""
 
@@ -264,7 +287,7 @@ class _Batch:
             if own.num_top is not None:
                 row.numbers.append(_narrowed(numbers[index], own.num_top))
             if token in own.end_ids:
-                row.end, row.stopped = token, True
+                row.end, row.stopped = (token,), True
             else:
                 row.tokens.append(token)
                 row.stopped = own.is_end(row.tokens)
