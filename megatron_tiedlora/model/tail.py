@@ -113,11 +113,11 @@ class SupervisedTail:
         joined, update = self._join(attended, some)
         hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
         found = torch.full((labels.numel(), 1 + 2 * num_top), torch.nan, dtype=torch.float64, device=labels.device)
-        parts = [supervised.supervised, supervised.rows[supervised.supervised], supervised.labels]
         size = max(1, LOGITS_AT_ONCE // self.head.vocab_size)
-        for chosen, positions, own in zip(*(part.split(size) for part in parts), strict=True):
+        for start in range(0, len(supervised.labels), size):
+            chosen = supervised.supervised[start : start + size]
             logits = self.head(hidden[:, chosen], self.tensor_parallel)[0]
-            found[positions] = label_logprobs(logits, own, num_top)
+            found[supervised.rows[chosen]] = label_logprobs(logits, supervised.labels[start : start + size], num_top)
         return found.view(*labels.shape, -1)
 
     def _supervised(self, labels: Tensor | Supervised, segments: AdapterSegments = ()) -> tuple[Supervised, SomeTokens]:

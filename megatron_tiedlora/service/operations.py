@@ -144,8 +144,8 @@ Top = tuple[tuple[int, float], ...]  # the most likely tokens and their log-prob
 
 @dataclass(frozen=True)
 class Sampled:
-    """One sequence: new tokens with the stop token, their log-probabilities under softmax(logits) (temperature 1, before
-    top-k and top-p), and whether the sequence was stopped (otherwise it has `max_tokens` tokens)."""
+    """One sequence: new tokens with the stop token, their log-probabilities under softmax(logits) before top-k
+    and top-p (temperature 1), and whether the sequence was stopped (otherwise it has `max_tokens` tokens)."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
