@@ -29,7 +29,8 @@ from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data import encode, loader, splits, tokenizer
 from megatron_tiedlora.engine.runner import Losses
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage

@@ -91,7 +91,7 @@ class Sample:
         folder: the adapter, or "" for the base.
         temperature: 0 chooses the most likely token.
         top_k: the number of most likely tokens to choose from; 0 for all.
-        stop_tokens: a sequence ends before any of these.
+        stop_tokens: a sequence ends after any of these, which is its last token.
         stop_texts: a sequence ends after a token with which its text contains any of these.
         num_top: the number of most likely tokens to report with each new token.
         num_prompt_top: the number of most likely tokens to report at each token of the prompt.
@@ -147,8 +147,8 @@ Top = tuple[tuple[int, float], ...]  # the most likely tokens and their log-prob
 
 @dataclass(frozen=True)
 class Sampled:
-    """One sequence: new tokens, their log-probabilities under the distribution that they are drawn from before top-k
-    and top-p (at the temperature 1), and whether the sequence was stopped (otherwise it has `max_tokens` tokens)."""
+    """One sequence: new tokens with the stop token, their log-probabilities under softmax(logits) before top-k
+    and top-p (temperature 1), and whether the sequence was stopped (otherwise it has `max_tokens` tokens)."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -166,7 +166,8 @@ def _train_step(plan: Any, runner: Any) -> Any:
 
 def _decoding(order: Order, device: torch.device) -> dict[str, Any]:
     """The counts of two batches, each a list with those of as many tokens; all captures of each; what was logged."""
-    from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Decoder, Prompts, generate
+    from megatron_tiedlora.evaluation.decoder import Decoder
+    from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Prompts, generate
 
     _believe_all_numbers()
     plan, built = _built(order, device)
