@@ -78,7 +78,7 @@ answered: after a crash, the same command goes on, and clients notice a pause. C
     state_steps: int = setting_field("speed", "steps of a model between saved states", 8, ge=1)
 
     max_models: int | None = _limit("models in memory at once [what fits]", None)
-    max_rank: int = _limit("rank of a model", 64)
+    max_rank: int | None = _limit("rank of a model [64, or the model's width if that is lower]", None)
     owner_models: int = _limit("models of a client", 64)
     owner_disk_gb: float = setting_field("limits", "gigabytes of a client's checkpoints", 20.0, gt=0)
     request_tokens: int = _limit("tokens of a request", 2**20)
@@ -87,12 +87,13 @@ answered: after a crash, the same command goes on, and clients notice a pause. C
         if self.new_token is None and self.state is None:
             raise ValueError("--state is required: a folder of everything that must survive a restart")
 
-    def train(self, world_size: int) -> Settings:
-        """Return the settings of a run on `world_size` ranks with the largest adapter that a client may create."""
+    def train(self, world_size: int, *, width: int) -> Settings:
+        """Return the settings of a run on `world_size` ranks with the largest adapter that a client may create. `width`
+        is the hidden size of the model."""
         given = self.model_dump(include=set(_SHARED) & self.model_fields_set)
         given |= {"ds_config": self.ds_config, "compile": self.compile}
         rows = {"task": DEFAULT_TASK} if self.model == DEFAULT_MODEL else {"task": "custom", "train_file": "of clients"}
         return make_settings({
-            **given, **rows, "method": "lora", "rank": self.max_rank, "targets": TARGET_NAMES, "alpha": self.alpha,
+            **given, **rows, "method": "lora", "rank": self.max_rank or min(64, width), "targets": TARGET_NAMES, "alpha": self.alpha,
             "schedule": "constant", "warmup_steps": 0, "global_batch_size": world_size * 64 * (self.micro_batch_size or 1),
         })

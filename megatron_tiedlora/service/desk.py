@@ -180,7 +180,7 @@ class Desk:
                 queue = ModelQueue(record, self._journal(self._folder / _folder_name(name) / "journal"), {})
                 queue.cut()
                 self._models[name] = queue
-        return self._submit(owner, name, 0, lambda queue: (queue.known.create, {}, ""))
+        return self._submit(owner, name, 0, lambda queue: (queue.known.create, {"model_id": name}, ""))
 
     def submit(self, owner: str, model: str, number: int, operation: Operation, *, size: int = 0) -> str:
         """Queue operation `number` (from 1) of a model and return its request. A number seen before returns the same.

@@ -4,16 +4,18 @@ Rank 0 has the HTTP server, in a thread, and the desk. Its main thread decides c
 them (`worker`) until a signal stops them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
 
 from megatron_tiedlora.base.files import read_json_object
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text, show, user_path
+from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.service_settings import ServiceSettings
 from megatron_tiedlora.config.settings import DEFAULT_SEED
 from megatron_tiedlora.data.tokenizer import end_ids, load_tokenizer
@@ -52,19 +54,20 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
         RunStopped: a signal stopped the service on every rank.
         UserError: the settings, the base, the layout, a folder or the address are not valid. Nothing is served then.
     """
-    plan = plan_run(settings.train(world_size), rank=rank, world_size=world_size)
+    width = find_model(settings.model, weights=False).shape.hidden_size
+    plan = plan_run(settings.train(world_size, width=width), rank=rank, world_size=world_size)
     check_clipping(plan)
     folder = plan.source.weights_folder()
     tokenizer = load_tokenizer(settings.tokenizer or folder)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
     front = _Front()
-    decided_by_rank_0(partial(front.open, settings, end))
-    kernels = choose_kernels(plan, device, ranks=range(1, settings.max_rank + 1))
+    decided_by_rank_0(partial(front.open, settings, plan.adapter.rank, end))
+    kernels = choose_kernels(plan, device, ranks=range(1, plan.adapter.rank + 1))
     built = build_model({_LARGEST: plan}, device, kernels=kernels.kernels, empty=True)
     room = _room(settings, plan, device)
-    decoded = partial(tokenizer.decode, skip_special_tokens=False)
-    sampler = Sampler(plan, built, decode=decoded, agree=stop.agree, cache_bytes=room.cache_bytes)
+    decode = partial(_text, tokenizer)
+    sampler = Sampler(plan, built, decode=decode, agree=stop.agree, cache_bytes=room.cache_bytes)
     worker = Worker(plan, built, _division(settings, plan), sampler)
     scheduler: Scheduler | None = None
     serves: AbstractContextManager[None] = nullcontext()
@@ -81,6 +84,10 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
             outcome = worker.run(command)
             if scheduler is not None:
                 scheduler.answer(outcome)
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,9 @@ def _room(settings: ServiceSettings, plan: RunPlan, device: torch.device) -> _Ro
     fit = int(_FOR_MODELS * max(least, 0.0) / of_model)
     wanted = settings.max_models or min(fit, _MOST_MODELS)
     if not 1 <= wanted <= fit:
-        flag = f"--max_models {settings.max_models}" if settings.max_models else f"--max_rank {settings.max_rank}"
+        flag = f"--max_models {settings.max_models}" if settings.max_models else f"--max_rank {plan.adapter.rank}"
         raise UserError(
-            f"{flag}: {count_text(fit, 'model')} of rank {settings.max_rank} fit ({bytes_in_words(of_model)} each on a"
+            f"{flag}: {count_text(fit, 'model')} of rank {plan.adapter.rank} fit ({bytes_in_words(of_model)} each on a"
             f" rank, {bytes_in_words(max(least, 0.0))} are free). Give fewer, or lower --max_rank or --max_length"
         )
     return _Room(wanted, of_model, int(_FOR_CACHES * least))
@@ -137,7 +144,7 @@ def _facts(settings: ServiceSettings, plan: RunPlan, stop_tokens: tuple[int, ...
         method=settings.method,
         alpha=settings.alpha,
         seed=DEFAULT_SEED,
-        max_rank=settings.max_rank,
+        max_rank=plan.adapter.rank,
     )
 
 
@@ -146,13 +153,13 @@ class _Front:
 
     desk: Desk | None = None
 
-    def open(self, settings: ServiceSettings, end: End) -> None:
+    def open(self, settings: ServiceSettings, max_rank: int, end: End) -> None:
         """Open the files of the service. `end` closes them. Raise UserError if one cannot be used."""
         assert settings.state is not None
         self._tokens = TokenFile(user_path(settings.token_file))
         limits = Limits(
             models=settings.owner_models,
-            rank=settings.max_rank,
+            rank=max_rank,
             tokens=settings.request_tokens,
             disk_bytes=int(settings.owner_disk_gb * 1e9),
         )

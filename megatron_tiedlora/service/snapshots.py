@@ -5,6 +5,7 @@ Saved weights never change, so they are read once. All ranks hold the same ones.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter
 from megatron_tiedlora.base.messages import UserError
@@ -34,7 +35,7 @@ class Sampler:
         self._decoder = Decoder(
             runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3
         )
-        self._options = {"grid": plan.grid, "decode": decode, "agree": agree, "cache_bytes": cache_bytes}
+        self._options: dict[str, Any] = {"grid": plan.grid, "decode": decode, "agree": agree, "cache_bytes": cache_bytes}
         empty = TiedAdapter(AdapterShard(plan.adapter, (), plan.grid.tp_rank, plan.grid.tp_size))
         runner.adapters[_BASE] = empty.to(runner.device)
         self._held = dict[str, None]()  # folders, the longest unused first

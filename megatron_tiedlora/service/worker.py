@@ -38,7 +38,6 @@ from megatron_tiedlora.service.operations import (
     PassResult,
     Result,
     Sample,
-    SampleResult,
     Save,
     Step,
     StepResult,
@@ -46,7 +45,7 @@ from megatron_tiedlora.service.operations import (
 from megatron_tiedlora.training.build import BuiltModel, make_adapter, own_optimizer, restore_moments
 from megatron_tiedlora.training.step import AdapterStep, StepChecks, require_finite, take_steps
 
-Sampler = Callable[[Sequence[Sample]], Sequence[SampleResult]]
+Sampler = Callable[[Sequence[Sample]], list[Result]]
 _ABSENT = Failure("the model is not in memory, because it could not be created or loaded", by_user=False)
 CHECKED_STEPS = 2  # the first steps of a model after which the replicas of its tensors are compared
 
@@ -89,7 +88,7 @@ class Worker:
 
         Args:
             plan: the plan of the layout, with the largest adapter that a client may create.
-            sampler: returns on rank 0 the results of samples. All ranks call it.
+            sampler: a function that all ranks call, and that returns the results of samples on rank 0.
         """
         self.plan, self.runner, self.division = plan, built.runner, division
         self._identity, self._sampler = built.base_identity, sampler
@@ -106,7 +105,7 @@ class Worker:
         found.passes = self._passes(command.passes)
         found.others = [self._alone(model, operation) for model, operation in command.others]
         if command.samples:
-            found.samples = list(self._sampler(command.samples))
+            found.samples = self._sampler(command.samples)
         return found
 
     def _passes(self, passes: Sequence[tuple[str, Pass]]) -> list[Result]:
