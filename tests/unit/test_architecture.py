@@ -24,6 +24,7 @@ ORDER = (
     "evaluation",
     "planning",
     "training",
+    "service",
     "cluster",
     "study",
     "peft",
