@@ -165,8 +165,9 @@ def live_requests(futures: Iterable[Future]) -> dict[str, float | None]:
 
 
 def live_futures(futures: Mapping[str, Future], head: Mapping[str, Any]) -> dict[str, Future]:
-    """Return the futures by request that the record `head` has in its `live_requests`."""
-    return {request: replace(futures[request], taken=taken) for request, taken in head["live"].items()}
+    """Return the futures by request that the record `head` has in its `live_requests`, and whose segments are there."""
+    live = {request: taken for request, taken in head["live"].items() if request in futures}
+    return {request: replace(futures[request], taken=taken) for request, taken in live.items()}
 
 
 def used_segments(futures: Iterable[Future]) -> set[int]:

@@ -100,7 +100,9 @@ class ModelQueue:
                 read_future(futures, head, place)
         if known is None:
             return None
-        return cls(known, journal, {future.number: future for future in futures.values()})
+        # An operation of the saved state without an answer was forgotten: the segment with its answer is gone.
+        kept = (future for future in futures.values() if future.answered or future.number > known.saved)
+        return cls(known, journal, {future.number: future for future in kept})
 
     def cut(self) -> None:
         """Begin a segment of the journal with what is known now."""
