@@ -383,9 +383,13 @@ def mix_(words: Tensor) -> Tensor:
     return words
 
 
-def token_keys(token_index: Tensor, *, seed: int, stream: str = "dropout") -> Tensor:
+def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
     """Return a 32-bit key in int64 for each token. The token indices are int64 and not negative."""
-    salt = stream_seed(seed, stream)
+    return salted_keys(token_index, stream_seed(seed, "dropout"))
+
+
+def salted_keys(token_index: Tensor, salt: int | Tensor) -> Tensor:
+    """Return the keys of `token_keys` from the seed of a random stream, an integer or (n,) int64, below 2^63."""
     low = mix_((token_index & _WORD) ^ (salt & _WORD))
     return mix_(low ^ (token_index >> 32) ^ (salt >> 32))
 

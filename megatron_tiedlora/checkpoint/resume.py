@@ -39,6 +39,11 @@ def moment_name(moment: str, name: str) -> str:
     return f"{moment}.adapter.{name}"
 
 
+def stored_moments(moments: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the moments of an adapter, by moment and tensor, under the names in which they are stored."""
+    return {moment_name(moment, name): value for moment, own in moments.items() for name, value in own.items()}
+
+
 @dataclass(frozen=True)
 class Progress:
     """The progress of a run after `step` optimizer steps.
@@ -86,16 +91,29 @@ def save_checkpoint(
     resumed, are also removed. Raise UserError if the checkpoint cannot be written. The previous checkpoint and `latest`
     are then unchanged.
     """
-    folder = checkpoints / f"step_{progress.step}"
+    folder, content = checkpoints / f"step_{progress.step}", (config, base_identity, state, moments, progress, settings)
     with new_folder(folder, guard=guard) as temporary:
-        native_adapter.write_adapter_files(temporary, config, base_identity, state)
-        save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / STATE_FILE)
-        names = native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, STATE_FILE
-        content = {**asdict(progress), "settings": dict(settings)}
-        write_json(temporary / PROGRESS_FILE, files.with_checksums(content, files=[temporary / name for name in names]))
+        write_checkpoint_files(temporary, *content)
     move_latest(checkpoints, progress.step, guard=guard)
     remove_superseded(checkpoints, progress, keep=keep, later=True, guard=guard)
     return folder
+
+
+def write_checkpoint_files(
+    folder: Path,
+    config: AdapterConfig,
+    base_identity: BaseIdentity,
+    state: Mapping[str, torch.Tensor],
+    moments: Mapping[str, torch.Tensor],
+    progress: Progress,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write the files of a checkpoint into an existing folder. Raise UserError if they cannot be written."""
+    native_adapter.write_adapter_files(folder, config, base_identity, state)
+    save_file({name: tensor.contiguous() for name, tensor in moments.items()}, folder / STATE_FILE)
+    names = native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, STATE_FILE
+    content = {**asdict(progress), "settings": dict(settings)}
+    write_json(folder / PROGRESS_FILE, files.with_checksums(content, files=[folder / name for name in names]))
 
 
 def remove_superseded(

@@ -69,7 +69,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         from megatron_tiedlora.adapters.adapter_groups import ONLY
         from megatron_tiedlora.checkpoint.load_model import load_model
         from megatron_tiedlora.engine.engine import make_groups, make_process_grid
-        from megatron_tiedlora.evaluation.generate import Decoder
+        from megatron_tiedlora.evaluation.decoder import Decoder
         from megatron_tiedlora.runtime.process_group import join_process_group
 
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)

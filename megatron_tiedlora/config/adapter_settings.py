@@ -132,6 +132,10 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         "data", "with --temperature: sample only from the most likely tokens with a total probability of at least P",
         1.0, gt=0, le=1, metavar="P",
     )
+    top_k: int = setting_field(
+        "data", "with --temperature: sample only from the K most likely tokens, before --top_p; 0: from all",
+        0, ge=0, metavar="K",
+    )
     limit: int | None = setting_field(
         "data", "answer only the first N rows [all; demo 24]", None, ge=1,
         other_names="max_samples num_samples eval_samples",
@@ -154,6 +158,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
             raise ValueError("give either --adapter or --adapters, not both")
         if self.top_p < 1 and self.temperature == 0:
             raise ValueError(f"--top_p {self.top_p:g} needs --temperature above 0; decoding is greedy without it")
+        if self.top_k and self.temperature == 0:
+            raise ValueError(f"--top_k {self.top_k} needs --temperature above 0; decoding is greedy without it")
         if self.adapters == ():
             raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:

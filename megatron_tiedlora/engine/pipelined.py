@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_tiedlora.adapters.adapter_groups import AdapterSegments
 from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
 from megatron_tiedlora.model.layer_specs import LayerSpec
-from megatron_tiedlora.model.stage import Attended, Halves, Stage
+from megatron_tiedlora.model.stage import Halves, Stage
+from megatron_tiedlora.model.tail import Attended
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 BuildStage = Callable[[ParallelGroups, Sequence[LayerSpec]], Stage]

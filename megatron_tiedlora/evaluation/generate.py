@@ -1,218 +1,28 @@
-"""Generates tokens with a key-value cache, for prompts of different lengths and in any parallel layout. Also computes
-the log-likelihoods of several endings of a prompt. The prompt is computed only once.
+"""Generates tokens with a `Decoder`, for prompts of different lengths and in any parallel layout. Also computes the
+log-likelihoods of several endings of a prompt. The prompt is computed only once.
 
-A decoder calls the pipeline stage of this rank with key-value caches. A call may have rows of several adapters. Each
-adapter's rows have their own caches and attention calls, but the base's matmuls run over the rows of all adapters. A
-batch is divided into at most as many chunks as there are stages, so that stages work on different chunks at the same
-time. Hidden states go from stage to stage. The last stage sends the generated tokens to the other stages.
+A batch is divided into at most as many chunks as there are stages, so that stages work on different chunks at the same
+time. The last stage sends the generated tokens to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
-padding. Prompts of similar length are computed together, so that little padding is computed. On a GPU, the steps after
-the prompts are replayed as CUDA graphs where possible (`step_graphs`).
+padding. Prompts of similar length are computed together, so that little padding is computed.
 """
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterSegment, AdapterSegments, spans_of
-from megatron_tiedlora.adapters.low_rank import SomeTokens
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.config.batch import filled
-from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
-from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, Step, find_step_graphs
-from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
-from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-
-RowTensors = Sequence[torch.Tensor]
-
-
-class AdapterRows(NamedTuple):
-    """The input of a call for one adapter: tokens and positions, (b, s) int64, and one cache per block. `adapter` is
-    the name of the adapter, or ONLY if the stage has at most one."""
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    caches: Sequence[KeyValueCache]
-    adapter: str = ONLY
-
-
-class Decoder:
-    """Calls one stage with caches. All tensor-parallel and pipeline-parallel ranks of a model copy make the same calls.
-
-    The factors A and F of adapters are computed again only when a call uses different adapters. Build a new decoder
-    after an optimizer step, or its factors would be outdated. F is a copy, but A may share the parameter's memory
-    (in fp32, where nothing is cast or gathered).
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        groups: ParallelGroups,
-        shape: ModelShape,
-        *,
-        calls_together: bool = False,
-        sampling: Sampling = GREEDY,
-    ) -> None:
-        """Prepare to call a stage in evaluation mode. `sampling` says how `generate` chooses tokens. With
-        `calls_together`, all ranks must make the same number of calls, because ZeRO-3 gathers weights in each call."""
-        self.stage, self.pipeline, self.choices = stage, groups.pipeline, groups.choices
-        self.shape, self.calls_together, self.sampling = shape, calls_together, sampling
-        weight = next(stage.layers.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
-        self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
-        found = find_step_graphs(self.device, groups, calls_together=calls_together)
-        self.graphs = found if stage.can_be_captured else None
-        self.idle: list[list[KeyValueCache]] = []  # caches of finished batches, for the next batch
-        self._updates: dict[int, LayerUpdate] = {}
-        self._read: tuple[str, ...] = ()  # the adapters that these updates belong to
-        self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
-
-    @property
-    def is_last(self) -> bool:
-        """Return whether this rank's stage has the language-model head."""
-        return self.pipeline.rank == self.pipeline.size - 1
-
-    def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence. Idle
-        caches are freed first, and all graphs."""
-        self.close()
-        like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
-        heads = self.shape.heads
-        shape = batch, heads.num_kv // self.stage.tensor_parallel.group.size, capacity, heads.dim
-        return [KeyValueCache.empty(*shape, like, self.granularity) for _ in self.stage.blocks]
-
-    def take_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Return caches as `new_caches` does, or `idle` ones that are large enough, whose graphs can be replayed."""
-        for index, caches in enumerate(self.idle):
-            if len(caches[0].keys) == batch and caches[0].keys.shape[2] >= capacity:
-                for cache in caches:
-                    cache.clear()
-                return self.idle.pop(index)
-        return self.new_caches(batch, capacity)
-
-    def close(self) -> None:
-        """Free all graphs and idle caches. NCCL does not end a communicator that a graph uses."""
-        self.idle.clear()
-        if self.graphs is not None:
-            self.graphs.clear()
-
-    @torch.no_grad()
-    def forward(
-        self, rows: Sequence[AdapterRows], *, wanted: RowTensors | None = None, labels: RowTensors | None = None
-    ) -> torch.Tensor | None:
-        """Call the stage on some sequences of the batch, for one or several adapters.
-
-        The last stage returns the result. The other stages send hidden states to the next stage and return None. Every
-        stage gets the tokens, because it needs their shape.
-
-        Args:
-            rows: the input of each adapter.
-            wanted: for each adapter, the position in each sequence whose logits are returned, (b,) int64.
-            labels: for each adapter, the labels of its tokens, (b, s) int64.
-
-        Returns:
-            for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`,
-                the loss of each token, (tokens,).
-        """
-        call = _, predict, inputs, positions = self._call(rows, wanted, labels)
-        if self.pipeline.rank > 0:
-            distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
-        if self.graphs is not None and rows[0].caches[0].filled and wanted is None and labels is None:
-            output = self.graphs.run(*call)
-        else:
-            output = predict(inputs, positions)
-        for some in rows:
-            for cache in some.caches:
-                cache.filled += some.tokens.shape[1]
-        if self.is_last:
-            return output.flatten(0, 1)
-        work = distributed.isend(output, group=self.pipeline.handle, group_dst=self.pipeline.rank + 1)
-        self._keep(work, output)
-        return None
-
-    @torch.no_grad()
-    def capture(self, rows: Sequence[AdapterRows]) -> None:
-        """Capture the step of these rows; see `StepGraphs.capture`."""
-        if self.graphs is not None and not self.graphs.capture(*self._call(rows)):
-            self.graphs, self.stage.can_be_captured = None, False
-
-    def _call(
-        self, rows: Sequence[AdapterRows], wanted: RowTensors | None = None, labels: RowTensors | None = None
-    ) -> tuple[Hashable, Step, torch.Tensor, torch.Tensor]:
-        """Return what the kernels of a call depend on, its function, input (empty on later stages) and positions."""
-        segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
-        tokens, positions, caches, _ = rows[0]
-        all_caches = list[AnyCache](caches)
-        picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
-        if len(rows) > 1:
-            tokens = concatenated([some.tokens for some in rows])[None]
-            positions = concatenated([some.positions for some in rows])[None]
-            all_caches = list(zip(*(some.caches for some in rows), strict=True))
-            of_tokens = None if labels is None else concatenated(labels)[None]
-            picked = None if wanted is None else torch.cat(list(_among_all(segments, wanted)))
-        inputs = tokens
-        if self.pipeline.rank > 0:
-            inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)
-        options: dict[str, Any] = {"labels": of_tokens, "segments": segments, "caches": all_caches, "wanted": picked}
-        predict = partial(self.stage.predict, **options, updates=self._updates_of(segments))
-        read = [(own[0].keys.data_ptr(), own[0].num_read(new.shape[1])) for new, _, own, _ in rows]
-        return (segments, *read), predict, inputs, positions
-
-    def _updates_of(self, segments: AdapterSegments) -> Mapping[int, LayerUpdate]:
-        names = tuple(segment.adapter for segment in segments)
-        if names != self._read:
-            self._read, self._updates = names, self.stage.read_adapter(segments)
-        spans, none = spans_of(segments), torch.empty(0)
-        some = SomeTokens(none, none, spans, spans)
-        return {layer: update_at(update, some) for layer, update in self._updates.items()}
-
-    def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
-        """Send the tokens that the last stage generated, (batch,) int64, to every stage; `chosen` is None on other
-        stages. Return a function that waits for the tokens. Call these functions in the order of the `share` calls."""
-        from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
-
-        def receive() -> torch.Tensor:
-            tokens = torch.empty(batch, dtype=torch.int64, device=self.device)
-            distributed.broadcast(tokens, **from_last)
-            return tokens
-
-        if chosen is None:
-            return receive
-        if self.pipeline.size > 1:
-            self._keep(distributed.broadcast(chosen, **from_last, async_op=True), chosen)
-        return lambda: chosen
-
-    def _keep(self, work: Any, tensor: torch.Tensor) -> None:
-        """Keep a tensor in memory while it is sent. If more than two per stage are kept, wait for the oldest."""
-        self._in_flight.append((work, tensor))
-        while len(self._in_flight) > 2 * self.pipeline.size:
-            self._in_flight.popleft()[0].wait()
-
-    def finish(self) -> None:
-        """Wait until every message has been received."""
-        while self._in_flight:
-            self._in_flight.popleft()[0].wait()
-
-
-def _among_all(segments: AdapterSegments, wanted: RowTensors) -> Iterator[torch.Tensor]:
-    """Yield each adapter's `wanted` positions, (b,) int64, as indices into the concatenated tokens of all adapters."""
-    start = 0
-    for segment, positions in zip(segments, wanted, strict=True):
-        yield start + torch.arange(segment.num_rows, device=positions.device) * segment.length + positions
-        start += segment.num_tokens
-
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
+from megatron_tiedlora.evaluation.sampling import GREEDY, RowSamplings, Sampling, choose
+from megatron_tiedlora.model.attention import KeyValueCache
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL, label_logprobs
 
 # Prompts computed together have at most this many tokens including padding, which bounds the memory. Each of these
 # prompts is at least MIN_SHARE_OF_LONGEST times as long as the longest.
@@ -236,6 +46,36 @@ Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
+class RowSettings:
+    """How one prompt is continued.
+
+    Attributes:
+        end_ids, max_new_tokens, is_end: see `Prompts`.
+        number: the row number, on which samples depend.
+        num_top: the number of most likely tokens that are wanted with each new token and its log-probability; None if
+            not even the log-probability is wanted.
+        num_prompt_top: the same for the tokens of the prompt.
+        prompt_last: of the prompt, only this number of last tokens is meant; None for all.
+    """
+
+    end_ids: Collection[int]
+    max_new_tokens: int
+    is_end: Callable[[Sequence[int]], bool] = lambda _: False
+    sampling: Sampling = GREEDY
+    number: int = 0
+    num_top: int | None = None
+    num_prompt_top: int | None = None
+    prompt_last: int | None = None
+
+    def prompt_labels(self, prompt: Sequence[int]) -> list[int]:
+        """Return the label of each token of the prompt, which is the next token, or -100 if it is not wanted."""
+        num_wanted = len(prompt) - 1 if self.prompt_last is None else min(self.prompt_last, len(prompt) - 1)
+        num_wanted = 0 if self.num_prompt_top is None else num_wanted
+        first = len(prompt) - num_wanted
+        return [IGNORED_LABEL] * (first - 1) + list(prompt[first:]) + [IGNORED_LABEL]
+
+
+@dataclass(frozen=True)
 class Prompts:
     """The prompts of one adapter, and the conditions that end their answers.
 
@@ -245,18 +85,58 @@ class Prompts:
         is_end: a function that gets the new tokens of a sequence, and returns whether the sequence has ended.
         adapter: the name of the adapter, or ONLY if the stage has at most one adapter.
         numbers: the row number of each prompt, on which its samples depend (default: the prompt's index).
+        own: the settings of each prompt. If it is empty, they are made of the attributes above and the decoder's
+            `sampling`.
     """
 
     prompts: Sequence[Sequence[int]]
-    end_ids: Collection[int]
-    max_new_tokens: int
+    end_ids: Collection[int] = ()
+    max_new_tokens: int = 0
     is_end: Callable[[Sequence[int]], bool] = lambda _: False
     adapter: str = ONLY
     numbers: Sequence[int] = range(2**31)
+    own: Sequence[RowSettings] = ()
+
+    @property
+    def most(self) -> int:
+        """Return the largest maximum number of new tokens of a prompt."""
+        return max((own.max_new_tokens for own in self.own), default=self.max_new_tokens)
+
+    def settings(self, index: int, sampling: Sampling) -> RowSettings:
+        """Return the settings of a prompt. `sampling` is used if the prompts have no settings of their own."""
+        if self.own:
+            return self.own[index]
+        return RowSettings(self.end_ids, self.max_new_tokens, self.is_end, sampling, self.numbers[index])
+
+
+@dataclass
+class Generated:
+    """The continuation of one prompt.
+
+    Attributes:
+        tokens: the new tokens, without the end token.
+        end: the end token, or () if the sequence ended by `is_end` or has the maximum number of tokens.
+        stopped: whether an end token or `is_end` ended the sequence.
+        numbers: for each new token, and the end token, a row of `label_logprobs`, if it is wanted.
+        prompt: the same for each token of the prompt; nan for the first token and where it is not wanted.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    end: tuple[int, ...] = ()
+    stopped: bool = False
+    numbers: list[list[float]] = field(default_factory=list)
+    prompt: list[list[float]] = field(default_factory=list)
+
+
+def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
+    """Return the tokens of `generate_rows`: the new tokens of each prompt of each adapter, without the end token."""
+    return [[row.tokens for row in rows] for rows in generate_rows(decoder, given, agree=agree)]
 
 
 @torch.no_grad()
-def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
+def generate_rows(
+    decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool, num_steps: int = 0
+) -> list[list[Generated]]:
     """Continue each prompt with its most likely tokens, or samples, until `end_ids`, `is_end` or `max_new_tokens`.
 
     Each adapter's prompts have the same order, caches and attention calls as in a batch without other adapters. Only
@@ -264,14 +144,17 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
 
     Args:
         given: the prompts of each adapter. If the stage has no adapter group, there is one entry.
+        num_steps: at least the largest `max_new_tokens`, which is its default. It must be the same on all ranks that
+            `agree`.
 
     Returns:
-        the new tokens of each prompt of each adapter, without the end token, on every rank of the pipeline.
+        the new tokens of each prompt of each adapter, on every rank of the pipeline. A sequence does not depend on the
+            settings of the others.
 
     Raises:
         Exception: an error of `agree`. At that time, no message is in flight between the stages.
     """
-    num_steps, num_stages = max(some.max_new_tokens for some in given), decoder.pipeline.size
+    num_steps, num_stages = max(num_steps, *(some.most for some in given)), decoder.pipeline.size
     batches = [
         [_Batch(decoder, some, part, num_steps) for part in split_evenly(range(len(some.prompts)), num_stages)]
         for some in given
@@ -293,6 +176,8 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
             break
     if decoder.graphs:
         decoder.idle += [batch.caches for some in batches for batch in some]
+    for part in parts:
+        part.take_prompts()
     return [[row for batch in some for row in batch.in_given_order()] for some in batches]
 
 
@@ -324,20 +209,48 @@ def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) ->
     return pad_sequence(ids, batch_first=True, padding_value=fill).to(device)
 
 
+def text_test(
+    decode: Callable[[Sequence[int]], str],
+    stops: Sequence[str],
+    contains: Callable[[str, str], bool] = lambda text, stop: stop in text,
+) -> Callable[[Sequence[int]], bool]:
+    """Return a function for `is_end`, which tests whether the text of new tokens contains one of the texts `stops`.
+
+    Args:
+        contains: whether a text, in which a stop occurs somewhere, contains it.
+    """
+    if not stops:
+        return Prompts.is_end
+    # A token is at least one byte. With one token more, a decoder that strips the first space strips none of a stop.
+    width = 1 + max(len(stop.encode()) for stop in stops)
+
+    def ends(row: Sequence[int]) -> bool:
+        # The whole text is decoded only if the last tokens contain a stop text.
+        tail = decode(row[-width:])
+        return any(stop in tail and contains(decode(row), stop) for stop in stops)
+
+    return ends
+
+
 class _Batch:
     """A batch of sequences of one adapter, with the longest sequences first."""
 
     def __init__(self, decoder: Decoder, given: Prompts, indices: Sequence[int], num_steps: int) -> None:
         """Make empty caches for some of the adapter's prompts, by index. At most `num_steps` tokens per sequence are
-        computed, and at most `given.max_new_tokens` of them are used."""
+        computed, and at most the `max_new_tokens` of the sequence are used."""
         self.given = given
         self.order = sorted(indices, key=lambda index: -len(given.prompts[index]))
         self.prompts = [given.prompts[index] for index in self.order]
         self.lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=decoder.device)
-        self.numbers = torch.tensor([given.numbers[index] for index in self.order], device=decoder.device)
-        self.most = num_steps if decoder.calls_together else given.max_new_tokens
+        self.settings = [given.settings(index, decoder.sampling) for index in self.order]
+        how, numbers = [own.sampling for own in self.settings], [own.number for own in self.settings]
+        self.samplings = RowSamplings.of(how, numbers, decoder.device)
+        self.most = num_steps if decoder.calls_together else max(own.max_new_tokens for own in self.settings)
+        self.num_top = _most(own.num_top for own in self.settings)
+        self.num_prompt_top = _most(own.num_prompt_top for own in self.settings)
         self.caches = decoder.take_caches(len(indices), len(self.prompts[0]) + self.most)
-        self.rows: list[list[int]] = [[] for _ in indices]
+        self.rows = [Generated() for _ in indices]
+        self.prompt_numbers: list[torch.Tensor] = []  # on the last stage, for each prompt (its tokens, n)
         self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once it exists
         self.ended, self.num_chosen = [False] * len(indices), 0
 
@@ -363,20 +276,54 @@ class _Batch:
         return AdapterRows(self.tokens, positions, self.caches, self.given.adapter)
 
     def take(self, chosen: torch.Tensor) -> None:
-        """Append the generated tokens `chosen`, (b,), to the sequences that have not ended."""
-        self.tokens = chosen[:, None]
-        for index, token in enumerate(chosen.tolist()):
-            if self.ended[index] or self.num_chosen > self.given.max_new_tokens:
+        """Append the generated tokens, the first column of `chosen`, to the sequences that have not ended. The other
+        columns are the rows of `label_logprobs`."""
+        self.tokens = chosen[:, :1].long()
+        tokens: list[int] = self.tokens[:, 0].tolist()
+        numbers = [] if self.num_top is None else chosen[:, 1:].tolist()
+        for index, (row, own, token) in enumerate(zip(self.rows, self.settings, tokens, strict=True)):
+            if self.ended[index]:
                 continue
-            if token in self.given.end_ids:
-                self.ended[index] = True
+            if own.num_top is not None:
+                row.numbers.append(_narrowed(numbers[index], own.num_top))
+            if token in own.end_ids:
+                row.end, row.stopped = (token,), True
             else:
-                self.rows[index].append(token)
-                self.ended[index] = self.given.is_end(self.rows[index])
+                row.tokens.append(token)
+                row.stopped = own.is_end(row.tokens)
+            self.ended[index] = row.stopped or len(row.tokens) == own.max_new_tokens
 
-    def in_given_order(self) -> list[list[int]]:
-        """Return the new tokens of each prompt, in the order of the prompts."""
-        return [row for _, row in sorted(zip(self.order, self.rows, strict=True))]
+    def prompt_labels(self, some: slice, device: torch.device) -> torch.Tensor:
+        """Return the labels of some prompts, (b, s) int64."""
+        pairs = zip(self.settings[some], self.prompts[some], strict=True)
+        return pad_right([own.prompt_labels(prompt) for own, prompt in pairs], IGNORED_LABEL, device)
+
+    def keep_prompt_numbers(self, found: torch.Tensor, some: slice) -> None:
+        """Keep the log-probabilities of the labels of some prompts, (b, s, n)."""
+        self.prompt_numbers += [own[: len(prompt)] for own, prompt in zip(found, self.prompts[some], strict=True)]
+
+    def take_prompts(self, found: torch.Tensor) -> None:
+        """Give each continuation the numbers of its prompt. `found` has those of all prompts, (tokens, n)."""
+        parts = found.split([len(prompt) for prompt in self.prompts])
+        for row, own, numbers in zip(self.rows, self.settings, parts, strict=True):
+            if own.num_prompt_top is not None:  # a label is the token after its position
+                shifted = numbers.roll(1, dims=0).tolist()
+                row.prompt = [_narrowed(one, own.num_prompt_top) for one in shifted]
+
+    def in_given_order(self) -> list[Generated]:
+        """Return the continuation of each prompt, in the order of the prompts."""
+        return [self.rows[place] for place in sorted(range(len(self.order)), key=self.order.__getitem__)]
+
+
+def _most(counts: Iterable[int | None]) -> int | None:
+    """Return the largest of the counts that are not None, or None."""
+    return max((count for count in counts if count is not None), default=None)
+
+
+def _narrowed(numbers: list[float], num_top: int) -> list[float]:
+    """Return a row of `label_logprobs` for a smaller `num_top`."""
+    middle = 1 + len(numbers) // 2
+    return numbers[: 1 + num_top] + numbers[middle : middle + num_top]
 
 
 class _Part:
@@ -384,6 +331,8 @@ class _Part:
 
     def __init__(self, decoder: Decoder, batches: Sequence[_Batch]) -> None:
         self.decoder, self.batches = decoder, batches
+        self.num_top = _most(batch.num_top for batch in batches)
+        self.num_prompt_top = _most(batch.num_prompt_top for batch in batches)
         self.computed: list[_Batch] = []  # batches whose newest tokens have not been received
         self.waiting: Callable[[], torch.Tensor] | None = None
 
@@ -405,13 +354,21 @@ class _Part:
             chosen = self._choose(logits, [(batch, slice(None)) for batch in self.computed])
         for batch in self.computed:
             batch.num_chosen += 1
-        self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
+        num_rows, width = sum(len(batch.rows) for batch in self.computed), 2 + 2 * (self.num_top or 0)
+        # fp64 represents ids and fp32 numbers exactly.
+        kind = ((num_rows, 1), torch.int64) if self.num_top is None else ((num_rows, width), torch.float64)
+        self.waiting = self.decoder.share(chosen, *kind)
         if self.decoder.pipeline.size == 1:
             self.collect()
 
     def _choose(self, logits: torch.Tensor | None, call: Sequence[tuple[_Batch, slice]]) -> torch.Tensor | None:
-        places = ((batch.numbers[run], batch.num_chosen) for batch, run in call)
-        return None if logits is None else self.decoder.sampling.choose(logits, places)
+        """Return the next tokens, (b, 1), and if wanted with the columns of `label_logprobs`, on the last stage."""
+        if logits is None:
+            return None
+        chosen = choose(logits, [(batch.samplings.at(run), batch.num_chosen) for batch, run in call])
+        if self.num_top is None:
+            return chosen[:, None]
+        return torch.cat((chosen[:, None].double(), label_logprobs(logits, chosen, self.num_top)), dim=1)
 
     def capture(self) -> None:
         """Capture the next step. If there is none, capture the last one, for later batches with these caches."""
@@ -420,7 +377,7 @@ class _Part:
             self.decoder.capture([batch.newest_rows() for batch in left])
 
     def _read_prompts(self) -> torch.Tensor | None:
-        """Fill the caches. Return the first new token of every sequence, (b,), on the last stage, otherwise None."""
+        """Fill the caches. Return what `_choose` does for every sequence on the last stage, otherwise None."""
         found: dict[_Batch, list[torch.Tensor]] = {batch: [] for batch in self.computed}
         whole = self.decoder.calls_together  # the number of calls must not depend on the prompts of a rank
         for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
@@ -429,7 +386,7 @@ class _Part:
             for call in [present] if whole else filled(sized):
                 rows = [batch.prompt_rows(run, self.decoder.device) for batch, run in call]
                 wanted = [batch.lengths[run] - 1 for batch, run in call]
-                chosen = self._choose(self.decoder.forward(rows, wanted=wanted), call)
+                chosen = self._choose(self.decoder.forward(rows, wanted=wanted, **self._reported(call)), call)
                 if chosen is not None:
                     parts = chosen.split([len(positions) for positions in wanted])
                     for (batch, _), part in zip(call, parts, strict=True):
@@ -438,6 +395,28 @@ class _Part:
             for cache in batch.caches:
                 cache.filled = len(batch.prompts[0])
         return torch.cat([part for parts in found.values() for part in parts]) if self.decoder.is_last else None
+
+    def _reported(self, call: Sequence[tuple[_Batch, slice]]) -> dict[str, Any]:
+        """Return the options of `Decoder.forward` with which batches keep the numbers of their prompts, if wanted."""
+        if all(batch.num_prompt_top is None for batch, _ in call):
+            return {}
+        labels = [batch.prompt_labels(run, self.decoder.device) for batch, run in call]
+
+        def report(found: torch.Tensor) -> None:
+            parts = found.split([part.numel() for part in labels])
+            for (batch, run), part, own in zip(call, parts, labels, strict=True):
+                if batch.num_prompt_top is not None:
+                    batch.keep_prompt_numbers(part.view(*own.shape, -1), run)
+
+        return {"labels": labels, "num_top": self.num_prompt_top, "report": report}
+
+    def take_prompts(self) -> None:
+        """Receive the numbers of the prompts' tokens from the last stage, if some are wanted."""
+        for batch in self.batches:
+            if batch.num_prompt_top is not None:
+                shape = sum(map(len, batch.prompts)), 1 + 2 * (self.num_prompt_top or 0)
+                mine = torch.cat(batch.prompt_numbers) if self.decoder.is_last else None
+                batch.take_prompts(self.decoder.share(mine, shape, torch.float64)())
 
     def collect(self) -> None:
         """Receive the generated tokens from the last stage, if some are expected."""

@@ -78,7 +78,8 @@ class EvaluationPlan:
     @property
     def sampling(self) -> Sampling:
         """Return how the tokens of the answers are chosen."""
-        return Sampling(self.settings.temperature, self.settings.top_p, self.settings.seed)
+        own = self.settings
+        return Sampling(own.temperature, own.top_p, own.seed, own.top_k)
 
     @property
     def adapter_name(self) -> str:

@@ -2,16 +2,10 @@
 
 A stage defines the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained
 tensors. DeepSpeed provides the schedules and the messages between stages.
-
-`SupervisedTail` has the layers after the last attention: the last block's output projection and MLP, the final norm,
-head and loss. They compute only supervised positions. From the MLP on, the backward pass of the summed loss runs inside
-its forward pass. So with every recompute setting, only gradients are saved: d elements per supervised position, and the
-gradients of the factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,33 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, AdapterSegments
-from megatron_tiedlora.adapters.low_rank import SomeTokens
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter, update_at
-from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES, AttentionKind
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
+from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, TARGET_NAMES, AttentionKind
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
-from megatron_tiedlora.model.batch import Supervised, find_supervised
+from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.fused_attention import AttentionRoute
-from megatron_tiedlora.model.layer_specs import Block, Head, LayerSpec
+from megatron_tiedlora.model.layer_specs import LayerSpec
 from megatron_tiedlora.model.regions import Steps, alternate, run_steps
+from megatron_tiedlora.model.tail import Attended, SupervisedTail, with_zero_gradients, zeros_like
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
-from megatron_tiedlora.parallel.loss import RowSpan, run_with_early_backward, spans_between
-
-
-class Attended(NamedTuple):
-    """The state of the last block after its attention. Later layers are computed for supervised positions only.
-
-    Attributes:
-        hidden: the input of the block, (b, s, d) or (1, b s / p, d).
-        attention_output: (b, s, local heads * head_dim).
-        update: the update of the block, if it is adapted.
-        zero_gradients: tensors on which the loss does not depend, but which must get a gradient (zeros).
-    """
-
-    hidden: Tensor
-    attention_output: Tensor
-    update: LayerUpdate | None = None
-    zero_gradients: tuple[Tensor, ...] = ()
 
 
 class Half(NamedTuple):
@@ -62,107 +39,6 @@ class Half(NamedTuple):
 
 
 Halves = tuple[Attended, Attended]
-
-
-@dataclass(frozen=True)
-class SupervisedTail:
-    """The layers after the last block's attention, and the head. The stage owns their modules and parameters."""
-
-    block: Block
-    head: Head
-    tensor_parallel: TensorParallel
-
-    def logits(self, attended: Attended, *, wanted: Tensor | None = None, segments: AdapterSegments = ()) -> Tensor:
-        """Return logits, equal on every rank: (b, s, V), or (b, 1, V) for one position per row, `wanted` (b,) int64.
-
-        With several adapters, there is one position for each of their rows, as an index into all tokens (1, s).
-        """
-        (size, length), some = attended.attention_output.shape[:2], None
-        if wanted is not None:
-            assert not self.tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-            rows = torch.arange(size, device=wanted.device) * length + wanted
-            spans = tuple(
-                RowSpan(number, segment.num_rows) for number, segment in enumerate(segments) if len(segments) > 1
-            )
-            some = SomeTokens(rows, rows, spans, spans)
-        joined, update = self._join(attended, some)
-        logits: Tensor = self.head(self.block.add_mlp(joined, self.tensor_parallel, update), self.tensor_parallel)
-        return logits.view(size, length, -1) if some is None else logits.transpose(0, 1)
-
-    def loss(self, attended: Attended, labels: Tensor | Supervised) -> Tensor:
-        """Return the summed loss over supervised positions. `labels` is (b, s) int64 or a `Supervised`.
-
-        If the positions belong to several adapters, there is one loss per adapter, (adapters,).
-        """
-        supervised, some = self._supervised(labels)
-        joined, update = self._join(attended, some)
-        update = {name: linear for name, linear in update.items() if name in MLP_TARGETS}
-        pairs = [(linear, slot) for linear in update.values() for slot in (linear.grad_a, linear.grad_f)]
-        slots = [slot for _, slot in pairs]
-
-        def summed(joined: Tensor, *slots: Tensor | None) -> Tensor:
-            pairs = zip(slots[::2], slots[1::2], strict=True)
-            inner = {
-                name: linear._replace(grad_a=grad_a, grad_f=grad_f)
-                for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
-            }
-            hidden = self.block.add_mlp(joined, self.tensor_parallel, inner, recomputes=False)
-            return cast(Tensor, self.head(hidden, self.tensor_parallel, supervised))
-
-        inputs = joined, *slots
-        needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        spans = None
-        if some.local_spans:
-            of_slots = [slot if slot is None else linear.rows.slot_spans(slot.numel()) for linear, slot in pairs]
-            spans = [some.local_spans, *of_slots]
-        loss = run_with_early_backward(summed, *inputs, spans=spans) if needs else summed(joined, *slots)
-        return _with_zero_gradients(loss, attended.zero_gradients)
-
-    def position_losses(self, attended: Attended, labels: Tensor, segments: AdapterSegments = ()) -> Tensor:
-        """Return the loss of each position, (b, s), without a gradient. It is 0 for positions without a label."""
-        supervised, some = self._supervised(labels, segments)
-        joined, update = self._join(attended, some)
-        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
-        losses = self.head(hidden, self.tensor_parallel, supervised, summed=False)
-        spread = torch.zeros(labels.numel(), device=labels.device)
-        return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
-
-    def _supervised(self, labels: Tensor | Supervised, segments: AdapterSegments = ()) -> tuple[Supervised, SomeTokens]:
-        """Return the supervised positions, and this rank's tokens at these positions."""
-        num_parts, supervised = self.tensor_parallel.sequence_parts, labels
-        if not isinstance(supervised, Supervised):
-            supervised = find_supervised(supervised, num_parts, segments)
-        size, part = len(supervised.rows) // num_parts, self.tensor_parallel.group.rank if num_parts > 1 else 0
-        start, stop = part * size, (part + 1) * size
-        local_spans = spans_between(supervised.spans, start, stop)
-        return supervised, SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.spans, local_spans)
-
-    def _join(self, attended: Attended, some: SomeTokens | None) -> tuple[Tensor, LayerUpdate]:
-        """Return the input of the last block's MLP, and the block's update, for all tokens or for `some`.
-
-        With `some` the result is (1, m, d) or (1, m / p, d).
-        """
-        hidden, attention_output, update, _ = attended
-        update = update or {}
-        if some is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
-            attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
-            update = update_at(update, some)
-        return self.block.add_attention(hidden, attention_output, self.tensor_parallel, update), update
-
-
-def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return `result` with a backward pass that also returns zeros for `tensors`."""
-    if not tensors:
-        return result
-    zeros = _zeros_like(tensors)
-    return with_adjoint(lambda result, *_: result.view_as(result), lambda g: (g, *zeros(g)), *(result, *tensors))
-
-
-def _zeros_like(tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return an adjoint that returns zeros like `tensors`, without keeping references to them."""
-    makers = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
-    return lambda _gradient: tuple(make() for make in makers)
 
 
 class Stage(nn.Module):
@@ -323,9 +199,9 @@ class Stage(nn.Module):
         unused = unused if torch.is_grad_enabled() else ()
         if not isinstance(outputs[0], Attended):
             joined = outputs[0] if number == 1 else torch.cat(outputs, int(tensor_parallel.sequence_parallel))
-            return _with_zero_gradients(joined, unused)
+            return with_zero_gradients(joined, unused)
         if unused:  # an empty tensor, so that the pipeline's buffer of outputs does not keep `unused`
-            zero = with_adjoint(lambda first, *_: first.new_zeros(0), _zeros_like(unused), *unused)
+            zero = with_adjoint(lambda first, *_: first.new_zeros(0), zeros_like(unused), *unused)
             outputs[0] = outputs[0]._replace(zero_gradients=(zero,))
         attended = outputs[0] if number == 1 else tuple(outputs)
         return attended if labels is None else self.loss(attended, labels)
@@ -358,6 +234,8 @@ class Stage(nn.Module):
         caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
         wanted: Tensor | None = None,
+        num_top: int = 0,
+        report: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Return logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
 
@@ -368,6 +246,7 @@ class Stage(nn.Module):
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
                 several adapters, there is one position for each of their rows, as an index into all s tokens.
+            report: a function that gets the `position_logprobs` of `labels` with `num_top`. The result is then logits.
 
         Returns:
             activations between layers if the stage has no head. The loss of a position without a label is 0.
@@ -383,7 +262,9 @@ class Stage(nn.Module):
             if isinstance(output, Tensor):
                 return output
             tail = replace(self.tail, tensor_parallel=tensor_parallel)
-            if labels is not None:
+            if labels is not None and report is not None:
+                report(tail.position_logprobs(output, labels, segments, num_top=num_top))
+            elif labels is not None:
                 return tail.position_losses(output, labels, segments)
             return tail.logits(output, wanted=wanted, segments=segments)
 

@@ -20,7 +20,7 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped, times_slope
 from megatron_tiedlora.parallel.objectives import Objective
-from megatron_tiedlora.parallel.rows import as_rows, scaled, upcast
+from megatron_tiedlora.parallel.rows import as_rows, run_in_parts, scaled, upcast
 
 
 class RowSpan(NamedTuple):
@@ -247,3 +247,25 @@ def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor
         labels: (n,) int64, all supervised, the same on every rank.
     """
     return cast(Tensor, _TokenLosses.apply(rows, labels, shard))
+
+
+def label_logprobs(logits: Tensor, labels: Tensor, num_top: int) -> Tensor:
+    """Return log softmax(logits)[label] of each row, and the most likely ids, as fp32 numbers in fp64, (n, 1 + 2
+    num_top): the label's log-probability, the ids of the `num_top` most likely tokens, and their log-probabilities.
+
+    The ids are in descending order of their log-probability, and smaller ones come first if it is the same.
+
+    Args:
+        logits: (n, V), any float dtype.
+        labels: (n,) int64.
+    """
+
+    def read(logits: Tensor, labels: Tensor) -> Tensor:
+        logprobs = upcast(logits).log_softmax(-1).float()
+        own = logprobs.gather(-1, labels[:, None])
+        if not num_top:
+            return own.double()
+        ordered = logprobs.sort(dim=-1, descending=True, stable=True)
+        return torch.cat([own.double(), *(part[:, :num_top].double() for part in reversed(ordered))], dim=1)
+
+    return cast(Tensor, run_in_parts(read, (logits, labels), [True, True]))

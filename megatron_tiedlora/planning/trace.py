@@ -24,7 +24,8 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model import attention, fused_attention
 from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
-from megatron_tiedlora.model.stage import Attended, Half, Stage
+from megatron_tiedlora.model.stage import Half, Stage
+from megatron_tiedlora.model.tail import Attended
 from megatron_tiedlora.parallel import frozen_weight, loss
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 from megatron_tiedlora.planning import counting

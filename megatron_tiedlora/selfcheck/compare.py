@@ -29,7 +29,8 @@ from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data import encode, loader, splits, tokenizer
 from megatron_tiedlora.engine.runner import Losses
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -162,7 +163,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
     """Return one micro-batch of the adapter `name` that has the rows of all `batches`. The rows are not packed."""
     arrays = ("tokens", "positions", "labels", "lengths")
-    joined = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
+    joined: dict[str, Any] = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
     segments = (AdapterSegment(name, *joined["tokens"].shape),)
     return MicroBatch(**joined, segments=segments, num_samples=sum(batch.num_samples for batch in batches))
 

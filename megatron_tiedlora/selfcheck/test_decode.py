@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.presets import PRESETS
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.selfcheck import compare, parts, reference, running

@@ -54,7 +54,7 @@ def micro_batches(run: step_bench.Started, step: TrainingStep) -> Callable[[], A
 def use_up(run: step_bench.Started) -> None:
     """Run the optimizer with the current gradients, and clear them. The engine expects this after a backward pass."""
     run.runner.optimizers.take(ONLY, 0.0)
-    run.runner.optimizers.clear()
+    run.runner.optimizers.clear([ONLY])
 
 
 def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:

@@ -180,7 +180,7 @@ class Desk:
                 queue = ModelQueue(record, self._journal(self._folder / _folder_name(name) / "journal"), {})
                 queue.cut()
                 self._models[name] = queue
-        return self._submit(owner, name, 0, lambda queue: (queue.known.create, {}, ""))
+        return self._submit(owner, name, 0, lambda queue: (queue.known.create, {"model_id": name}, ""))
 
     def submit(self, owner: str, model: str, number: int, operation: Operation, *, size: int = 0) -> str:
         """Queue operation `number` (from 1) of a model and return its request. A number seen before returns the same.
@@ -474,6 +474,14 @@ class Desk:
     def state_folder(self, model: str, number: int) -> Path:
         """Return the folder for the state of a model after operation `number`."""
         return self._folder / _folder_name(model) / "state" / str(number)
+
+    def rewind(self, model: str) -> None:
+        """Record that a model has left the memory. The operations behind its last saved state are handed out again
+        together with its next operation."""
+        with self._changed:
+            self._awake.pop(model, None)
+            if model in self._models and self._models[model].rewind():
+                self._awake[model] = None
 
     def origin(self, model: str) -> Create | str:
         """Return how a model that is not in memory comes back: the folder of its saved state, or how it is created."""

@@ -184,6 +184,12 @@ class ModelQueue:
         why = self.window.failed or "the model has no gradients, because no backward pass came since the last step"
         return Failure(f"the optimizer step {future.number} was not taken: {why}", by_user=True)
 
+    def rewind(self) -> bool:
+        """Hand out the operations behind the saved state again, because the engine has dropped what came of them. Return
+        whether one of them has no answer yet."""
+        self.turn, self._fresh = self.known.saved + 1, self.known.window == Window()
+        return any(not future.answered for future in self.futures.values())
+
     def save(self, number: int, folder: str) -> None:
         """Record that the state after operation `number` is in `folder`, and drop what leads up to it."""
         assert self.known.saved <= number <= self.folded, f"{self.known.saved} <= {number} <= {self.folded}"

@@ -7,6 +7,7 @@ Weights that a client can use again are native adapters in folders, so that they
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_tiedlora.parallel.agreement import SentTensor
 
@@ -17,7 +18,7 @@ class Create:
 
     Attributes:
         targets: names of linears, as in --targets.
-        folder: a checkpoint whose weights the model starts with, or "" for initial weights from `seed`.
+        folder: a checkpoint that decides all of these and has the weights to start with, or "" for initial weights.
         optimizer: whether the moments of the checkpoint are restored too.
     """
 
@@ -66,10 +67,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Save:
-    """Write the weights of a model to a new folder, with its optimizer if the folder is a checkpoint."""
+    """Write the weights of a model to a new folder: a checkpoint with the optimizer, or an adapter without it."""
 
     folder: str
     optimizer: bool
+    kind: Literal["save"] = "save"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Load:
 
     folder: str
     optimizer: bool
+    kind: Literal["load"] = "load"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Sample:
         folder: the adapter, or "" for the base.
         temperature: 0 chooses the most likely token.
         top_k: the number of most likely tokens to choose from; 0 for all.
-        stop_tokens: a sequence ends before any of these.
+        stop_tokens: a sequence ends after any of these, which is its last token.
         stop_texts: a sequence ends after a token with which its text contains any of these.
         num_top: the number of most likely tokens to report with each new token.
         num_prompt_top: the number of most likely tokens to report at each token of the prompt.
@@ -144,8 +147,8 @@ Top = tuple[tuple[int, float], ...]  # the most likely tokens and their log-prob
 
 @dataclass(frozen=True)
 class Sampled:
-    """One sequence: new tokens, their log-probabilities under the distribution that they are drawn from before top-k
-    and top-p (at the temperature 1), and whether the sequence was stopped (otherwise it has `max_tokens` tokens)."""
+    """One sequence: new tokens with the stop token, their log-probabilities under softmax(logits) before top-k
+    and top-p (temperature 1), and whether the sequence was stopped (otherwise it has `max_tokens` tokens)."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
+from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.files import Count, Guard, Real, Text, read_fields, read_json_object, write_json
 from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
-from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
+from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint, stored_moments
 from megatron_tiedlora.config.cli import HALVING_REASON
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, evaluation_sizes
@@ -399,12 +399,8 @@ class AdapterRun:
         if self.progress.step == 0 or not (new or best):
             return
         self.checks.before_save(self.progress.step)
-        state, names = self.runner.full_state(self.name, self.layout), list(self.plan.adapter.num_trained())
-        moments = {
-            moment_name(moment, name): tensor
-            for moment, local in (self.runner.optimizers.moments(self.name).items() if new else ())
-            for name, tensor in gather_full(names, local, self.layout).items()
-        }
+        state = self.runner.full_state(self.name, self.layout)
+        moments = self.runner.full_moments(self.name, self.layout) if new else {}
 
         def write() -> None:
             if self.log_failure is not None:  # a resumed run appends to the log, so a checkpoint needs its rows
@@ -418,7 +414,7 @@ class AdapterRun:
                     config=self.plan.adapter,
                     base_identity=self.base_identity,
                     state=state,
-                    moments=moments,
+                    moments=stored_moments(moments),
                     settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256, **self.recorded_start},
                     keep=self.plan.settings.keep_checkpoints,
                     guard=self.folder.guard,

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Dropout
-from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.checkpoint import base_identity as identity
@@ -24,7 +24,8 @@ from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.config.fields import parse_rate_factors
 from megatron_tiedlora.config.settings import Schedule, Settings
 from megatron_tiedlora.engine import engine as deepspeed_engine
-from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer, PipelineRunner, Runner
+from megatron_tiedlora.engine.optimizers import EngineOptimizer, Optimizers, OwnOptimizer
+from megatron_tiedlora.engine.runner import PipelineRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
@@ -67,12 +68,14 @@ def build_model(
     checkpoints: Mapping[str, Checkpoint | None] | None = None,
     *,
     kernels: Kernels = EAGER,
+    empty: bool = False,
 ) -> BuiltModel:
     """Build this rank's pipeline stage with all adapters, load the base weights, and start and return the engine.
 
     Args:
         checkpoints: the checkpoint from which each adapter resumes, by adapter name. An adapter without a checkpoint
             starts at step 0.
+        empty: whether the stage starts without adapters. `add_adapter` adds them, of at most the sizes in `plans`.
 
     Raises:
         UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was trained
@@ -82,7 +85,7 @@ def build_model(
     with checked_starts(plans, resumed) as (weights, base, states, notes):
         own = {n: s for n, s in states.items() if s is not None and resumed.get(n) is None and plans[n].grid.rank == 0}
         starts = {name: tensor_file_sha256(plans[name].adapter, state) for name, state in own.items()}
-        stage, *_ = model = _build_stage(plans, device, kernels, states, weights)
+        stage, *_ = model = _build_stage(plans, device, kernels, {} if empty else states, weights)
         frozen = [parameter for parameter in stage.layers.parameters() if not parameter.requires_grad]
         stored = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)  # ZeRO-3's partitions
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored)
@@ -138,14 +141,12 @@ _Model = tuple[Stage, ParallelGroups, Callable[..., Any]]
 def _build_stage(
     plans: Plans, device: torch.device, kernels: Kernels, states: States, weights: BaseWeights | RandomWeights
 ) -> _Model:
-    """Return the stage with the adapters and this rank's slices of `weights`. Adapters that are None in `states` get
-    initial values. All ranks must call this function."""
+    """Return the stage with the adapters that are in `states`, and this rank's slices of `weights`. Adapters whose
+    state is None get initial values. All ranks must call this function."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
-    shard = grid.tp_rank, grid.tp_size
     # Adapters are created outside DeepSpeed's construction context, which would partition or mark them.
-    parts = {name: AdapterShard.of_stage(own.adapter, plan.stage.layers, *shard) for name, own in plans.items()}
-    adapters = {name: TiedAdapter(part).to(device) for name, part in parts.items()}
+    adapters = {name: make_adapter(plan, plans[name].adapter, state, device) for name, state in states.items()}
     rates = {name: own.settings for name, own in plans.items() if own.settings.dropout}
     adapter_group = AdapterGroup(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
     specs = layer_specs(
@@ -177,12 +178,10 @@ def _build_stage(
         with device:
             module = PipelinedModel(specs, [stage.layers for stage in plan.stages], grid=grid, build_stage=stage_of)
         stage, groups, process_grid = module.stage, module.groups, module.mpu()
-    for name, adapter in adapters.items():
+    for adapter in adapters.values():
         if engine_steps:
             deepspeed_engine.mark_parameters(adapter, groups)
             adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None
-        state = states[name]
-        adapter.load_full(initial_values(plans[name].adapter) if state is None else state)
     load_base_weights(
         weights,
         frozen_weights(stage),
@@ -221,28 +220,46 @@ def _start_engine(
         }
         config = replace(plan.engine, values={**plan.engine.values, **ours})
         engine = start(config, optimizer=of_nothing, scheduler=None)
-        own = {}
-        for name, its in plans.items():
-            trained = list(deepspeed_engine.trained_parameters(adapter_group.adapters[name]).values())
-            trained = trained or [nn.Parameter(torch.zeros(1))]  # AdamW requires a tensor
-            made = make_training(its.settings, trained, adapter_group.adapters[name])
-            own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
+        own = {name: own_optimizer(plans[name].settings, one) for name, one in adapter_group.adapters.items()}
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = Optimizers(adapter_group, groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
-            adapter = adapter_group.adapters[name]
-            moments = {
-                moment: {
-                    tensor: adapter.part.shard(tensor, checkpoint.moments[moment_name(moment, tensor)])
-                    for tensor in deepspeed_engine.trained_parameters(adapter)
-                }
-                for moment in MOMENTS
-            }
-            optimizers.restore(name, moments, step=checkpoint.progress.step)
+            restore_moments(optimizers, name, checkpoint)
             resume_scheduler(schedules[name], checkpoint.progress.step)
     kind = Runner if plan.grid.pp_size == 1 else PipelineRunner
     return kind(engine, stage, groups, optimizers, device)
+
+
+def make_adapter(
+    plan: RunPlan, config: AdapterConfig, state: Mapping[str, torch.Tensor] | None, device: torch.device
+) -> TiedAdapter:
+    """Return this rank's shard of an adapter, with the stages of `plan`. Without full tensors in `state` it gets its
+    initial values."""
+    part = AdapterShard.of_stage(config, plan.stage.layers, plan.grid.tp_rank, plan.grid.tp_size)
+    adapter = TiedAdapter(part).to(device)
+    adapter.load_full(initial_values(config) if state is None else state)
+    return adapter
+
+
+def own_optimizer(settings: Settings, adapter: TiedAdapter) -> OwnOptimizer:
+    """Return the optimizer of an adapter's tensors on this rank, its schedule at step 0 and its clipping."""
+    trained = list(deepspeed_engine.trained_parameters(adapter).values())
+    trained = trained or [nn.Parameter(torch.zeros(1))]  # AdamW requires a tensor
+    return OwnOptimizer(*make_training(settings, trained, adapter), settings.gradient_clipping)
+
+
+def restore_moments(optimizers: Optimizers, name: str, checkpoint: Checkpoint) -> None:
+    """Set the optimizer of an adapter that has taken no step to the state in its checkpoint."""
+    adapter = optimizers.adapter_group.adapters[name]
+    moments = {
+        moment: {
+            tensor: adapter.part.shard(tensor, checkpoint.moments[moment_name(moment, tensor)])
+            for tensor in deepspeed_engine.trained_parameters(adapter)
+        }
+        for moment in MOMENTS
+    }
+    optimizers.restore(name, moments, step=checkpoint.progress.step)
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter], adapter: TiedAdapter) -> tuple[AdamW, LambdaLR]:

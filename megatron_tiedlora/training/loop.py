@@ -20,7 +20,7 @@ from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep, fill_rounds, shared_micro_batch
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.evaluation.answering import Answerer, ScoredSet, answer_all
-from megatron_tiedlora.evaluation.generate import Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.evaluation.results import Score, score_answers
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ranks

@@ -20,7 +20,8 @@ from itertools import islice
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatches
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch, shared_rounds
-from megatron_tiedlora.engine.runner import Divisors, Missing, Runner
+from megatron_tiedlora.engine.optimizers import Missing
+from megatron_tiedlora.engine.runner import Divisors, Runner
 from megatron_tiedlora.parallel.agreement import first_messages, max_over_ranks, raise_on_every_rank, sum_over_ranks
 from megatron_tiedlora.planning.adapter_plans import Plans
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS, StepVotes, StopRequests
@@ -48,13 +49,13 @@ def require_finite(what: str, value: float, *, step: int, saved_step: int | None
 class StepChecks:
     """The checks of one adapter in one launch of a run."""
 
-    def __init__(self, runner: Runner, name: str, *, check_steps: int) -> None:
+    def __init__(self, runner: Runner, name: str, *, check_steps: int, guards: bool = True) -> None:
         """Create the checks of adapter `name`. Replicas are compared after each of the first `check_steps` steps and
-        before each save. They are never compared if `check_steps` is 0."""
+        before each save. They are never compared if `check_steps` is 0. `guards` is false if gradients may be zero."""
         self._runner, self._name, self._adapter = runner, name, runner.adapters[name]
         self._check_steps = check_steps
         self._steps = 0
-        self._guard: GradientGuard | None = GradientGuard(self._adapter)
+        self._guard = GradientGuard(self._adapter) if guards else None
 
     def before_save(self, step: int) -> None:
         """Compare replicas before the checkpoint of `step` is saved. Raise RunFailed on every rank if they differ."""
@@ -179,6 +180,49 @@ class StepReport:
         return found
 
 
+def take_steps(
+    runner: Runner,
+    checks: Mapping[str, StepChecks],
+    reports: Mapping[str, AdapterStep],
+    missing: Missing,
+    ranks_missing: Mapping[str, float],
+    saved_steps: Mapping[str, int],
+    failed: dict[str, UserError],
+) -> dict[str, AdapterStep]:
+    """Update each adapter that passes its checks. Return the reports with gradient norms and failures.
+
+    All ranks must call this function, after the gradients of these adapters were summed.
+
+    Args:
+        reports: the results so far, by adapter name.
+        missing, ranks_missing: see `before_steps`.
+        saved_steps: the step of each adapter's last checkpoint, for error messages.
+        failed: the adapters that have failed already, which are not updated.
+    """
+
+    def healthy() -> dict[str, tuple[StepChecks, int]]:
+        return {name: (checks[name], own.number) for name, own in reports.items() if name not in failed}
+
+    def must_be_finite(what: str, values: Mapping[str, float]) -> None:
+        for name, (_, number) in healthy().items():
+            try:
+                require_finite(what, values.get(name, 0.0), step=number, saved_step=saved_steps.get(name))
+            except RunFailed as failure:
+                failed[name] = failure
+
+    must_be_finite("loss", {name: own.loss for name, own in reports.items()})
+    norms = runner.optimizers.norms(list(reports))
+    failed |= before_steps(healthy(), missing=missing, ranks_missing=ranks_missing)
+    must_be_finite("gradient norm", norms)
+    norms |= {name: runner.optimizers.take(name, norms.get(name)) for name in healthy()}
+    must_be_finite("gradient norm", norms)  # an engine's norm is only known after its step
+    failed |= after_steps(healthy())
+    return {
+        name: replace(own, grad_norm=norms.get(name, math.nan), failure=failed.get(name))
+        for name, own in reports.items()
+    }
+
+
 @dataclass
 class TrainStep:
     """Runs the training steps of one launch of a run.
@@ -267,43 +311,12 @@ class TrainStep:
                     raise_on_every_rank(failures.get(name))
                 except UserError as error:
                     failed[name] = error
-        reports = self._take(reports, missing, ranks_missing, saved_steps or {}, failed)
-        optimizers.clear()
+        checks = {name: self.checks[name] for name in reports}
+        reports = take_steps(self.runner, checks, reports, missing, ranks_missing, saved_steps or {}, failed)
+        self.finished |= {name: own.number for name, own in reports.items() if own.failure is None}
+        optimizers.clear(self.plans)
         self._seconds = votes.seconds / ranks
         return StepReport(reports, time.monotonic() - started, votes)
-
-    def _take(
-        self,
-        reports: dict[str, AdapterStep],
-        missing: Missing,
-        ranks_missing: Mapping[str, float],
-        saved_steps: Mapping[str, int],
-        failed: dict[str, UserError],
-    ) -> dict[str, AdapterStep]:
-        """Update each adapter that passes its checks. Return the reports with gradient norms and failures."""
-
-        def healthy() -> dict[str, tuple[StepChecks, int]]:
-            return {name: (self.checks[name], own.number) for name, own in reports.items() if name not in failed}
-
-        def must_be_finite(what: str, values: Mapping[str, float]) -> None:
-            for name, (_, number) in healthy().items():
-                try:
-                    require_finite(what, values.get(name, 0.0), step=number, saved_step=saved_steps.get(name))
-                except RunFailed as failure:
-                    failed[name] = failure
-
-        must_be_finite("loss", {name: own.loss for name, own in reports.items()})
-        norms = self.runner.optimizers.norms(list(reports))
-        failed |= before_steps(healthy(), missing=missing, ranks_missing=ranks_missing)
-        must_be_finite("gradient norm", norms)
-        norms |= {name: self.runner.optimizers.take(name, norms.get(name)) for name in healthy()}
-        must_be_finite("gradient norm", norms)  # an engine's norm is only known after its step
-        failed |= after_steps(healthy())
-        self.finished |= {name: number for name, (_, number) in healthy().items()}
-        return {
-            name: replace(own, grad_norm=norms.get(name, math.nan), failure=failed.get(name))
-            for name, own in reports.items()
-        }
 
     def _between_micro_batches(self) -> None:
         if self._seconds > self.long_seconds:

@@ -22,7 +22,8 @@ from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.convert.verify import TOLERANCE, verify_export
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]

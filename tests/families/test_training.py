@@ -15,7 +15,8 @@ from support.quantised_models import with_values
 from support.tiny_decoders import build
 from support.tiny_models import EOS_ID, FAMILY_MODELS, LATER_FAMILIES, write_tiny_model
 
-from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = pytest.mark.distributed

@@ -23,7 +23,7 @@ from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_groups import AdapterGroup
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
-from megatron_tiedlora.engine import runner as module
+from megatron_tiedlora.engine import optimizers as module
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 pytestmark = [

@@ -129,7 +129,7 @@ def _trace(case: Case, device: torch.device) -> Traced:
         norms = optimizers.norms(names)
         for name in names:
             optimizers.take(name, norms.get(name))
-        optimizers.clear()
+        optimizers.clear(names)
     engine.destroy()
     return traced
 

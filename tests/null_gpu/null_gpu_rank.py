@@ -166,7 +166,8 @@ def _train_step(plan: Any, runner: Any) -> Any:
 
 def _decoding(order: Order, device: torch.device) -> dict[str, Any]:
     """The counts of two batches, each a list with those of as many tokens; all captures of each; what was logged."""
-    from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Decoder, Prompts, generate
+    from megatron_tiedlora.evaluation.decoder import Decoder
+    from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Prompts, generate
 
     _believe_all_numbers()
     plan, built = _built(order, device)
@@ -275,7 +276,7 @@ def _believe_all_numbers() -> None:
     """No check of a value ends the run or leaves a step out: losses, norms and gradients are whatever was in memory."""
     from deepspeed.runtime.zero import stage_1_and_2
 
-    from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers
+    from megatron_tiedlora.engine.optimizers import EngineOptimizer, Optimizers
     from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
     from megatron_tiedlora.training import step
 

@@ -17,7 +17,7 @@ from support.task_files import refusal
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.evaluation.generate import Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.memory import cache_bytes

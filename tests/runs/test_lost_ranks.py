@@ -36,8 +36,8 @@ POINTS: dict[str, tuple[int, dict[str, Any], str, str, int]] = {
     "beginning of rank 0": (0, {}, LOOP, "Trainer._train_step", 3),
     "forward": (1, TP2, "megatron_tiedlora.model.regions", "RegionEntry.send", 80),
     "backward": (0, TP2, "megatron_tiedlora.model.regions", "RegionEntry.send_gradients", 22),
-    "sum": (1, PP2, "megatron_tiedlora.engine.runner", "sum_gradients_", 3),
-    "update": (0, TP2, "megatron_tiedlora.engine.runner", "EngineOptimizer.take", 3),
+    "sum": (1, PP2, "megatron_tiedlora.engine.optimizers", "sum_gradients_", 3),
+    "update": (0, TP2, "megatron_tiedlora.engine.optimizers", "EngineOptimizer.take", 3),
     "checks": (1, TP2, "megatron_tiedlora.training.step", "after_steps", 3),
 }
 

@@ -18,7 +18,8 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training.finish import score_rows
 

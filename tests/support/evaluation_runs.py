@@ -19,7 +19,7 @@ import torch
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.evaluation.answering import Answerer, answer_all, read_scored
-from megatron_tiedlora.evaluation.generate import Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 RUNNING = "megatron_tiedlora.engine.runner"
-SUM = f"{RUNNING}.sum_gradients_"
+SUM = "megatron_tiedlora.engine.optimizers.sum_gradients_"
 MARK = "megatron_tiedlora.engine.engine.mark_parameters"
 COUNTS = "megatron_tiedlora.engine.engine.gradient_norm_counts"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
@@ -207,9 +207,9 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     supervised: dict[int, int] = {}  # tokens of the micro-batch with these shares
     find, accumulate, weighted = module.Runner._supervised, module.Runner.accumulate, module.Losses.weighted
 
-    def noted(runner: Any, batch: Any) -> Any:
+    def noted(runner: Any, batch: Any, losses: Any) -> Any:
         supervised[id(batch.segments)] = max(int((batch.labels != -100).sum()), 1)
-        return find(runner, batch)
+        return find(runner, batch, losses)
 
     def divided(losses: Any, found: torch.Tensor, shares: Any) -> torch.Tensor:
         if not of_step:  # an evaluation

@@ -24,7 +24,8 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.stage import Attended, Stage
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.tail import Attended
 from megatron_tiedlora.model.weights import Stages, layer_costs, partition, stage_weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import (

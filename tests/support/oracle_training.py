@@ -47,7 +47,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 SETTINGS: Mapping[str, Mapping[str, float]] = {  # of the losses of tokens, none the package's default
     "cross_entropy": {},
     "importance_sampling": {},
-    "ppo": {"clip_low_threshold": 0.5, "clip_high_threshold": 1.75},
+    "ppo": {"clip_low_threshold": 0.375, "clip_high_threshold": 2.5},
     "cispo": {"clip_low_threshold": 0.625, "clip_high_threshold": 1.5},
     "dro": {"beta": 0.3},
 }
@@ -78,7 +78,8 @@ def with_objective(sample: OracleBatch, objective: str | None, seed: int) -> Ora
     """The sample with a loss of tokens and their numbers: weights, or log-probabilities near the tiny models' own."""
     if objective is None:
         return sample
-    numbers = torch.randn(2, *sample.labels.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.Generator().manual_seed(seed + 3)  # ppo clips no shard's tokens altogether
+    numbers = torch.randn(2, *sample.labels.shape, generator=drawn, dtype=torch.float64)
     if objective != "cross_entropy":
         numbers[0] = 0.5 * numbers[0] - 5.8
     return replace(sample, objective=objective, loss_inputs=numbers)

@@ -14,7 +14,7 @@ from torch.distributed import Work
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from megatron_tiedlora.evaluation.generate import Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.step_graphs import MOST_GRAPHS, CapturedStep, Step, StepGraphs
 
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::lift_fresh", "aten::is_nonzero")

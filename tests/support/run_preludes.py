@@ -184,8 +184,8 @@ def poison(step: int, what: str) -> None:
     def look(trainer: Any, *_: Any) -> None:
         steps[0] = trainer.last_step + 1
 
-    def poisoned(runner: Any, batch: Any) -> Any:
-        loss = forward(runner, batch)
+    def poisoned(runner: Any, *given: Any) -> Any:
+        loss = forward(runner, *given)
         if steps[0] != step or not loss.requires_grad:
             return loss
         return loss * float("nan") if what == "loss" else loss + (loss * 0.0).sqrt()

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.evaluation.generate import Decoder
+from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 from support.forked_ranks import groups_of

@@ -36,7 +36,8 @@ PACKAGE = ROOT / "megatron_tiedlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENGINE_FILES = {
     "runtime/process_group.py",
-    "engine/runner.py",  # its schedules, and the sharded optimizer
+    "engine/runner.py",  # its schedules
+    "engine/optimizers.py",  # the sharded optimizer
     "engine/pipelined.py",  # its PipelineModule
     "engine/engine.py",
 }

@@ -98,9 +98,10 @@ class VllmAnswerer(Answerer):
         count = some.max_new_tokens - len(new)
         if some.is_end is not Prompts.is_end:
             count = min(count, max(len(new), _FIRST_TOKENS))
-        options: dict[str, Any] = {"temperature": self._sampling.temperature, "top_p": self._sampling.top_p}
-        if self._sampling.temperature:
-            options["seed"] = stream_seed(self._sampling.seed, f"sampling.{some.numbers[row]}.{len(new)}")
+        how = self._sampling
+        options: dict[str, Any] = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
+        if how.temperature:
+            options["seed"] = stream_seed(how.seed, f"sampling.{some.numbers[row]}.{len(new)}")
         options |= {"ignore_eos": True, "stop_token_ids": sorted(some.end_ids)}  # which include the tokenizer's EOS
         return self._parameters(**options, max_tokens=count, detokenize=False)
 

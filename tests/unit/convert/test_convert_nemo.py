@@ -54,7 +54,7 @@ from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.convert.nemo import convert_nemo, nemo_model
 from megatron_tiedlora.convert.nemo_archive import NemoArchive
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.groups import ParallelGroups
 

@@ -18,7 +18,8 @@ from support.tiny_models import EOS_ID, random_adapter, write_tiny_model
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups

@@ -17,9 +17,9 @@ from support.tiny_models import EOS_ID, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import (
     TOKENS_BETWEEN_AGREEMENTS,
-    Decoder,
     Prompts,
     _groups,
     ending_log_likelihoods,

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.forked_ranks import run_on_ranks
-from support.oracle_adapter import hashed, keys_of
+from support.sampling_oracle import expected_token, noise, nucleus
 from support.tiny_decoders import build
 from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.evaluation import sampling
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
-from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.sampling import GREEDY, RowSamplings, Sampling, choose
 from megatron_tiedlora.parallel.groups import Grid
 
 LEVEL = 1e-3  # a right sampler fails a test of frequencies with this probability, once for all, as the seed is fixed
@@ -26,50 +25,50 @@ SAMPLING = Sampling(0.9, 0.9, seed=5)
 Rows = list[list[int]]
 
 
-# The oracle ---------------------------------------------------------------------------------------------------------
-
-
-def noise(seed: int, row: int, position: int, num_tokens: int) -> list[float]:
-    """The Gumbel noise of each token of the vocabulary."""
-    high, low = (keys_of([(row << 32) + position], seed=seed, name=f"sampling.{half}") for half in ("high", "low"))
-    first = hashed(high ^ hashed(np.arange(num_tokens, dtype=np.uint32)))
-    numbers = hashed(first ^ low).astype(np.float64) * 2**20 + (first >> 12)
-    found: list[float] = (-np.log(-np.log((numbers + 0.5) / 2**52))).tolist()
-    return found
-
-
-def nucleus(logits: Sequence[float], temperature: float, top_p: float) -> dict[int, float]:
-    """The tokens that may be sampled, most likely first and smaller ids first, and the probability of each of them."""
-    most = max(logits)
-    weights = [math.exp((logit - most) / temperature) for logit in logits]
-    kept: dict[int, float] = {}
-    for token in sorted(range(len(logits)), key=lambda token: (-weights[token], token)):
-        kept[token] = weights[token]
-        if math.fsum(kept.values()) >= top_p * math.fsum(weights):
-            break
-    return {token: weight / math.fsum(kept.values()) for token, weight in kept.items()}
-
-
-def expected_token(logits: Sequence[float], row: int, position: int, how: Sampling) -> int:
-    kept, added = nucleus(logits, how.temperature, how.top_p), noise(how.seed, row, position, len(logits))
-    return max(kept, key=lambda token: logits[token] / how.temperature + added[token])
+def chosen(how: Sampling, logits: torch.Tensor, places: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    """The tokens of rows that all have the same settings."""
+    return choose(logits, [(RowSamplings.of([how] * len(rows), rows.tolist()), position) for rows, position in places])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.3, 1.0), (1.0, 1.0), (2.5, 0.9), (1.0, 0.5), (0.7, 1e-9)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(0.3, 1.0, 0), (1.0, 1.0, 0), (2.5, 0.9, 0), (1.0, 0.5, 0), (0.7, 1e-9, 0)]
+    + [(2.5, 1.0, 3), (2.5, 1.0, 1), (2.5, 1.0, 77), (9.0, 0.6, 9), (2.5, 0.999, 1000)],
+)
 def test_tokens_are_those_of_the_oracle(
-    monkeypatch: pytest.MonkeyPatch, temperature: float, top_p: float, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, temperature: float, top_p: float, top_k: int, dtype: torch.dtype
 ) -> None:
     """Rows and positions of one call may be any; bf16 logits have many ties. Few rows at a time give the same."""
     logits = (3 * torch.randn(24, 77, generator=torch.Generator().manual_seed(1))).to(dtype)
     places = [(torch.tensor([7, 0, 2**31 - 1, 5]), 0), (torch.arange(13, 0, -1), 3), (torch.arange(7), 499)]
     at = [(row, position) for rows, position in places for row in rows.tolist()]
-    how = Sampling(temperature, top_p, seed=11)
+    how = Sampling(temperature, top_p, seed=11, top_k=top_k)
     expected = [expected_token(own, *place, how) for own, place in zip(logits.tolist(), at, strict=True)]
-    assert how.choose(logits, places).tolist() == expected
+    assert chosen(how, logits, places).tolist() == expected
     monkeypatch.setattr(sampling, "HOST_NUMBERS_AT_ONCE", 5 * 77)
-    assert how.choose(logits, places).tolist() == expected
-    assert (expected == logits.argmax(-1).tolist()) == (top_p < 0.1)
+    assert chosen(how, logits, places).tolist() == expected
+    assert (expected == logits.argmax(-1).tolist()) == (top_p < 0.1 or top_k == 1)
+
+
+def test_rows_with_different_settings_are_those_of_each_alone() -> None:
+    """Greedy ones among them; of tied tokens the first `top_k` may be sampled."""
+    logits, draw = 2 * torch.randn(60, 40, generator=torch.Generator().manual_seed(6)), random.Random(3)
+    logits[::7] = logits[::7].round()
+    how = [
+        Sampling(draw.choice([0.0, 0.5, 1.0, 3.0]), draw.choice([1.0, 0.8, 0.3]), draw.choice([1, 2**80]), top_k)
+        for top_k in [0, 1, 2, 5, 40, 99] * 10
+    ]
+    numbers, position = draw.sample(range(2**31), 60), 17
+    found = choose(logits, [(RowSamplings.of(how, numbers), position)]).tolist()
+    wanted = [expected_token(*given) for given in zip(logits.tolist(), numbers, [position] * 60, how, strict=True)]
+    assert found == wanted != logits.argmax(-1).tolist()
+    pairs = [(RowSamplings.of(how[i : i + 1], numbers[i : i + 1]), position) for i in range(60)]
+    assert choose(logits, pairs).tolist() == found == [choose(logits[i : i + 1], [pairs[i]]).item() for i in range(60)]
+    whole = RowSamplings.of(how, numbers)
+    assert choose(logits, [(whole.at(slice(0, 9)), position), (whole.at(slice(9, 60)), position)]).tolist() == found
+    tied = torch.zeros(400, 8)
+    assert set(chosen(Sampling(1.0, seed=4, top_k=3), tied, [(torch.arange(400), 0)]).tolist()) == {0, 1, 2}
 
 
 def test_temperature_0_is_the_most_likely_token() -> None:
@@ -77,8 +76,19 @@ def test_temperature_0_is_the_most_likely_token() -> None:
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(2)) * 40
     places = [(torch.arange(64), 0)]
     for how in (GREEDY, Sampling(0.0, 0.5, 3), Sampling(5e-324), Sampling(1e-5, 0.9)):
-        assert torch.equal(how.choose(logits, places), logits.argmax(-1)), how
-    assert len(set(Sampling(1e15).choose(logits, places).tolist())) > 25
+        assert torch.equal(chosen(how, logits, places), logits.argmax(-1)), how
+    assert len(set(chosen(Sampling(1e15), logits, places).tolist())) > 25
+
+
+def test_the_most_likely_tokens_are_those_of_transformers() -> None:
+    """First the k most likely ones, then the nucleus of these, as their generation does."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    scores = 2 * torch.randn(200, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for top_k, top_p in ((3, 1.0), (7, 0.5), (7, 0.95), (40, 0.9)):
+        theirs = TopPLogitsWarper(top_p)(torch.empty(0), TopKLogitsWarper(top_k)(torch.empty(0), scores)) > -torch.inf
+        ours = [nucleus(row, 1.0, top_p, top_k) for row in scores.tolist()]
+        assert [sorted(kept) for kept in ours] == [row.nonzero()[:, 0].tolist() for row in theirs]
 
 
 def test_the_nucleus_is_that_of_transformers() -> None:
@@ -92,7 +102,7 @@ def test_the_nucleus_is_that_of_transformers() -> None:
         assert [sorted(kept) for kept in ours] == [row.nonzero()[:, 0].tolist() for row in theirs]
     logits, rows = torch.tensor([2, 4, 2, 1, 2]).double().log(), torch.arange(500)
     for top_p, kept in ((0.36, {1}), (0.37, {0, 1}), (0.6, {0, 1, 2}), (0.9, {0, 1, 2, 4}), (0.95, {0, 1, 2, 3, 4})):
-        tokens = Sampling(1.0, top_p, seed=1).choose(logits.expand(500, -1), [(rows, 0)])
+        tokens = chosen(Sampling(1.0, top_p, seed=1), logits.expand(500, -1), [(rows, 0)])
         assert set(tokens.tolist()) == kept == set(nucleus(logits.tolist(), 1.0, top_p))
 
 
@@ -118,7 +128,7 @@ def test_frequencies_are_the_probabilities(temperature: float, top_p: float) -> 
     def drawn(seed: int) -> torch.Tensor:
         """Tokens (positions, rows), as numbers in the nucleus."""
         how, rows = Sampling(temperature, top_p, seed), torch.arange(400)
-        tokens = torch.stack([how.choose(logits.expand(400, -1), [(rows, position)]) for position in range(200)])
+        tokens = torch.stack([chosen(how, logits.expand(400, -1), [(rows, position)]) for position in range(200)])
         assert set(tokens.unique().tolist()) == set(kept)
         return torch.searchsorted(torch.tensor(sorted(kept)), tokens)
 

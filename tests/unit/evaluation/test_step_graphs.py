@@ -25,9 +25,9 @@ from megatron_tiedlora.base import shapes
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation import generate as module
-from megatron_tiedlora.evaluation import step_graphs
-from megatron_tiedlora.evaluation.generate import Decoder, Prompts, ending_log_likelihoods, generate
-from megatron_tiedlora.evaluation.sampling import Sampling
+from megatron_tiedlora.evaluation import sampling, step_graphs
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.step_graphs import StepGraphs, find_step_graphs
 from megatron_tiedlora.model.attention import rotation_table
 from megatron_tiedlora.model.stage import Stage
@@ -59,9 +59,9 @@ def decode(decoder: Decoder, batch: Rows, *, new: int = NEW, ends: tuple[int, ..
 def logits_of(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[torch.Tensor]:
     """All logits that tokens are chosen by."""
     found: list[torch.Tensor] = []
-    choose = Sampling.choose
+    choose = sampling.choose
     with monkeypatch.context() as patch:
-        patch.setattr(Sampling, "choose", lambda *given: found.append(given[1].clone()) or choose(*given))
+        patch.setattr(module, "choose", lambda *given: found.append(given[0].clone()) or choose(*given))
         run()
     return found
 

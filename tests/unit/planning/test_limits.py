@@ -42,7 +42,8 @@ from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.cpu_attention import find_query_tiles
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.stage import Stage, SupervisedTail
+from megatron_tiedlora.model.stage import Stage
+from megatron_tiedlora.model.tail import SupervisedTail
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages, shared_shape

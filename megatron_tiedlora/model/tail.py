@@ -1,0 +1,158 @@
+"""Compute the layers after the last attention: output projection and MLP of the last block, final norm, head and loss.
+
+They compute only supervised positions. From the MLP on, the backward pass of the summed loss runs inside its forward
+pass. So with every recompute setting, only gradients are saved: d elements per supervised position, and the gradients
+of the factors.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from megatron_tiedlora.adapters.adapter_groups import AdapterSegments
+from megatron_tiedlora.adapters.low_rank import SomeTokens
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
+from megatron_tiedlora.base.shapes import MLP_TARGETS
+from megatron_tiedlora.model.batch import Supervised, find_supervised
+from megatron_tiedlora.model.layer_specs import Block, Head
+from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.loss import RowSpan, label_logprobs, run_with_early_backward, spans_between
+
+LOGITS_AT_ONCE = 2**26
+
+
+class Attended(NamedTuple):
+    """The state of the last block after its attention. Later layers are computed for supervised positions only.
+
+    Attributes:
+        hidden: the input of the block, (b, s, d) or (1, b s / p, d).
+        attention_output: (b, s, local heads * head_dim).
+        update: the update of the block, if it is adapted.
+        zero_gradients: tensors on which the loss does not depend, but which must get a gradient (zeros).
+    """
+
+    hidden: Tensor
+    attention_output: Tensor
+    update: LayerUpdate | None = None
+    zero_gradients: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class SupervisedTail:
+    """The layers after the last block's attention, and the head. The stage owns their modules and parameters."""
+
+    block: Block
+    head: Head
+    tensor_parallel: TensorParallel
+
+    def logits(self, attended: Attended, *, wanted: Tensor | None = None, segments: AdapterSegments = ()) -> Tensor:
+        """Return logits, equal on every rank: (b, s, V), or (b, 1, V) for one position per row, `wanted` (b,) int64.
+
+        With several adapters, there is one position for each of their rows, as an index into all tokens (1, s).
+        """
+        (size, length), some = attended.attention_output.shape[:2], None
+        if wanted is not None:
+            assert not self.tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
+            rows = torch.arange(size, device=wanted.device) * length + wanted
+            spans = tuple(
+                RowSpan(number, segment.num_rows) for number, segment in enumerate(segments) if len(segments) > 1
+            )
+            some = SomeTokens(rows, rows, spans, spans)
+        joined, update = self._join(attended, some)
+        logits: Tensor = self.head(self.block.add_mlp(joined, self.tensor_parallel, update), self.tensor_parallel)
+        return logits.view(size, length, -1) if some is None else logits.transpose(0, 1)
+
+    def loss(self, attended: Attended, labels: Tensor | Supervised) -> Tensor:
+        """Return the summed loss over supervised positions. `labels` is (b, s) int64 or a `Supervised`.
+
+        If the positions belong to several adapters, there is one loss per adapter, (adapters,).
+        """
+        supervised, some = self._supervised(labels)
+        joined, update = self._join(attended, some)
+        update = {name: linear for name, linear in update.items() if name in MLP_TARGETS}
+        pairs = [(linear, slot) for linear in update.values() for slot in (linear.grad_a, linear.grad_f)]
+        slots = [slot for _, slot in pairs]
+
+        def summed(joined: Tensor, *slots: Tensor | None) -> Tensor:
+            pairs = zip(slots[::2], slots[1::2], strict=True)
+            inner = {
+                name: linear._replace(grad_a=grad_a, grad_f=grad_f)
+                for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
+            }
+            hidden = self.block.add_mlp(joined, self.tensor_parallel, inner, recomputes=False)
+            return cast(Tensor, self.head(hidden, self.tensor_parallel, supervised))
+
+        inputs = joined, *slots
+        needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+        spans = None
+        if some.local_spans:
+            of_slots = [slot if slot is None else linear.rows.slot_spans(slot.numel()) for linear, slot in pairs]
+            spans = [some.local_spans, *of_slots]
+        loss = run_with_early_backward(summed, *inputs, spans=spans) if needs else summed(joined, *slots)
+        return with_zero_gradients(loss, attended.zero_gradients)
+
+    def position_losses(self, attended: Attended, labels: Tensor, segments: AdapterSegments = ()) -> Tensor:
+        """Return the loss of each position, (b, s), without a gradient. It is 0 for positions without a label."""
+        supervised, some = self._supervised(labels, segments)
+        joined, update = self._join(attended, some)
+        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
+        losses = self.head(hidden, self.tensor_parallel, supervised, summed=False)
+        spread = torch.zeros(labels.numel(), device=labels.device)
+        return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
+
+    def position_logprobs(
+        self, attended: Attended, labels: Tensor, segments: AdapterSegments = (), *, num_top: int
+    ) -> Tensor:
+        """Return the result of `label_logprobs` at each position, (b, s, 1 + 2 num_top), nan at positions without a
+        label. At most `LOGITS_AT_ONCE` logits are in memory at a time. Sequences must be whole on every rank."""
+        supervised, some = self._supervised(labels, segments)
+        joined, update = self._join(attended, some)
+        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
+        found = torch.full((labels.numel(), 1 + 2 * num_top), torch.nan, dtype=torch.float64, device=labels.device)
+        size = max(1, LOGITS_AT_ONCE // self.head.vocab_size)
+        for start in range(0, len(supervised.labels), size):
+            chosen = supervised.supervised[start : start + size]
+            logits = self.head(hidden[:, chosen], self.tensor_parallel)[0]
+            found[supervised.rows[chosen]] = label_logprobs(logits, supervised.labels[start : start + size], num_top)
+        return found.view(*labels.shape, -1)
+
+    def _supervised(self, labels: Tensor | Supervised, segments: AdapterSegments = ()) -> tuple[Supervised, SomeTokens]:
+        """Return the supervised positions, and this rank's tokens at these positions."""
+        num_parts, supervised = self.tensor_parallel.sequence_parts, labels
+        if not isinstance(supervised, Supervised):
+            supervised = find_supervised(supervised, num_parts, segments)
+        size, part = len(supervised.rows) // num_parts, self.tensor_parallel.group.rank if num_parts > 1 else 0
+        start, stop = part * size, (part + 1) * size
+        local_spans = spans_between(supervised.spans, start, stop)
+        return supervised, SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.spans, local_spans)
+
+    def _join(self, attended: Attended, some: SomeTokens | None) -> tuple[Tensor, LayerUpdate]:
+        """Return the input of the last block's MLP, and the block's update, for all tokens or for `some`.
+
+        With `some` the result is (1, m, d) or (1, m / p, d).
+        """
+        hidden, attention_output, update, _ = attended
+        update = update or {}
+        if some is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
+            attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
+            update = update_at(update, some)
+        return self.block.add_attention(hidden, attention_output, self.tensor_parallel, update), update
+
+
+def with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return `result` with a backward pass that also returns zeros for `tensors`."""
+    if not tensors:
+        return result
+    zeros = zeros_like(tensors)
+    return with_adjoint(lambda result, *_: result.view_as(result), lambda g: (g, *zeros(g)), *(result, *tensors))
+
+
+def zeros_like(tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Return an adjoint that returns zeros like `tensors`, without keeping references to them."""
+    makers = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+    return lambda _gradient: tuple(make() for make in makers)

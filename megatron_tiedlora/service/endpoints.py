@@ -1,0 +1,233 @@
+"""Answer requests for a training service: bodies in, calls of the desk, and the fields of the answer out.
+
+This knows neither HTTP nor the results of operations, which `http` sends when they exist.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS
+from megatron_tiedlora.service import bodies
+from megatron_tiedlora.service.bodies import read_body, read_name
+from megatron_tiedlora.service.facts import ServiceFacts
+from megatron_tiedlora.service.futures import Refused
+from megatron_tiedlora.service.operations import Create
+from megatron_tiedlora.service.wire import read_pass
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.service.desk import Desk
+
+Fields = dict[str, Any]
+
+TESTED_CLIENT = "0.38."  # the releases of the `tinker` SDK that were tried
+_CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler"}
+
+
+class Endpoints:
+    """The endpoints of a training service. Each returns the fields of its answer.
+
+    Raises (all of them):
+        UserError: the request is rejected. `status_of` is the HTTP status.
+    """
+
+    def __init__(self, desk: "Desk", facts: ServiceFacts) -> None:
+        self._desk, self._facts = desk, facts
+
+    # Clients and sessions
+
+    def client_config(self, owner: str, raw: bytes) -> Fields:
+        """Return the settings of the client. Those of functions that this server lacks are false by default."""
+        return {
+            "proto_compress_fwdbwd": self._facts.compressed,
+            "fwdbwd_max_chunk_bytes_count": min(5_000_000, self._facts.max_body // 2),  # of arrays alone
+        }
+
+    def dynamic_config(self, owner: str, raw: bytes) -> Fields:
+        """Return the settings of the client that may change: none."""
+        return {}
+
+    def capabilities(self, owner: str) -> Fields:
+        """Return the models of this server: the base with the default method, and with each method."""
+        names = [self._facts.model_name, *map(self._facts.named, METHOD_NAMES)]
+        can = {"max_context_length": self._facts.max_length, "trainable": True, "sampleable": True}
+        return {"supported_models": [{"model_name": name, **can} for name in names]}
+
+    def create_session(self, owner: str, raw: bytes) -> Fields:
+        """Open a session."""
+        sent = read_body(raw, bodies.CreateSession)
+        session = self._desk.open_session(owner, metadata=bodies.described(sent.user_metadata))
+        warning = "This server does not train the unembedding: train_unembed has no effect."
+        if not sent.sdk_version.startswith(TESTED_CLIENT):
+            warning += f" It was tested with tinker {TESTED_CLIENT}x, and this is {sent.sdk_version or 'unknown'}."
+        return {"session_id": session, "warning_message": warning}
+
+    def heartbeat(self, owner: str, raw: bytes) -> Fields:
+        """Note that the client of a session lives."""
+        self._desk.heartbeat(owner, read_name(raw, "session_id"))
+        return {}
+
+    def finish_session(self, owner: str, session_id: str) -> Fields:
+        """End a session."""
+        self._desk.finish_session(owner, session_id)
+        return {}
+
+    # Models
+
+    def create_model(self, owner: str, raw: bytes) -> Fields:
+        """Create a model."""
+        sent = read_body(raw, bodies.CreateModel)
+        return self._create(owner, sent.session_id, sent.model_seq_id, sent.operation(self._facts), sent.user_metadata)
+
+    def _create(
+        self, owner: str, session: str, number: int, create: Create, metadata: Mapping[str, Any] | None
+    ) -> Fields:
+        return _future(self._desk.create(owner, session, number, create, info=bodies.described(metadata)))
+
+    def get_info(self, owner: str, raw: bytes) -> Fields:
+        """Describe a model."""
+        model, facts = read_name(raw, "model_id"), self._facts
+        rank = self._desk.model_of(owner, model).create.rank
+        data = {"arch": facts.architecture, "model_name": facts.model_name, "tokenizer_id": facts.tokenizer_id}
+        return {"model_id": model, "model_data": data, "is_lora": True, "lora_rank": rank}
+
+    def forward_backward(self, owner: str, raw: bytes) -> Fields:
+        """Submit a pass. The body is protobuf."""
+        sent = read_pass(raw)
+        where = owner, sent.model_id, sent.seq_id
+        return self._numbered(where, lambda: self._desk.submit(*where, sent.operation(self._facts), size=len(raw)))
+
+    def optim_step(self, owner: str, raw: bytes) -> Fields:
+        """Submit a step of the optimizer."""
+        where = _operation(owner, raw)
+        return self._numbered(
+            where, lambda: self._desk.submit(*where, read_body(raw, bodies.OptimStep).operation(), size=len(raw))
+        )
+
+    def save_weights(self, owner: str, raw: bytes) -> Fields:
+        """Save a model with its optimizer."""
+        return self._save(owner, raw, "weights")
+
+    def save_for_sampler(self, owner: str, raw: bytes) -> Fields:
+        """Save the weights of a model for a sampler."""
+        return self._save(owner, raw, "sampler_weights")
+
+    def _save(self, owner: str, raw: bytes, kind: Literal["weights", "sampler_weights"]) -> Fields:
+        where = _operation(owner, raw)
+
+        def save() -> str:
+            sent = read_body(raw, bodies.SaveWeights)
+            number, ttl = sent.sampling_session_seq_id, sent.ttl_seconds
+            return self._desk.save(
+                *where, sent.path, kind=kind, session_number=number, overwrite=sent.overwrite, ttl_seconds=ttl
+            )
+
+        return self._numbered(where, save)
+
+    def load_weights(self, owner: str, raw: bytes) -> Fields:
+        """Load a checkpoint into a model, or create a model of it, which has the shape of the checkpoint's model."""
+        sent = read_body(raw, bodies.LoadWeights)
+        if sent.session_id is None or sent.model_seq_id is None:
+            where = _operation(owner, raw)
+            return self._numbered(where, lambda: self._desk.load(*where, sent.path, optimizer=sent.optimizer))
+        old = self._desk.checkpoint_of(owner, sent.path).create
+        if sent.base_model is not None:
+            self._facts.method_of(sent.base_model)
+        new = Create(old.method, old.rank, old.alpha, old.targets, old.seed, folder=sent.path, optimizer=sent.optimizer)
+        return self._create(owner, sent.session_id, sent.model_seq_id, new, sent.user_metadata)
+
+    def _numbered(self, where: tuple[str, str, int], submit: Callable[[], str]) -> Fields:
+        """Return the future of an operation. The number of an operation that is rejected for good is used up all the
+        same, as the client's next operation would wait for it for ever. Its future fails with the reason."""
+        try:
+            return _future(submit())
+        except UserError as error:
+            if status_of(error) in (410, 429):  # the session has ended, or the client sends the operation again
+                raise
+            return _future(self._desk.reject(*where, str(error)))
+
+    # Samplers
+
+    def create_sampler(self, owner: str, raw: bytes) -> Fields:
+        """Open a sampler of a checkpoint or of the base."""
+        sent = read_body(raw, bodies.CreateSampler)
+        if sent.model_path is None and sent.base_model is None:
+            raise UserError("model_path and base_model are missing; send one of them")
+        if sent.base_model is not None:
+            self._facts.method_of(sent.base_model)
+        number = sent.sampling_session_seq_id
+        return {"sampling_session_id": self._desk.open_sampler(owner, sent.session_id, number, path=sent.model_path)}
+
+    def sampler(self, owner: str, sampler_id: str) -> Fields:
+        """Describe a sampler."""
+        path = self._desk.sampler_of(owner, sampler_id).path
+        return {"sampler_id": sampler_id, "base_model": self._facts.model_name, "model_path": path or None}
+
+    def sample(self, owner: str, raw: bytes) -> Fields:
+        """Submit a prompt."""
+        sent = read_body(raw, bodies.SampleBody)
+        sample = sent.operation(self._facts)
+        future, sequences = self._desk.sample(owner, sent.sampling_session_id, sent.seq_id, sample)
+        return {**_future(future), "sample_sequence_ids": sequences}
+
+    # Saved weights
+
+    def weights_info(self, owner: str, raw: bytes) -> Fields:
+        """Describe the model of a checkpoint, so that a client can create one like it."""
+        create = self._desk.checkpoint_of(owner, read_name(raw, "tinker_path")).create
+        trained = {
+            "train_unembed": False,
+            "train_mlp": not set(MLP_TARGETS).isdisjoint(create.targets),
+            "train_attn": not set(ATTENTION_TARGETS).isdisjoint(create.targets),
+        }
+        return {"base_model": self._facts.named(create.method), "is_lora": True, "lora_rank": create.rank, **trained}
+
+    def training_run(self, owner: str, model_id: str) -> Fields:
+        """Describe a model, with its client's metadata."""
+        found = self._desk.model_of(owner, model_id)
+        return {
+            "training_run_id": model_id,
+            "base_model": self._facts.named(found.create.method),
+            "model_owner": owner,
+            "is_lora": True,
+            "lora_rank": found.create.rank,
+            "last_request_time": _date(found.created),
+            "user_metadata": dict(found.info),
+        }
+
+    def checkpoints(self, owner: str, model_id: str | None = None) -> Fields:
+        """List the checkpoints of a model, or of all models of the owner."""
+        listed = []
+        for found in self._desk.checkpoints(owner, model_id):
+            kind, name = found.key.split("/")[-2:]
+            fields = {"checkpoint_id": f"{kind}/{name}", "checkpoint_type": _CHECKPOINT_TYPES[kind]}
+            fields |= {"tinker_path": found.key, "time": _date(found.created)}
+            listed.append({**fields, "size_bytes": found.size})
+        return {"checkpoints": listed}
+
+    def delete_checkpoint(self, owner: str, model_id: str, checkpoint_id: str) -> Fields:
+        """Delete a checkpoint, whose id is weights/NAME or sampler_weights/NAME."""
+        self._desk.delete_checkpoint(owner, f"tinker://{model_id}/{checkpoint_id}")
+        return {}
+
+
+def status_of(error: UserError) -> int:
+    """Return the HTTP status of a rejected request."""
+    return error.status if isinstance(error, Refused) else 400
+
+
+def _operation(owner: str, raw: bytes) -> tuple[str, str, int]:
+    """Return the owner, the model and the number of an operation."""
+    sent = read_body(raw, bodies.OperationId)
+    return owner, sent.model_id, sent.seq_id
+
+
+def _future(request: str) -> Fields:
+    return {"request_id": request}
+
+
+def _date(seconds: float) -> str:
+    """Return a time in seconds since 1970 as text."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

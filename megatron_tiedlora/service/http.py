@@ -1,0 +1,268 @@
+"""The HTTP interface of a training service, as the public `tinker` SDK speaks it.
+
+`endpoints` says what a request means. This owns the transport: keys, sizes, long polls, and how errors are told. They
+run in a thread pool, and a long poll holds no thread. Clients retry 5xx answers for minutes, so no mistake of a client
+is one. Neither headers nor bodies are logged or stored: the SDK sends its key in both. All but healthz needs a key.
+"""
+
+import asyncio
+import functools
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import zstandard
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from megatron_tiedlora.base.installation import __version__
+from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.service.bodies import read_name
+from megatron_tiedlora.service.endpoints import Endpoints, Fields, status_of
+from megatron_tiedlora.service.facts import ServiceFacts
+from megatron_tiedlora.service.futures import Answer, Pending
+from megatron_tiedlora.service.operations import Failure, Pass, PassResult, SampleResult, StepResult
+from megatron_tiedlora.service.tokens import TokenFile
+from megatron_tiedlora.service.wire import pass_bytes, sample_bytes
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.service.desk import Desk
+
+logger = logging.getLogger(__name__)
+
+_API = "/api/v1/"
+_JSON, _PROTOBUF = "application/json", "application/x-protobuf"
+_BODY_SECONDS = 300.0  # a body that takes longer is not read to its end
+_BODIES_AT_ONCE = 4  # of one owner, because the body and its messages are in memory meanwhile
+_LARGEST_WINDOW = 2**24  # bytes that decompression may look back
+
+_Handler = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> Starlette:
+    """Return the application. It answers requests for `desk`, of the owners that `tokens` knows."""
+    service = _Service(desk, tokens, facts)
+    points, checkpoints = service.endpoints, "training_runs/{model_id}/checkpoints"
+    posts: dict[str, Callable[[str, bytes], Fields]] = {
+        "client/config": points.client_config,
+        "client/dynamic_config": points.dynamic_config,
+        "create_session": points.create_session,
+        "session_heartbeat": points.heartbeat,
+        "create_model": points.create_model,
+        "get_info": points.get_info,
+        "optim_step": points.optim_step,
+        "save_weights": points.save_weights,
+        "save_weights_for_sampler": points.save_for_sampler,
+        "load_weights": points.load_weights,
+        "create_sampling_session": points.create_sampler,
+        "asample": points.sample,
+        "weights_info": points.weights_info,
+    }
+    gets: dict[str, Callable[..., Fields]] = {
+        "get_server_capabilities": points.capabilities,
+        "samplers/{sampler_id}": points.sampler,
+        "training_runs/{model_id}": points.training_run,
+        checkpoints: points.checkpoints,
+        "checkpoints": points.checkpoints,
+    }
+    handlers = [
+        *(("POST", _API + path, service.posted(answer)) for path, answer in posts.items()),
+        *(("GET", _API + path, service.named(answer)) for path, answer in gets.items()),
+        ("POST", _API + "forward_backward", service.posted(points.forward_backward, kind=_PROTOBUF)),
+        ("POST", _API + "retrieve_future", service.retrieve_future),
+        ("POST", _API + "telemetry", service.telemetry),
+        ("POST", _API + "sessions/{session_id}/finish", service.named(points.finish_session)),
+        ("DELETE", f"{_API}{checkpoints}/{{checkpoint_id:path}}", service.named(points.delete_checkpoint)),
+        ("GET", _API + "healthz", service.health),
+        ("GET", "/metrics", service.metrics),
+        ("GET", "/status", service.status),
+    ]
+    routes = [Route(path, _told(handler, path), methods=[method]) for method, path, handler in handlers]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
+
+
+class _Service:
+    """The handlers of requests, and what they share."""
+
+    def __init__(self, desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> None:
+        self.endpoints = Endpoints(desk, facts)
+        self._desk, self._tokens, self._facts = desk, tokens, facts
+        self._started = time.time()
+        self._reading: dict[str, asyncio.Semaphore] = {}  # by owner, so at most as many as there are tokens
+
+    # How a request becomes the call of an endpoint
+
+    def posted(self, answer: Callable[[str, bytes], Fields], *, kind: str = _JSON) -> _Handler:
+        """Return the handler of an endpoint that takes a body of the content type `kind`."""
+
+        async def handle(request: Request) -> Response:
+            owner = self._owner(request)
+            async with self._reading.setdefault(owner, asyncio.Semaphore(_BODIES_AT_ONCE)):
+                raw = await self._body(request, kind)
+                return JSONResponse(await run_in_threadpool(answer, owner, raw))
+
+        return handle
+
+    def named(self, answer: Callable[..., Fields]) -> _Handler:
+        """Return the handler of an endpoint that takes names in its path."""
+
+        async def handle(request: Request) -> Response:
+            return JSONResponse(await run_in_threadpool(answer, self._owner(request), **request.path_params))
+
+        return handle
+
+    def _owner(self, request: Request) -> str:
+        """Return the owner of the request's key."""
+        owner = self._tokens.owner_of(request.headers.get("x-api-key", ""))
+        if owner is None:
+            raise HTTPException(401, "the key in X-API-Key is missing or unknown; use a token of this server's file")
+        return owner
+
+    async def _body(self, request: Request, kind: str) -> bytes:
+        """Return the body of a request, decompressed. Its size is checked before and after, and while it is read."""
+        most = self._facts.max_body
+        found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if found != kind:
+            raise HTTPException(415, f"the content type {shown(found)} is not supported here; send {kind}")
+        coding = request.headers.get("content-encoding", "identity").lower()
+        if coding not in ("identity", "zstd"):
+            raise HTTPException(415, f"the content encoding {shown(coding)} is not supported; send zstd or none")
+        raw = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    raw += part
+                    _check_size(len(raw), most)
+        except TimeoutError:
+            raise HTTPException(408, f"the body was not sent within {_BODY_SECONDS:.0f} s") from None
+        return bytes(raw) if coding == "identity" else await run_in_threadpool(_decompressed, bytes(raw), most)
+
+    # Results
+
+    async def retrieve_future(self, request: Request) -> Response:
+        """Answer with the result of an operation, or after some time with 408, on which the client asks again."""
+        owner = self._owner(request)
+        future = read_name(await self._body(request, _JSON), "request_id")
+        found = await run_in_threadpool(self._desk.answer_of, owner, future)
+        if isinstance(found, Pending):
+            done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+            def wake() -> None:
+                with suppress(RuntimeError):  # the server has stopped, and its loop is closed
+                    loop.call_soon_threadsafe(done.set)
+
+            await run_in_threadpool(self._desk.when_done, future, wake)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), self._facts.poll_seconds)
+            found = await run_in_threadpool(self._desk.answer_of, owner, future)
+        if isinstance(found, Pending):
+            again = {"type": "try_again", "request_id": future, "queue_state": found.reason}
+            return JSONResponse(again, 408)  # as a 200 it would be a warning for the user
+        response = await run_in_threadpool(_result, found)
+        response.background = BackgroundTask(self._desk.taken, owner, future)
+        return response
+
+    # Others
+
+    async def telemetry(self, request: Request) -> Response:
+        """Accept telemetry and drop it. It can contain the client's key."""
+        self._owner(request)
+        size = 0
+        async for part in request.stream():
+            _check_size(size := size + len(part), self._facts.max_body)
+        return JSONResponse({"status": "accepted"})
+
+    async def health(self, request: Request) -> Response:
+        """Answer that the server lives. This needs no key."""
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Answer with the desk's numbers in the text format of Prometheus."""
+        numbers = await self._numbers(request)
+        lines = []
+        for name, value in sorted(numbers.items()):
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines.append(f"# TYPE tiedlora_{name} {kind}\ntiedlora_{name} {value:.17g}\n")
+        return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
+
+    async def status(self, request: Request) -> Response:
+        """Answer with what this server is, and the desk's numbers."""
+        numbers = await self._numbers(request)
+        about = {"version": __version__, "model": self._facts.model_name, "seconds": round(time.time() - self._started)}
+        return JSONResponse({**about, "numbers": numbers})
+
+    async def _numbers(self, request: Request) -> dict[str, float]:
+        self._owner(request)
+        return dict(await run_in_threadpool(self._desk.numbers))
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise HTTPException(413, f"the body is larger than {most:,} bytes; send fewer data in one request")
+
+
+def _decompressed(raw: bytes, most: int) -> bytes:
+    """Return a body that is one zstd frame, decompressed. At most `most` bytes, and one more, are ever made of it."""
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).stream_reader(raw) as stream:
+            body = stream.read(most + 1)
+            _check_size(len(body), most)
+    except zstandard.ZstdError:
+        raise HTTPException(400, "the body is not valid zstd") from None
+    return bytes(body)
+
+
+def _result(found: Answer) -> Response:
+    """Return the answer to a client with the result of its operation."""
+    result = found.result
+    if isinstance(result, Failure):
+        return JSONResponse({"error": result.message, "category": "user" if result.by_user else "server"})
+    if isinstance(result, PassResult):
+        assert isinstance(found.operation, Pass)
+        return Response(pass_bytes(found.operation, result), media_type=_PROTOBUF)
+    if isinstance(result, SampleResult):
+        return Response(sample_bytes(result), media_type=_PROTOBUF)
+    if isinstance(result, StepResult):
+        return JSONResponse({"metrics": {"step": result.step, "grad_norm": result.grad_norm}})
+    return JSONResponse(dict(found.extra))
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def _error(status: int, message: str) -> Response:
+    return JSONResponse({"error": message}, status)
+
+
+def _told(handler: _Handler, path: str) -> _Handler:
+    """Return a handler that answers errors with one sentence, and logs where an unexpected one was raised."""
+
+    @functools.wraps(handler)
+    async def handle(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except HTTPException as error:
+            return _error(error.status_code, error.detail)
+        except UserError as error:
+            return _error(status_of(error), str(error))
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except Exception as error:  # its message may quote the request, so only its place is logged
+            frame, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
+            logger.error("%s: %s at %s:%s", path, kind, frame.filename, frame.lineno)
+            return _error(500, f"internal error of the server ({kind}); its log says where")
+
+    return handle
+
+
+def _no_route(request: Request, error: Any) -> Response:
+    """Answer a request for which there is no endpoint."""
+    return _error(error.status_code, f"{request.method} {shown(request.url.path)}: this server has no such endpoint")

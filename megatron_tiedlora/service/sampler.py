@@ -1,0 +1,114 @@
+"""Runs `Sample` operations of several adapters and clients in shared batches, at any layout.
+
+The noise of a sequence is a hash of its seed, the number of the sample and the position. So the result of an operation
+does not depend on the others, nor on how sequences are divided into batches and over data-parallel ranks.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from megatron_tiedlora.evaluation.decoder import Decoder
+from megatron_tiedlora.evaluation.generate import Agree, Generated, Prompts, RowSettings, generate_rows, text_test
+from megatron_tiedlora.evaluation.sampling import Sampling
+from megatron_tiedlora.parallel.agreement import gather_on_rank_0
+from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.service.operations import Sample, Sampled, SampleResult, Top
+
+# The limits of a round of sequences on each data-parallel rank. A single sequence may exceed the first one.
+CACHE_BYTES = 2**33
+ROWS_AT_ONCE = 256  # logits of a step are (rows, V), and samples are computed in fp64
+
+_Numbers = tuple[tuple[float, ...], ...]
+_Found = dict[int, tuple[Sampled, _Numbers]]  # by sequence; the numbers are of the prompt's tokens
+
+
+def sample_all(
+    decoder: Decoder,
+    requests: Sequence[Sample],
+    *,
+    grid: Grid,
+    adapters: Mapping[str, str],
+    decode: Callable[[Sequence[int]], str],
+    agree: Agree = bool,
+    cache_bytes: int = CACHE_BYTES,
+) -> list[SampleResult]:
+    """Return the result of each request on rank 0, and an empty list on other ranks.
+
+    Args:
+        requests: valid requests, the same on every rank.
+        adapters: the name of the adapter in the stage's adapter group by `Sample.folder`.
+        decode: returns the text of tokens, in which stop texts are searched.
+        agree: a function that gets whether this rank has finished a round, and returns whether all have. It may raise
+            an error.
+        cache_bytes: the maximum size of the caches of a rank.
+    """
+    places = [(index, number) for index, own in enumerate(requests) for number in range(own.num_samples)]
+    # The longest come first, so that too little memory shows at once, and a round has sequences of similar length.
+    places.sort(key=lambda place: -len(requests[place[0]].prompt) - requests[place[0]].max_tokens)
+    asked = [requests[index] for index, _ in places]
+    settings = [_settings(requests[index], number, decode, decoder.shape.vocab_size) for index, number in places]
+    found: _Found = {}
+    for some in _rounds(asked, cache_bytes // decoder.bytes_per_token, grid.dp_size):
+        mine, by_adapter = some[grid.dp_rank :: grid.dp_size], dict[str, list[int]]()
+        for sequence in mine or some[:1]:  # a rank without sequences computes the first one again and discards it
+            by_adapter.setdefault(adapters[asked[sequence].folder], []).append(sequence)
+        given = [
+            Prompts([asked[one].prompt for one in own], adapter=name, own=[settings[one] for one in own])
+            for name, own in by_adapter.items()
+        ]
+        num_steps = max(asked[sequence].max_tokens for sequence in some)
+        generated = generate_rows(decoder, given, agree=agree, num_steps=num_steps)
+        if mine:
+            pairs = zip(by_adapter.values(), generated, strict=True)
+            found |= {one: _sampled(row) for own, rows in pairs for one, row in zip(own, rows, strict=True)}
+    sends = grid.tp_rank == 0 and grid.pp_rank == 0
+    gathered = gather_on_rank_0(found if sends else {}, kind=_Found)
+    if gathered is None:
+        return []
+    by_place = {places[sequence]: own for part in gathered for sequence, own in part.items()}
+    return [_result(own, [by_place[index, n] for n in range(own.num_samples)]) for index, own in enumerate(requests)]
+
+
+def _settings(request: Sample, number: int, decode: Callable[[Sequence[int]], str], most: int) -> RowSettings:
+    """Return the settings of a sample by its number. `most` is the size of the vocabulary."""
+    reads_prompt = number == 0 and (request.prompt_logprobs or request.num_prompt_top)  # equal for all samples
+    return RowSettings(
+        end_ids=frozenset(request.stop_tokens),
+        max_new_tokens=request.max_tokens,
+        is_end=text_test(decode, request.stop_texts),
+        sampling=Sampling(request.temperature, request.top_p, request.seed, request.top_k),
+        number=number,
+        num_top=min(request.num_top, most),
+        num_prompt_top=min(request.num_prompt_top, most) if reads_prompt else None,
+        prompt_last=request.prompt_last,
+    )
+
+
+def _rounds(rows: Sequence[Sample], tokens: int, dp_size: int) -> Iterator[range]:
+    """Yield consecutive indices of `rows`, in which a data-parallel rank's caches have at most `tokens` tokens."""
+    start, longest, most = 0, 0, 0
+    for index, row in enumerate(rows):
+        longest, most = max(longest, len(row.prompt)), max(most, row.max_tokens)
+        size = (index - start) // dp_size + 1
+        if index > start and (size > ROWS_AT_ONCE or size * (longest + most) > tokens):
+            yield range(start, index)
+            start, longest, most = index, len(row.prompt), row.max_tokens
+    if rows:
+        yield range(start, len(rows))
+
+
+def _sampled(row: Generated) -> tuple[Sampled, _Numbers]:
+    tokens, logprobs = (*row.tokens, *row.end), tuple(numbers[0] for numbers in row.numbers)
+    return Sampled(tokens, logprobs, row.stopped, tuple(map(_top, row.numbers))), tuple(map(tuple, row.prompt))
+
+
+def _top(numbers: Sequence[float]) -> Top:
+    """Return the most likely tokens from a row of `label_logprobs`, or () if the row is nan."""
+    count = 0 if math.isnan(numbers[0]) else len(numbers) // 2
+    return tuple((int(numbers[1 + place]), numbers[1 + count + place]) for place in range(count))
+
+
+def _result(request: Sample, samples: Sequence[tuple[Sampled, _Numbers]]) -> SampleResult:
+    (_, numbers), sequences = samples[0], tuple(sampled for sampled, _ in samples)
+    logprobs = tuple(row[0] for row in numbers) if request.prompt_logprobs else None
+    return SampleResult(sequences, logprobs, tuple(map(_top, numbers)) if request.num_prompt_top else None)

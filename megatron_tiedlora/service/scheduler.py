@@ -1,0 +1,199 @@
+"""Decide on rank 0 what all ranks do next.
+
+Each command takes some operations of every model that has any, the longest unserved model first, so that no client can
+keep others waiting. More models may exist than fit in memory. A model that is not in memory comes back from its last
+saved state when it is used, and its later operations are repeated. A state is saved after some steps, so these are few.
+"""
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from megatron_tiedlora.service.desk import Desk
+from megatron_tiedlora.service.operations import Create, Failure, Load, Pass, Result, Sample, Save, Step, Ticket
+from megatron_tiedlora.service.worker import Command, Outcome
+
+_LOGGER = logging.getLogger(__name__)
+TICK_SECONDS = 2.0  # without work, ranks still exchange a command this often, so that none waits too long for another
+IDLE_SECONDS = 10.0  # a model that was idle for so long may give its place in memory to another
+TURN_SECONDS = 120.0  # a model that has had its place for so long may give it to a waiting one, although it has work
+
+
+class _Work(NamedTuple):
+    """An operation of the running command. `ticket` is None if no client asked for it.
+
+    Attributes:
+        state: the number of the operation after which a saved state is made, if this is a save of a state.
+    """
+
+    model: str
+    operation: Any
+    ticket: Ticket | None = None
+    state: int | None = None
+
+
+class Scheduler:
+    """The operations that wait on rank 0, and the models in memory."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        *,
+        round_tokens: int,
+        most_models: int,
+        state_steps: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start without models in memory.
+
+        Args:
+            round_tokens: the number of tokens of passes, and of samples, in a command; a larger operation is alone.
+            most_models: the number of models in memory at once.
+            state_steps: the number of steps of a model between saved states.
+        """
+        self._desk, self._clock = desk, clock
+        self._round_tokens, self._most, self._state_steps = round_tokens, most_models, state_steps
+        self._queues = dict[str, deque[Ticket]]()  # by model, the longest unserved first
+        self._samples = deque[Ticket]()
+        self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
+        self._steps = Counter[str]()  # of models in memory, since their last saved state
+        self._running: dict[str, list[_Work]] = {}  # the running command, by the lists of `Outcome`
+
+    @property
+    def num_loaded(self) -> int:
+        """Return the number of models in memory."""
+        return len(self._loaded)
+
+    def next(self) -> Command:
+        """Return the next command. It waits up to `TICK_SECONDS` for operations, and is empty if there are none."""
+        waiting = bool(self._queues or self._samples)
+        for ticket in self._desk.ready(0.0 if waiting else TICK_SECONDS):
+            queue = self._queues.setdefault(ticket.model, deque()) if ticket.model else self._samples
+            queue.append(ticket)
+        leaving = [model for model in self._desk.lapsed() if model in self._loaded and model not in self._queues]
+        for model in leaving:
+            self._unload(model)
+        creates, passes, others = list[_Work](), list[_Work](), list[_Work]()
+        for model, queue in list(self._queues.items()):
+            if model not in self._queues:  # it has just given its place to another one
+                continue
+            if model not in self._loaded:
+                if len(self._loaded) >= self._most:
+                    victim = self._victim({work.model for work in (*creates, *passes, *others)})
+                    if victim is None:
+                        continue
+                    self._unload(victim)
+                    leaving.append(victim)
+                creates.append(self._create(model, queue))
+                others += self._new_state(creates[-1], of_weights=bool(creates[-1].operation.folder))
+            some = [*self._passes(model, queue, passes)]
+            passes += some
+            more = [*self._others(model, queue)]
+            others += more
+            if not queue:
+                del self._queues[model]
+            elif some or more:  # to the end, behind those that were not served
+                self._queues[model] = self._queues.pop(model)
+            self._used[model] = self._clock()
+        samples = [*self._some_samples()]
+        self._running = {"creates": creates, "passes": passes, "others": others, "samples": samples}
+        return Command(
+            unload=tuple(leaving),
+            creates=tuple((work.model, work.operation) for work in creates),
+            fresh=tuple(work.model for work in passes if work.ticket is not None and work.ticket.fresh),
+            passes=tuple((work.model, work.operation) for work in passes),
+            others=tuple((work.model, work.operation) for work in others),
+            samples=tuple(work.operation for work in samples),
+        )
+
+    def answer(self, outcome: Outcome) -> None:
+        """Answer the operations of the last command with its outcome on rank 0."""
+        for name, works in self._running.items():
+            results: list[Result] = getattr(outcome, name)
+            for work, result in zip(works, results, strict=True):
+                self._answer(work, result)
+
+    def _answer(self, work: _Work, result: Result) -> None:
+        failed = isinstance(result, Failure)
+        if isinstance(work.operation, Create) and isinstance(result, Failure):
+            self._forget(work.model)
+            _LOGGER.error("%s: %s", work.model, result.message)
+        if work.ticket is not None:
+            self._desk.answer(work.ticket.request, result)
+        if work.state is not None and not failed:
+            self._steps[work.model] = 0
+            self._desk.saved(work.model, work.state, work.operation.folder)
+
+    # Models in memory ------------------------------------------------------------------------------------------------
+
+    def _victim(self, busy: set[str]) -> str | None:
+        """Return the model in memory that gives its place to another one, or None if none has to yet."""
+        now = self._clock()
+        for model in sorted(self._loaded.keys() - busy, key=lambda model: self._used[model]):
+            idle = model not in self._queues and self._used[model] + IDLE_SECONDS <= now
+            if idle or self._loaded[model] + TURN_SECONDS <= now:
+                return model
+        return None
+
+    def _unload(self, model: str) -> None:
+        """Let the desk hand out the operations behind the model's last saved state when the model is used again."""
+        self._queues.pop(model, None)
+        self._forget(model)
+        self._desk.rewind(model)
+
+    def _forget(self, model: str) -> None:
+        for known in (self._loaded, self._used, self._steps):
+            known.pop(model, None)
+
+    def _create(self, model: str, queue: deque[Ticket]) -> _Work:
+        self._loaded[model] = self._clock()
+        if isinstance(queue[0].operation, Create):
+            ticket = queue.popleft()
+            return _Work(model, ticket.operation, ticket)
+        origin = self._desk.origin(model)
+        if isinstance(origin, str):
+            origin = Create("", 1, 1.0, (), 0, folder=origin, optimizer=True)
+        return _Work(model, origin)
+
+    def _new_state(self, work: _Work, *, of_weights: bool) -> Iterator[_Work]:
+        """Yield the save of a state after a client's operation, if it is due, or `of_weights` that may be deleted."""
+        self._steps[work.model] += isinstance(work.operation, Step)
+        if work.ticket is not None and (of_weights or self._steps[work.model] >= self._state_steps):
+            folder = str(self._desk.state_folder(work.model, work.ticket.number))
+            yield _Work(work.model, Save(folder, optimizer=True), state=work.ticket.number)
+
+    # Operations ------------------------------------------------------------------------------------------------------
+
+    def _passes(self, model: str, queue: deque[Ticket], before: list[_Work]) -> Iterator[_Work]:
+        """Yield a model's next passes of the kind of those `before`, which other models have in the command."""
+        tokens = sum(sum(work.operation.lengths) for work in before)
+        backward, found = before[0].operation.backward if before else None, 0
+        while queue and isinstance(one := queue[0].operation, Pass):
+            size = sum(one.lengths)
+            if backward not in (None, one.backward) or (tokens and tokens + size > self._round_tokens):
+                return
+            if found and queue[0].fresh:  # gradients are dropped before all passes of a command
+                return
+            backward, tokens, found = one.backward, tokens + size, found + 1
+            yield _Work(model, one, queue.popleft())
+
+    def _others(self, model: str, queue: deque[Ticket]) -> Iterator[_Work]:
+        """Yield a model's next operations up to its next pass, and saves of its state."""
+        while queue and not isinstance(operation := queue[0].operation, Pass):
+            work = _Work(model, operation, queue.popleft())
+            yield work
+            if isinstance(operation, Step | Load):
+                yield from self._new_state(work, of_weights=isinstance(operation, Load))
+
+    def _some_samples(self) -> Iterator[_Work]:
+        tokens = 0
+        while self._samples:
+            one = self._samples[0].operation
+            assert isinstance(one, Sample)
+            size = one.num_samples * (len(one.prompt) + one.max_tokens)
+            if tokens and tokens + size > self._round_tokens:
+                return
+            tokens += size
+            yield _Work("", one, self._samples.popleft())

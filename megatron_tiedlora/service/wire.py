@@ -1,0 +1,213 @@
+"""Convert protobuf bodies into operations, and results into protobuf bodies.
+
+Nothing in a body is trusted: the size of each array is checked before it is read, token ids are below the vocabulary's
+size, and numbers are finite. A body that is rejected gives a UserError that names the field.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from google.protobuf.message import DecodeError
+
+from megatron_tiedlora.base.messages import UserError, enumerate_names, naming, nearest_name, shown
+from megatron_tiedlora.parallel.objectives import KINDS
+from megatron_tiedlora.service.facts import ServiceFacts
+from megatron_tiedlora.service.operations import Pass, PassResult, SampleResult, Top
+from megatron_tiedlora.service.wire_pb2 import (
+    Chunk,
+    Datum,
+    ForwardBackwardOutput,
+    ForwardBackwardRequest,
+    LossConfigValue,
+    SampleResponse,
+    Tensor,
+    TopkLogprobs,
+)
+
+_TARGETS = "target_tokens"
+_FLOAT32, _BFLOAT16 = 1, 4
+_DTYPES: Mapping[int, str] = {_FLOAT32: "<f4", 2: "<i8", 3: "<i4", _BFLOAT16: "<f2"}  # bfloat16: of the same size
+_EMPTY_LOGPROB = -99999.0  # in a cell without a token
+
+
+@dataclass(frozen=True)
+class SentPass:
+    """The body of forward_backward, before its data are read."""
+
+    message: ForwardBackwardRequest
+
+    @property
+    def model_id(self) -> str:
+        """Return the model."""
+        return self.message.model_id
+
+    @property
+    def seq_id(self) -> int:
+        """Return the number of the operation among those of the model."""
+        return self.message.seq_id
+
+    def operation(self, facts: ServiceFacts) -> Pass:
+        """Return the operation. Raise UserError if the body is inconsistent or asks for what this service cannot do."""
+        objective = self.message.loss_fn
+        if objective not in KINDS:
+            use = f"{nearest_name(objective, KINDS)}. Use {enumerate_names(tuple(KINDS))}"
+            raise UserError(f"loss_fn {shown(objective)}: is not supported by this server{use}")
+        if not self.message.data:
+            raise UserError("data: is empty; send one datum at least")
+        rows = []
+        for index, datum in enumerate(self.message.data):
+            with naming(f"data[{index}]"):
+                rows.append(_row(datum, objective, facts))
+        arrays = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*rows, strict=True)]
+        tokens, targets, *inputs = arrays
+        inputs += [torch.zeros(len(tokens))] * (2 - len(inputs))
+        lengths = tuple(len(row[0]) for row in rows)
+        settings, backward = _settings(self.message), not self.message.forward_only
+        return Pass(lengths, tokens, targets, torch.stack(inputs), objective, settings, backward)
+
+
+def read_pass(body: bytes) -> SentPass:
+    """Return the body of forward_backward. Raise UserError if it does not name its model and number."""
+    try:
+        sent = ForwardBackwardRequest.FromString(body)
+    except DecodeError:
+        raise UserError("the body is not a ForwardBackwardRequest in protobuf; send all of it, unchanged") from None
+    if not sent.model_id or sent.seq_id < 1:
+        raise UserError(f"model_id {shown(sent.model_id)} or seq_id {sent.seq_id}: is missing; numbers begin with 1")
+    return SentPass(sent)
+
+
+def _settings(sent: ForwardBackwardRequest) -> dict[str, float]:
+    """Return the settings of the loss. The second map of the message replaces the first one, for old servers."""
+    known = KINDS[sent.loss_fn].settings
+    settings = {key: _number(key, value) for key, value in sent.loss_fn_config_v2.items()} or dict(sent.loss_fn_config)
+    for name, value in settings.items():
+        if name not in known:
+            takes = f"{nearest_name(name, known)}; {sent.loss_fn} takes {enumerate_names(tuple(known)) or 'none'}"
+            raise UserError(f"loss_fn_config: {shown(name)} is unknown{takes}")
+        if not np.isfinite(value):
+            raise UserError(f"loss_fn_config: {name} is {value}; give a finite number")
+    return settings
+
+
+def _number(key: str, value: LossConfigValue) -> float:
+    if value.WhichOneof("value") != "number":
+        raise UserError(f"loss_fn_config: {shown(key)} = {shown(value.text)} is not a number")
+    return value.number
+
+
+def _row(datum: Datum, objective: str, facts: ServiceFacts) -> list[np.ndarray]:
+    """Return the checked arrays of a datum, (n,) each: tokens and targets in int64, the inputs of the loss in fp32."""
+    tokens = _row_tokens(datum.model_input, facts)
+    sent, wanted = datum.loss_fn_inputs, KINDS[objective].inputs
+    for name in sent:
+        if name not in (_TARGETS, *wanted):
+            takes = f"{objective} takes {enumerate_names((_TARGETS, *wanted))}"
+            raise UserError(f"loss_fn_inputs: {shown(name)} is unknown; {takes}")
+    targets = _values(sent, _TARGETS, len(tokens), "<i8")
+    check_ids((targets.min(), targets.max()), _TARGETS, facts)
+    row = [tokens, targets]
+    for name in wanted:
+        if name == "weights" and name not in sent:  # as the service that the protocol comes from
+            row.append(np.ones(len(tokens), dtype=np.float32))
+        else:
+            row.append(_values(sent, name, len(tokens), "<f4"))
+    return row
+
+
+def _row_tokens(chunks: Sequence[Chunk], facts: ServiceFacts) -> np.ndarray:
+    """Return the tokens (n,) int64 of a row, which is sent in chunks. Raise UserError if one of them is not text."""
+    for chunk in chunks:
+        kind = chunk.WhichOneof("chunk")
+        if kind != "encoded_text":
+            raise UserError(f"model_input: a chunk of type {kind} is not supported by this server; send encoded_text")
+        if len(chunk.encoded_text.tokens) % 4:
+            raise UserError("model_input: the tokens of a chunk are not int32")
+    raw = b"".join(chunk.encoded_text.tokens for chunk in chunks)
+    check_length(len(raw) // 4, "model_input", facts)
+    tokens = np.frombuffer(raw, dtype="<i4").astype(np.int64)
+    check_ids((tokens.min(), tokens.max()), "model_input", facts)
+    return tokens
+
+
+def check_length(count: int, what: str, facts: ServiceFacts) -> None:
+    """Raise UserError if a row of `count` tokens is empty or too long."""
+    if not 0 < count <= facts.max_length:
+        raise UserError(f"{what}: has {count:,} tokens; send 1 to {facts.max_length:,}")
+
+
+def check_ids(ids: Sequence[int], what: str, facts: ServiceFacts) -> None:
+    """Raise UserError if one of the token ids is not in the vocabulary."""
+    for found in ids:
+        if not 0 <= found < facts.vocab_size:
+            raise UserError(f"{what}: {found} is not a token of {facts.model_name}, which has {facts.vocab_size:,}")
+
+
+def _values(inputs: Mapping[str, Tensor], name: str, count: int, dtype: str) -> np.ndarray:
+    """Return an input of the loss as an array (count,) of `dtype`, "<i8" or "<f4". Raise UserError if it is missing,
+    sparse, of another shape or kind, or not finite."""
+    what = f"loss_fn_inputs[{name!r}]"
+    if name not in inputs:
+        raise UserError(f"{what}: is missing")
+    sent = inputs[name]
+    if sent.WhichOneof("encoding") == "sparse_csr" or len(sent.shape) > 1:
+        raise UserError(f"{what}: sparse tensors and several dimensions are not supported; send a number per token")
+    kind = _DTYPES.get(sent.dtype, "")
+    if kind[:2] not in ("<i", dtype[:2]):
+        raise UserError(f"{what}: has the dtype {sent.dtype}; send {'int64' if dtype == '<i8' else 'float32'}")
+    size = count * np.dtype(kind).itemsize
+    if list(sent.shape) not in ([], [count]) or len(sent.dense) != size:
+        raise UserError(
+            f"{what}: has {len(sent.dense):,} bytes and the shape {shown(list(sent.shape))}; send {size:,} bytes, a"
+            f" number for each of the {count:,} tokens of model_input"
+        )
+    values = np.frombuffer(sent.dense, dtype="<u2" if sent.dtype == _BFLOAT16 else kind)
+    if sent.dtype == _BFLOAT16:  # the upper half of a float32
+        values = (values.astype("<u4") << 16).view("<f4")
+    values = values.astype(dtype)
+    if not np.isfinite(values).all():
+        raise UserError(f"{what}: has numbers that are not finite")
+    return values
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def pass_bytes(operation: Pass, result: PassResult) -> bytes:
+    """Return a ForwardBackwardOutput: the summed loss, and the log-probabilities of each row's targets."""
+    message = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics={"loss:sum": result.loss})
+    record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(operation.lengths))
+    logprobs = result.logprobs.detach().cpu().numpy().astype("<f4")
+    field = record.fields["logprobs"]
+    field.data, field.dtype = logprobs.tobytes(), _FLOAT32
+    field.offsets = (np.cumsum((0, *operation.lengths), dtype="<i8") * logprobs.itemsize).tobytes()
+    return message.SerializeToString()
+
+
+def sample_bytes(result: SampleResult) -> bytes:
+    """Return a SampleResponse."""
+    message = SampleResponse()
+    for sequence in result.sequences:
+        sent = message.sequences.add(stop_reason=0 if sequence.stopped else 1)
+        sent.tokens = np.array(sequence.tokens, dtype="<i4").tobytes()
+        sent.logprobs = np.array(sequence.logprobs, dtype="<f4").tobytes()
+        _write_top(sent.topk_sampled_logprobs, sequence.top)
+    if result.prompt_logprobs is not None:
+        message.prompt_logprobs = np.array(result.prompt_logprobs, dtype="<f4").tobytes()
+    _write_top(message.topk_prompt_logprobs, result.prompt_top or ())
+    return message.SerializeToString()
+
+
+def _write_top(table: TopkLogprobs, rows: Sequence[Top]) -> None:
+    """Write the most likely tokens of some positions as a table, whose width is the largest number at a position."""
+    width = max(map(len, rows), default=0)
+    if not width:
+        return
+    ids = np.zeros((len(rows), width), dtype="<i4")
+    logprobs = np.full((len(rows), width), _EMPTY_LOGPROB, dtype="<f4")
+    for index, row in enumerate(rows):
+        for cell, (token, logprob) in enumerate(row):
+            ids[index, cell], logprobs[index, cell] = token, logprob
+    table.token_ids, table.logprobs, table.k, table.length = ids.tobytes(), logprobs.tobytes(), width, len(rows)

@@ -1,0 +1,205 @@
+"""The scheduler: rounds, places in memory, saved states, and models that come back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.desk_engine import BAD_TOKEN, CREATE, HashEngine, digest, one_pass, step
+
+from megatron_tiedlora.service import scheduler as module
+from megatron_tiedlora.service.desk import Desk
+from megatron_tiedlora.service.futures import Answer, Limits
+from megatron_tiedlora.service.operations import Create, Done, Failure, Load, Result, Save
+from megatron_tiedlora.service.scheduler import IDLE_SECONDS, TURN_SECONDS, Scheduler
+from megatron_tiedlora.service.worker import Command, Outcome
+
+
+class Worker:
+    """Runs commands as the real one does, with hashes as weights."""
+
+    def __init__(self, most: int) -> None:
+        self.models: dict[str, dict[str, Any]] = {}
+        self.most, self.num_loads = most, 0
+        self.commands: list[Command] = []
+
+    def run(self, command: Command) -> Outcome:
+        self.commands.append(command)
+        outcome = Outcome()
+        for model in command.unload:
+            del self.models[model]
+        for model, given in command.creates:
+            assert model not in self.models
+            self.num_loads += 1
+            outcome.creates.append(self._create(model, given))
+        assert len(self.models) <= self.most
+        for model in command.fresh:
+            self.models[model]["gradients"] = []
+        assert len({one.backward for _, one in command.passes}) <= 1
+        for model, one in command.passes:
+            outcome.passes.append(self._run(model, one))
+        for model, one in command.others:
+            outcome.others.append(self._run(model, one))
+        outcome.samples = [Failure("not here", by_user=False) for _ in command.samples]
+        return outcome
+
+    def _create(self, model: str, given: Create) -> Result:
+        if given.method == "bad":
+            return Failure("no such method", by_user=True)
+        self.models[model] = {"weights": digest(given.seed), "gradients": []}
+        return self._run(model, Load(given.folder, optimizer=given.optimizer)) if given.folder else Done()
+
+    def _run(self, model: str, one: Any) -> Result:
+        if model not in self.models:
+            return Failure("not in memory", by_user=False)
+        engine = HashEngine.__new__(HashEngine)
+        own = self.models[model]
+        engine.weights, engine.gradients = {model: own["weights"]}, {model: own["gradients"]}
+        result = engine._run(model, one)
+        if isinstance(result, Failure):
+            engine.gradients[model] = []
+        self.models[model] = {"weights": engine.weights[model], "gradients": engine.gradients[model]}
+        return result
+
+
+class Service:
+    """A desk, a scheduler and a worker, with a clock."""
+
+    def __init__(self, folder: Path, most: int, *, state_steps: int = 2, round_tokens: int = 8) -> None:
+        self.now = 0.0
+        self.desk = Desk.open(folder, Limits(), clock=lambda: 1e9 + self.now)
+        sizes = {"most_models": most, "state_steps": state_steps, "round_tokens": round_tokens}
+        self.scheduler, self.worker = Scheduler(self.desk, clock=lambda: self.now, **sizes), Worker(most)
+        self.session = self.desk.open_session("ann", metadata={})
+
+    def create(self, number: int, create: Create = CREATE) -> tuple[str, str]:
+        """A model and the request of its creation."""
+        return f"{self.session}:train:{number}", self.desk.create("ann", self.session, number, create, info={})
+
+    def turn(self) -> Command:
+        command = self.scheduler.next()
+        self.scheduler.answer(self.worker.run(command))
+        return command
+
+    def result(self, request: str) -> Any:
+        answer = self.desk.answer_of("ann", request)
+        return answer.result if isinstance(answer, Answer) else None
+
+
+def operations(seed: int) -> list[Any]:
+    """Passes, steps, failing passes and forward passes of a model."""
+    drawn, found = random.Random(seed), list[Any]()
+    for index in range(12):
+        tokens = [20 + 10 * seed + index] * drawn.randint(1, 4)
+        backward = drawn.random() < 0.8
+        found.append(one_pass(*(tokens if drawn.random() < 0.85 else [BAD_TOKEN]), backward=backward))
+        found += [step()] if drawn.random() < 0.5 else []
+    return found
+
+
+def alone(folder: Path, seed: int) -> list[Any]:
+    """The results of a model's operations in a service of its own."""
+    service = Service(folder, 1)
+    model, request = service.create(0, CREATE)
+    requests = [request]
+    for number, operation in enumerate(operations(seed), 1):
+        requests.append(service.desk.submit("ann", model, number, operation))
+    while any(service.result(request) is None for request in requests):
+        service.turn()
+    return [service.result(request) for request in requests]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_models_that_take_turns_in_memory_have_the_results_of_each_alone(tmp_path: Path, seed: int) -> None:
+    expected = [same(alone(tmp_path / f"alone{number}", number)) for number in range(5)]
+    service, drawn = Service(tmp_path / "service", 2), random.Random(seed)
+    made = [service.create(number) for number in range(5)]
+    left = [list(enumerate(operations(number), 1)) for number in range(5)]
+    requests = [[request] for _, request in made]
+    while any(left) or any(service.result(request) is None for own in requests for request in own):
+        number = drawn.randrange(5)
+        if left[number] and drawn.random() < 0.7:
+            index, operation = left[number].pop(0)
+            requests[number].append(service.desk.submit("ann", made[number][0], index, operation))
+        service.now += drawn.choice((0.0, 0.0, IDLE_SECONDS))
+        service.turn()
+    for own, right in zip(requests, expected, strict=True):
+        assert same([service.result(request) for request in own]) == right
+    assert service.worker.num_loads > 8, "models came back"
+
+
+def same(results: Sequence[Any]) -> list[str]:
+    """Results as texts."""
+    return [repr(result) for result in results]
+
+
+def test_the_longest_unserved_model_comes_first(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 3, round_tokens=4)
+    models = [service.create(number)[0] for number in range(3)]
+    service.turn()
+    requests = {model: [] for model in models}
+    for number in range(1, 7):  # one client sends much, and before the others
+        requests[models[0]].append(service.desk.submit("ann", models[0], number, one_pass(30, 31, number)))
+    for model in models[1:]:
+        requests[model].append(service.desk.submit("ann", model, 1, one_pass(40, 41)))
+    served = [[model for model, _ in service.turn().passes] for _ in range(3)]
+    assert served == [[models[0]], [models[1], models[2]], [models[0]]]
+
+
+def test_a_larger_operation_is_alone_and_kinds_are_not_mixed(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 2, round_tokens=3)
+    (one, _), (other, _) = service.create(0), service.create(1)
+    service.turn()
+    service.desk.submit("ann", one, 1, one_pass(*range(30, 39)))
+    service.desk.submit("ann", other, 1, one_pass(50, backward=False))
+    assert [[model for model, _ in service.turn().passes] for _ in range(2)] == [[one], [other]]
+
+
+def test_a_state_is_saved_after_some_steps(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 1)
+    model, _ = service.create(0)
+    for number in range(1, 9, 2):
+        service.desk.submit("ann", model, number, one_pass(30 + number))
+        service.desk.submit("ann", model, number + 1, step())
+        for _ in range(3):
+            service.turn()
+    saves = [one for command in service.worker.commands for _, one in command.others if isinstance(one, Save)]
+    assert [Path(one.folder).name for one in saves] == ["4", "8"] and service.desk.origin(model) == saves[-1].folder
+
+
+def test_a_model_that_cannot_be_created_leaves_its_place(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 1)
+    _, failing = service.create(0, Create("bad", 4, 8.0, ("qkv",), 1))
+    service.turn()
+    assert isinstance(service.result(failing), Failure) and service.scheduler.num_loaded == 0
+    _, request = service.create(1)
+    service.turn()
+    assert not isinstance(service.result(request), Failure) and service.scheduler.num_loaded == 1
+
+
+def test_a_place_is_given_up_by_an_idle_model_at_once_and_by_a_busy_one_later(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 1)
+    (one, _) = service.create(0)
+    service.turn()
+    _, waiting = service.create(1)
+    service.turn()
+    assert service.result(waiting) is None
+    number = 0
+    while service.result(waiting) is None:  # the first model always has work
+        number += 1
+        service.desk.submit("ann", one, number, one_pass(30))
+        service.now += IDLE_SECONDS / 2
+        service.turn()
+    assert service.now >= TURN_SECONDS
+    _, third = service.create(2)
+    service.now += IDLE_SECONDS
+    service.turn()
+    assert service.result(third) is not None or service.scheduler.num_loaded == 1
