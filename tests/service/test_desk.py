@@ -16,7 +16,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits, Pending, Refused
-from megatron_tiedlora.service.operations import Failure, PassResult, StepResult
+from megatron_tiedlora.service.operations import Failure, Pass, PassResult, Save, StepResult
 
 
 class Clock:
@@ -212,6 +212,45 @@ def test_a_model_that_was_not_created_fails_all_its_operations(service: Service)
     assert failure.by_user
     assert "no such method" in failure.message
     assert service.desk.model_of("ann", model).state == "failed"
+
+
+def test_a_rejected_operation_uses_up_its_number(service: Service) -> None:
+    model = service.model()
+    later = service.desk.submit("ann", model, 3, one_pass(3))
+    service.desk.submit("ann", model, 1, one_pass(1))
+    rejected = service.desk.reject("ann", model, 2, Pass, "no such loss")
+    assert service.desk.reject("ann", model, 2, Pass, "no such loss") == rejected
+    failure = service.result(rejected)
+    assert (failure.message, failure.by_user) == ("no such loss", True)
+    assert isinstance(service.result(later), PassResult)
+    failed, good = (service.desk.submit("ann", model, number, step()) for number in (4, 6))
+    assert "operation 2 failed: no such loss" in service.result(failed).message
+    service.desk.submit("ann", model, 5, one_pass(5))
+    assert isinstance(service.result(good), StepResult)
+    service.desk.submit("ann", model, 7, one_pass(5))
+    service.desk.reject("ann", model, 8, Save, "no such name")
+    assert isinstance(service.result(service.desk.submit("ann", model, 9, step())), StepResult)
+    assert status(service.desk.submit, "ann", model, 0, step()) == 400
+    assert status(service.desk.load, "ann", model, 0, "x", optimizer=False) == 400
+
+
+def test_a_model_that_left_the_memory_is_rebuilt_with_its_next_operation(service: Service) -> None:
+    model = service.model()
+    windows(service, model, one_pass(1), step(), one_pass(2), one_pass(3, backward=False))
+    weights = service.engine.weights[model]
+    service.engine.drop(model)
+    service.run()
+    assert service.engine.weights == {}
+    service.engine.ran.clear()
+    result = service.result(service.desk.submit("ann", model, 5, step()))
+    assert [ticket.number for ticket in service.engine.ran] == [0, 1, 2, 3, 5]
+    assert result == windows(service, service.model(), one_pass(1), step(), one_pass(2), step())[-1]
+    assert weights
+    service.engine.drop(model)
+    session = model.split(":")[0]
+    service.desk.finish_session("ann", session)
+    service.wait(610)
+    assert status(service.desk.model_of, "ann", model) == 404, "what is only repeated is no work"
 
 
 # Owners, ids and limits -----------------------------------------------------------------------------------------------

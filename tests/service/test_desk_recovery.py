@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from megatron_tiedlora.service import journal as journal_module
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits, Refused
 from megatron_tiedlora.service.journal import Journal
-from megatron_tiedlora.service.operations import Failure, Operation, PassResult, Step
+from megatron_tiedlora.service.operations import Failure, Operation, Pass, PassResult, Step
 
 OWNERS = ("ann", "bob")
 
@@ -36,15 +37,15 @@ class Clock:
 
 
 def journals(desk: Desk) -> list[Journal]:
-    return [desk._registry.journal, *(queue.journal for queue in desk._models.values())]
+    return [desk._store.registry.journal, *(queue.journal for queue in desk._store.models.values())]
 
 
 def crashed(desk: Desk, folder: Path, draw: random.Random | None = None) -> None:
     """Copy the folder of a desk as a crash leaves it, and close the desk. With `draw`, the power failed: of what was
     not synced there is a part of random length, perhaps with rubbish behind it."""
-    shutil.copytree(desk._folder, folder, ignore=shutil.ignore_patterns(".owner*"))
+    shutil.copytree(desk._store.folder, folder, ignore=shutil.ignore_patterns(".owner*"))
     for journal in journals(desk) if draw else ():
-        file = folder / journal._path(journal._segment).relative_to(desk._folder)
+        file = folder / journal._path(journal._segment).relative_to(desk._store.folder)
         if file.exists():
             kept = draw.randint(journal._synced, journal.size)
             with file.open("r+b") as stream:
@@ -155,7 +156,7 @@ def test_operations_behind_the_saved_state_run_again_and_answers_stay(service: R
 
 
 def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, model: str) -> None:
-    folder = service.desk._models[model].journal.folder
+    folder = service.desk._store.models[model].journal.folder
     requests = []
     for number in range(1, 7, 2):
         requests += [service.desk.submit("ann", model, number, one_pass(1))]
@@ -164,7 +165,7 @@ def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, mod
         service.engine.save(model)
     assert len(list(folder.iterdir())) == 4
     assert [path.name for path in (folder.parent / "state").iterdir()] == ["6"]
-    create = service.desk._models[model].futures[0].request
+    create = service.desk._store.models[model].futures[0].request
     for request in (create, *requests[:4]):
         service.desk.taken("ann", request)
     service.clock.now += 601
@@ -228,7 +229,7 @@ def test_a_model_that_cannot_be_rebuilt_says_so(service: Restarts, model: str) -
         service.desk.answer(ticket.request, service.engine.run(ticket))
     result = service.result(tickets[3].request)
     assert not result.by_user
-    assert "operation 1 could not be repeated after a restart (out of memory)" in result.message
+    assert "operation 1 could not be repeated to bring the model back (out of memory)" in result.message
     service.engine.save(model)
     assert isinstance(service.desk.origin(model), type(CREATE)), "wrong weights were recorded"
 
@@ -237,21 +238,19 @@ def test_weights_of_a_crashed_save_or_deletion_go(service: Restarts, model: str)
     service.desk.save("ann", model, 1, "w", kind="weights")
     service.run()
     service.desk.save("ann", model, 2, "waits", kind="weights")
-    folder = service.desk._folder / service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w").folder
+    folder = service.desk._store.folder / service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w").folder
     for name in ("orphan", "waits"):
         (folder.parent / name).mkdir()
     service.crash()
     service.clock.now += 10
     service.desk.ready(0)
-    assert sorted(path.name for path in (service.desk._folder / folder.relative_to(folder.parents[3])).parent.iterdir()) == [
-        "w",
-        "waits",
-    ]
+    found = (service.desk._store.folder / folder.relative_to(folder.parents[3])).parent.iterdir()
+    assert sorted(path.name for path in found) == ["w", "waits"]
 
 
 def test_a_damaged_journal_stops_the_start(service: Restarts, model: str) -> None:
-    journal = service.desk._models[model].journal
-    place = service.desk._futures[service.desk.submit("ann", model, 1, one_pass(1))].place
+    journal = service.desk._store.models[model].journal
+    place = service.desk._store.futures[service.desk.submit("ann", model, 1, one_pass(1))].place
     service.desk.submit("ann", model, 2, one_pass(1))
     assert place is not None
     file = journal._path(place.segment)
@@ -260,7 +259,7 @@ def test_a_damaged_journal_stops_the_start(service: Restarts, model: str) -> Non
     file.write_bytes(raw)
     service.desk.close()
     with pytest.raises(UserError, match=f"{file}: the record at byte {place.offset - 20} is damaged"):
-        Desk.open(service.desk._folder, Limits())
+        Desk.open(service.desk._store.folder, Limits())
 
 
 def test_a_disk_that_fails_refuses_with_503(service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,17 +324,20 @@ class Client:
     def send(self, desk: Desk, index: int, key: tuple) -> str:
         number, kind, *rest = key
         model = f"{self.session}:train:{index}"
+        where = (self.owner, model, number)
         if kind == "create":
             return desk.create(self.owner, self.session, index, replace(CREATE, seed=index), info={})
+        if kind == "reject":
+            return desk.reject(*where, rest[0], "no")
         if kind == "save":
-            return desk.save(self.owner, model, number, rest[0], kind="weights", overwrite=True)
+            return desk.save(*where, "w", kind="weights", overwrite=True)
         if kind == "snapshot":
-            return desk.save(self.owner, model, number, None, kind="sampler_weights", session_number=100 * index + number)
+            return desk.save(*where, None, kind="sampler_weights", session_number=100 * index + number)
         if kind == "load":
-            return desk.load(self.owner, model, number, f"tinker://{self.session}:train:{rest[0]}/weights/w", optimizer=True)
+            return desk.load(*where, f"tinker://{model}/weights/w", optimizer=True)
         if kind == "sample":
             return desk.sample(self.owner, self.samplers[index, rest[0]], number, replace(SAMPLE, seed=number))[0]
-        return desk.submit(self.owner, model, number, rest[0])
+        return desk.submit(*where, rest[0])
 
     @property
     def done(self) -> bool:
@@ -348,34 +350,35 @@ def plain(result: Any) -> Any:
 
 
 def plans(draw: random.Random) -> list[list[list[tuple]]]:
-    """The phases of two models: passes and steps, saves and loads, temporary weights and samples from them."""
+    """The phases of two models: passes and steps, saves and loads, temporary weights and samples from them. The client
+    waits for the answers of a phase."""
     made = []
     for _ in range(2):
-        number, phases = 1, [[(0, "create")]]
-        for _ in range(draw.randint(2, 5)):
-            keys: list[tuple] = []
-            for _ in range(draw.randint(1, 6)):
-                rate = BAD_RATE if draw.random() < 0.1 else 0.1
-                token = BAD_TOKEN if draw.random() < 0.1 else 20 + number
-                operation = step(rate) if draw.random() < 0.35 else one_pass(token, backward=draw.random() < 0.85)
-                keys.append((number, "submit", operation))
-                number += 1
-            phases.append(keys)
-            kind = draw.choice(("save", "load", "snapshot", "none"))
+        phases: list[list[tuple]] = [[(0, "create")]]
+        numbers, saved = itertools.count(1), False
+        for _ in range(draw.randint(2, 4)):
+            phases.append([windowed(draw, next(numbers)) for _ in range(draw.randint(1, 5))])
+            kind = draw.choice(("save", "load", "snapshot"))
+            if kind == "load" and not saved:
+                continue
+            number = next(numbers)
+            phases.append([(number, kind)])
+            saved |= kind == "save"
             if kind == "snapshot":
-                phases += [[(number, "snapshot")], [(1000 + number, "sample", number), (2000 + number, "sample", number)]]
-            elif kind == "save" or (kind == "load" and (1, "saved") not in phases[0]):
-                phases.append([(number, "save", "w")])
-                phases[0] += [] if kind == "load" else []
-                phases.append([(number + 1, "submit", one_pass(7)), (number + 2, "submit", step())])
-                if kind == "load":
-                    phases.append([(number + 3, "load", len(made))])
-                    number += 1
-                number += 2
-            number += kind != "none"
-        phases.append([(number, "submit", one_pass(3, backward=False))])  # shows the weights
+                phases.append([(10000 * index + number, "sample", number) for index in (1, 2)])
+        phases.append([(next(numbers), "submit", one_pass(3, backward=False))])  # shows the weights
         made.append(phases)
     return made
+
+
+def windowed(draw: random.Random, number: int) -> tuple:
+    """A pass or a step, of which some fail."""
+    if draw.random() < 0.05:
+        return number, "reject", draw.choice((Pass, Step))
+    if draw.random() < 0.35:
+        return number, "submit", step(BAD_RATE if draw.random() < 0.1 else 0.1)
+    token = BAD_TOKEN if draw.random() < 0.1 else 20 + number
+    return number, "submit", one_pass(token, backward=draw.random() < 0.85)
 
 
 def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch) -> dict[tuple, Any]:
@@ -415,8 +418,10 @@ def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch)
                 elif action < 0.9:
                     for ticket in desk.ready(0):
                         desk.answer(ticket.request, engine.run(ticket))
-                elif action < 0.95 and engine.weights:
+                elif action < 0.93 and engine.weights:
                     engine.save(draw.choice(list(engine.weights)))
+                elif action < 0.96 and engine.weights:
+                    engine.drop(draw.choice(list(engine.weights)))
                 elif action < 0.98:
                     clock.now += draw.choice((5, 100, 601))
                     engine.unload()
@@ -436,7 +441,7 @@ def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch)
 def test_any_crashes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
     for module in (files, journal_module):
         monkeypatch.setattr(module, "sync_path", lambda path: None)
-    for seed in range(begin, begin + 2):
+    for seed in range(begin, begin + 5):
         folder = tmp_path / str(seed)
         (folder / "alone").mkdir(parents=True)
         (folder / "crashing").mkdir()
