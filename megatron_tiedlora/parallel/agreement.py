@@ -13,6 +13,7 @@ and they are never unpickled.
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -245,6 +246,11 @@ def packed(value: object) -> bytearray:
     return message
 
 
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # takes milliseconds to build for a dataclass with dataclasses inside
+
+
 def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int) -> Any:
     """Return the value of type `kind` in a message of rank `sender`. Mappings become dicts; types are not converted.
 
@@ -259,7 +265,7 @@ def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int)
     end = _LENGTH_BYTES + length
     try:
         tensors = load(bytes(view[end:])) if rest else {}
-        return TypeAdapter(kind).validate_json(bytes(view[_LENGTH_BYTES:end]), strict=True, context=tensors)
+        return _adapter(kind).validate_json(bytes(view[_LENGTH_BYTES:end]), strict=True, context=tensors)
     except ValidationError as error:
         raise unreadable(sender, first_problem(error).removeprefix(" = ")) from None
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:  # a dtype that torch lacks is a KeyError

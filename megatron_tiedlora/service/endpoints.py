@@ -14,7 +14,7 @@ from megatron_tiedlora.service import bodies
 from megatron_tiedlora.service.bodies import read_body, read_name
 from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.futures import Refused
-from megatron_tiedlora.service.operations import Create
+from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Save, Step
 from megatron_tiedlora.service.wire import read_pass
 
 if TYPE_CHECKING:
@@ -97,13 +97,15 @@ class Endpoints:
         """Submit a pass. The body is protobuf."""
         sent = read_pass(raw)
         where = owner, sent.model_id, sent.seq_id
-        return self._numbered(where, lambda: self._desk.submit(*where, sent.operation(self._facts), size=len(raw)))
+        return self._numbered(
+            where, Pass, lambda: self._desk.submit(*where, sent.operation(self._facts), size=len(raw))
+        )
 
     def optim_step(self, owner: str, raw: bytes) -> Fields:
         """Submit a step of the optimizer."""
         where = _operation(owner, raw)
         return self._numbered(
-            where, lambda: self._desk.submit(*where, read_body(raw, bodies.OptimStep).operation(), size=len(raw))
+            where, Step, lambda: self._desk.submit(*where, read_body(raw, bodies.OptimStep).operation(), size=len(raw))
         )
 
     def save_weights(self, owner: str, raw: bytes) -> Fields:
@@ -124,21 +126,21 @@ class Endpoints:
                 *where, sent.path, kind=kind, session_number=number, overwrite=sent.overwrite, ttl_seconds=ttl
             )
 
-        return self._numbered(where, save)
+        return self._numbered(where, Save, save)
 
     def load_weights(self, owner: str, raw: bytes) -> Fields:
         """Load a checkpoint into a model, or create a model of it, which has the shape of the checkpoint's model."""
         sent = read_body(raw, bodies.LoadWeights)
         if sent.session_id is None or sent.model_seq_id is None:
             where = _operation(owner, raw)
-            return self._numbered(where, lambda: self._desk.load(*where, sent.path, optimizer=sent.optimizer))
+            return self._numbered(where, Load, lambda: self._desk.load(*where, sent.path, optimizer=sent.optimizer))
         old = self._desk.checkpoint_of(owner, sent.path).create
         if sent.base_model is not None:
             self._facts.method_of(sent.base_model)
         new = Create(old.method, old.rank, old.alpha, old.targets, old.seed, folder=sent.path, optimizer=sent.optimizer)
         return self._create(owner, sent.session_id, sent.model_seq_id, new, sent.user_metadata)
 
-    def _numbered(self, where: tuple[str, str, int], submit: Callable[[], str]) -> Fields:
+    def _numbered(self, where: tuple[str, str, int], kind: type[Operation], submit: Callable[[], str]) -> Fields:
         """Return the future of an operation. The number of an operation that is rejected for good is used up all the
         same, as the client's next operation would wait for it for ever. Its future fails with the reason."""
         try:
@@ -146,7 +148,7 @@ class Endpoints:
         except UserError as error:
             if status_of(error) in (410, 429):  # the session has ended, or the client sends the operation again
                 raise
-            return _future(self._desk.reject(*where, str(error)))
+            return _future(self._desk.reject(*where, kind, str(error)))
 
     # Samplers
 

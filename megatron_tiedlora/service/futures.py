@@ -52,9 +52,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of an operation, and what else the client is told (`path`, `sampling_session_id`)."""
+    """The result of an operation, and what else the client is told (`model_id`, `path`, `sampling_session_id`). The
+    operation is None if it was rejected."""
 
-    operation: Operation
+    operation: Operation | None
     result: Result
     extra: Mapping[str, Any]
 
@@ -113,8 +114,10 @@ class Future:
         """Return whether the result is a Failure."""
         return self.result_kind == Failure.__name__
 
-    def operation_in(self, journal: Journal) -> Operation:
-        """Return the operation."""
+    def operation_in(self, journal: Journal) -> Operation | None:
+        """Return the operation, or None if it was rejected."""
+        if "rejected" in self.extra:
+            return None
         return _value(journal, self.place, self.kind) if self.operation is None else self.operation
 
     def result_in(self, journal: Journal) -> Result:
@@ -165,8 +168,9 @@ def live_requests(futures: Iterable[Future]) -> dict[str, float | None]:
 
 
 def live_futures(futures: Mapping[str, Future], head: Mapping[str, Any]) -> dict[str, Future]:
-    """Return the futures by request that the record `head` has in its `live_requests`."""
-    return {request: replace(futures[request], taken=taken) for request, taken in head["live"].items()}
+    """Return the futures by request that the record `head` has in its `live_requests`, and whose segments are there."""
+    live = {request: taken for request, taken in head["live"].items() if request in futures}
+    return {request: replace(futures[request], taken=taken) for request, taken in live.items()}
 
 
 def used_segments(futures: Iterable[Future]) -> set[int]:

@@ -100,7 +100,9 @@ class ModelQueue:
                 read_future(futures, head, place)
         if known is None:
             return None
-        return cls(known, journal, {future.number: future for future in futures.values()})
+        # An operation of the saved state without an answer was forgotten: the segment with its answer is gone.
+        kept = (future for future in futures.values() if future.answered or future.number > known.saved)
+        return cls(known, journal, {future.number: future for future in kept})
 
     def cut(self) -> None:
         """Begin a segment of the journal with what is known now."""
@@ -116,8 +118,8 @@ class ModelQueue:
 
     @property
     def busy(self) -> bool:
-        """Return whether an operation has its turn or waits for its answer."""
-        return self.folded < self.turn - 1 or self.turn in self.futures
+        """Return whether an operation without an answer can run."""
+        return self.folded + 1 in self.futures
 
     def fills_gap(self, number: int) -> bool:
         """Return whether later operations wait for operation `number` alone."""
@@ -177,16 +179,25 @@ class ModelQueue:
             return None
         if self.broken is not None:
             return self.broken
+        if "rejected" in future.extra:
+            return Failure(future.extra["rejected"], by_user=True)
         if future.kind != "Step" or (self.window.num_passes and not self.window.failed):
             return None
         why = self.window.failed or "the model has no gradients, because no backward pass came since the last step"
         return Failure(f"the optimizer step {future.number} was not taken: {why}", by_user=True)
 
     def rewind(self) -> bool:
-        """Hand out the operations behind the saved state again, because the engine has dropped what came of them. Return
-        whether one of them has no answer yet."""
+        """Hand out the operations behind the saved state again, because the model has left the memory. Return whether
+        one of them has no answer yet."""
         self.turn, self._fresh = self.known.saved + 1, self.known.window == Window()
-        return any(not future.answered for future in self.futures.values())
+        return self.busy
+
+    def give_up(self, number: int, message: str) -> list[Future]:
+        """Stop here, because operation `number` failed when it was repeated. Return what the engine has to answer: it
+        would have wrong weights."""
+        why = f"operation {number} could not be repeated to bring the model back ({message})"
+        self.broken = Failure(f"{why}; the server must be started again", by_user=False)
+        return [one for one in self.futures.values() if one.number < self.turn and not one.answered]
 
     def save(self, number: int, folder: str) -> None:
         """Record that the state after operation `number` is in `folder`, and drop what leads up to it."""

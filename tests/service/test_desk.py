@@ -16,7 +16,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits, Pending, Refused
-from megatron_tiedlora.service.operations import Failure, PassResult, StepResult
+from megatron_tiedlora.service.operations import Failure, Pass, PassResult, Save, StepResult
 
 
 class Clock:
@@ -195,7 +195,8 @@ def test_a_failed_pass_fails_the_next_step_alone(service: Service) -> None:
 def test_a_step_needs_a_backward_pass_since_the_last_step(service: Service) -> None:
     model = service.model()
     found = windows(service, model, step(), one_pass(1, backward=False), step(), one_pass(2), step(), step())
-    assert [isinstance(result, Failure) and result.by_user for result in found] == [True, False, True, False, False, True]
+    assert [isinstance(result, Failure) for result in found] == [True, False, True, False, False, True]
+    assert "no gradients" in found[0].message
 
 
 def test_a_step_that_the_engine_fails_ends_the_window(service: Service) -> None:
@@ -211,6 +212,45 @@ def test_a_model_that_was_not_created_fails_all_its_operations(service: Service)
     assert failure.by_user
     assert "no such method" in failure.message
     assert service.desk.model_of("ann", model).state == "failed"
+
+
+def test_a_rejected_operation_uses_up_its_number(service: Service) -> None:
+    model = service.model()
+    later = service.desk.submit("ann", model, 3, one_pass(3))
+    service.desk.submit("ann", model, 1, one_pass(1))
+    rejected = service.desk.reject("ann", model, 2, Pass, "no such loss")
+    assert service.desk.reject("ann", model, 2, Pass, "no such loss") == rejected
+    failure = service.result(rejected)
+    assert (failure.message, failure.by_user) == ("no such loss", True)
+    assert isinstance(service.result(later), PassResult)
+    failed, good = (service.desk.submit("ann", model, number, step()) for number in (4, 6))
+    assert "operation 2 failed: no such loss" in service.result(failed).message
+    service.desk.submit("ann", model, 5, one_pass(5))
+    assert isinstance(service.result(good), StepResult)
+    service.desk.submit("ann", model, 7, one_pass(5))
+    service.desk.reject("ann", model, 8, Save, "no such name")
+    assert isinstance(service.result(service.desk.submit("ann", model, 9, step())), StepResult)
+    assert status(service.desk.submit, "ann", model, 0, step()) == 400
+    assert status(service.desk.load, "ann", model, 0, "x", optimizer=False) == 400
+
+
+def test_a_model_that_left_the_memory_is_rebuilt_with_its_next_operation(service: Service) -> None:
+    model = service.model()
+    windows(service, model, one_pass(1), step(), one_pass(2), one_pass(3, backward=False))
+    weights = service.engine.weights[model]
+    service.engine.drop(model)
+    service.run()
+    assert service.engine.weights == {}
+    service.engine.ran.clear()
+    result = service.result(service.desk.submit("ann", model, 5, step()))
+    assert [ticket.number for ticket in service.engine.ran] == [0, 1, 2, 3, 5]
+    assert result == windows(service, service.model(), one_pass(1), step(), one_pass(2), step())[-1]
+    assert weights
+    service.engine.drop(model)
+    session = model.split(":")[0]
+    service.desk.finish_session("ann", session)
+    service.wait(610)
+    assert status(service.desk.model_of, "ann", model) == 404, "what is only repeated is no work"
 
 
 # Owners, ids and limits -----------------------------------------------------------------------------------------------
@@ -306,7 +346,8 @@ def test_saved_weights_come_back(service: Service) -> None:
     service.desk.create("ann", session, 1, replace(CREATE, folder=path, optimizer=True), info={})
     service.run()
     assert service.desk.model_of("ann", f"{session}:train:1").state == "active"
-    assert service.desk.origin(f"{session}:train:1") == replace(CREATE, folder=str(service.folder / known.folder), optimizer=True)
+    origin = replace(CREATE, folder=str(service.folder / known.folder), optimizer=True)
+    assert service.desk.origin(f"{session}:train:1") == origin
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", ".hidden", "x" * 65, "a\n", "ä"])

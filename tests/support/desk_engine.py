@@ -125,7 +125,12 @@ class HashEngine:
         for model in self.desk.lapsed():
             if model in self.weights:
                 self.save(model)
-                del self.weights[model], self.gradients[model], self.last[model]
+                self.drop(model)
+
+    def drop(self, model: str) -> None:
+        """Drop a model as it is, for want of memory."""
+        del self.weights[model], self.gradients[model], self.last[model]
+        self.desk.rewind(model)
 
 
 def _write(folder: str, content: object) -> None:

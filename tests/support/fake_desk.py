@@ -109,7 +109,7 @@ class FakeDesk:
         self.model_of(owner, model)
         return self._add(owner, model, number, operation)
 
-    def reject(self, owner: str, model: str, number: int, message: str) -> str:
+    def reject(self, owner: str, model: str, number: int, kind: type[Operation], message: str) -> str:
         self.model_of(owner, model)
         request = f"request{next(self._ids)}"
         self.events.append(("reject", owner, model, str(number), message))

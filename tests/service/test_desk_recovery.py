@@ -1,0 +1,451 @@
+"""The desk after crashes: names, answers and weights are those of a service that never ended."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, HashEngine, one_pass, step
+
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.service import journal as journal_module
+from megatron_tiedlora.service.desk import Desk
+from megatron_tiedlora.service.futures import Answer, Limits, Refused
+from megatron_tiedlora.service.journal import Journal
+from megatron_tiedlora.service.operations import Failure, Operation, Pass, PassResult, Step
+
+OWNERS = ("ann", "bob")
+
+
+class Crash(BaseException):
+    """The end of the process at this point."""
+
+
+@dataclass
+class Clock:
+    now: float = 1e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def journals(desk: Desk) -> list[Journal]:
+    return [desk._store.registry.journal, *(queue.journal for queue in desk._store.models.values())]
+
+
+def crashed(desk: Desk, folder: Path, draw: random.Random | None = None) -> None:
+    """Copy the folder of a desk as a crash leaves it, and close the desk. With `draw`, the power failed: of what was
+    not synced there is a part of random length, perhaps with rubbish behind it."""
+    shutil.copytree(desk._store.folder, folder, ignore=shutil.ignore_patterns(".owner*"))
+    for journal in journals(desk) if draw else ():
+        file = folder / journal._path(journal._segment).relative_to(desk._store.folder)
+        if file.exists():
+            kept = draw.randint(journal._synced, journal.size)
+            with file.open("r+b") as stream:
+                stream.truncate(kept)
+                stream.seek(kept)
+                stream.write(draw.choice((b"", bytes(50), b"\xf1TLJ rubbish")))
+    desk.close()
+
+
+# One crash ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Restarts:
+    """A desk that can be restarted in a new folder each time."""
+
+    tmp_path: Path
+    clock: Clock = field(default_factory=Clock)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
+        self.desk = Desk.open(self.tmp_path / str(self.count), Limits(), clock=self.clock)
+        self.engine = HashEngine(self.desk)
+
+    def crash(self, draw: random.Random | None = None) -> None:
+        self.count += 1
+        crashed(self.desk, self.tmp_path / str(self.count), draw)
+        self._open()
+
+    def run(self) -> None:
+        while self.engine.turn():
+            pass
+
+    def result(self, request: str) -> Any:
+        self.run()
+        answer = self.desk.answer_of("ann", request)
+        assert isinstance(answer, Answer)
+        return answer.result
+
+    def windows(self, model: str, *operations: Operation, begin: int = 1) -> list[Any]:
+        requests = [self.desk.submit("ann", model, number, one) for number, one in enumerate(operations, begin)]
+        return [self.result(request) for request in requests]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Restarts]:
+    made = Restarts(tmp_path)
+    yield made
+    made.desk.close()
+
+
+@pytest.fixture
+def model(service: Restarts) -> str:
+    session = service.desk.open_session("ann", metadata={"a": "b"})
+    service.desk.create("ann", session, 0, CREATE, info={})
+    service.run()
+    return f"{session}:train:0"
+
+
+def numbers(service: Restarts) -> list[int]:
+    return [ticket.number for ticket in service.engine.ran if ticket.model]
+
+
+def test_everything_keeps_its_name(service: Restarts, model: str) -> None:
+    desk, session = service.desk, model.split(":")[0]
+    first = desk.submit("ann", model, 1, one_pass(1))
+    path = f"tinker://{model}/weights/w"
+    save = desk.save("ann", model, 2, "w", kind="weights")
+    service.run()
+    sampler = desk.open_sampler("ann", session, 3, path=path)
+    sample = desk.sample("ann", sampler, 0, SAMPLE)
+    later = desk.submit("ann", model, 4, one_pass(3))
+    service.crash()
+    desk = service.desk
+    assert desk.submit("ann", model, 1, one_pass(1)) == first
+    assert desk.save("ann", model, 2, "w", kind="weights") == save
+    assert desk.open_sampler("ann", session, 3, path=path) == sampler
+    assert desk.sample("ann", sampler, 0, SAMPLE) == sample
+    assert desk.submit("ann", model, 4, one_pass(3)) == later
+    assert [one.key for one in desk.checkpoints("ann")] == [path]
+    assert desk.model_of("ann", model).create == CREATE
+    assert not isinstance(service.result(sample[0]), Failure)
+    desk.submit("ann", model, 3, one_pass(2))
+    assert isinstance(service.result(later), PassResult)
+    with pytest.raises(Refused):
+        desk.model_of("bob", model)
+
+
+def test_operations_behind_the_saved_state_run_again_and_answers_stay(service: Restarts, model: str) -> None:
+    before = service.windows(model, one_pass(1), step())
+    fetched = service.desk.submit("ann", model, 1, one_pass(1))
+    service.engine.save(model)
+    after = service.windows(model, one_pass(2), step(), one_pass(4, backward=False), begin=3)
+    path = service.desk.save("ann", model, 6, "w", kind="weights")
+    weights = service.engine.weights[model] if service.run() is None else ""
+    service.crash()
+    assert isinstance(service.desk.origin(model), str)
+    service.run()
+    assert numbers(service) == [3, 4], "only what changes weights is repeated"
+    assert service.engine.weights[model] == weights
+    assert service.result(fetched).loss == before[0].loss
+    again = [service.result(service.desk.submit("ann", model, number, step())) for number in (3, 4, 5)]
+    assert [again[0].loss, again[1], again[2].loss] == [after[0].loss, after[1], after[2].loss]
+    assert not isinstance(service.result(path), Failure)
+
+
+def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, model: str) -> None:
+    folder = service.desk._store.models[model].journal.folder
+    requests = []
+    for number in range(1, 7, 2):
+        requests += [service.desk.submit("ann", model, number, one_pass(1))]
+        requests += [service.desk.submit("ann", model, number + 1, step())]
+        service.run()
+        service.engine.save(model)
+    assert len(list(folder.iterdir())) == 4
+    assert [path.name for path in (folder.parent / "state").iterdir()] == ["6"]
+    create = service.desk._store.models[model].futures[0].request
+    for request in (create, *requests[:4]):
+        service.desk.taken("ann", request)
+    service.clock.now += 601
+    service.desk.ready(0)
+    assert len(list(folder.iterdir())) == 2
+    service.crash()
+    for request in requests[4:]:
+        assert not isinstance(service.result(request), Failure)
+    for request in requests[:4]:
+        with pytest.raises(Refused):
+            service.desk.answer_of("ann", request)
+    assert numbers(service) == []
+
+
+def test_a_fetched_answer_is_kept_over_a_restart(service: Restarts, model: str) -> None:
+    request = service.desk.submit("ann", model, 1, one_pass(1))
+    first = service.result(request)
+    service.desk.taken("ann", request)
+    service.engine.save(model)
+    service.clock.now += 500
+    service.crash()
+    assert service.result(request).loss == first.loss
+    service.clock.now += 101
+    service.desk.ready(0)
+    with pytest.raises(Refused):
+        service.desk.answer_of("ann", request)
+
+
+def test_failures_are_not_repeated_and_their_windows_stay_closed(service: Restarts, model: str) -> None:
+    bad = one_pass(BAD_TOKEN)
+    operations = (one_pass(1), bad, one_pass(2), step(), one_pass(3), step(BAD_RATE), bad, step(), one_pass(4), step())
+    found = service.windows(model, *operations)
+    service.crash(random.Random(0))
+    service.run()
+    assert service.engine.weights[model] == f"{int(found[-1].grad_norm):012x}"
+    assert [ticket.number for ticket in service.engine.ran if isinstance(ticket.operation, Step)] == [10]
+
+
+def test_the_window_is_part_of_the_saved_state(service: Restarts, model: str) -> None:
+    service.windows(model, one_pass(1))
+    service.engine.save(model)
+    service.crash()
+    (result,) = service.windows(model, step(), begin=2)
+    assert not isinstance(result, Failure)
+    service.windows(model, one_pass(BAD_TOKEN), begin=3)
+    service.engine.save(model)
+    service.crash()
+    (result,) = service.windows(model, step(), begin=4)
+    assert "operation 3 failed: an unlucky token" in result.message
+
+
+def test_a_model_that_cannot_be_rebuilt_says_so(service: Restarts, model: str) -> None:
+    service.windows(model, one_pass(1), step())
+    service.desk.submit("ann", model, 3, one_pass(2))
+    service.crash()
+    tickets = service.desk.ready(0)
+    assert [ticket.number for ticket in tickets] == [0, 1, 2, 3]
+    service.desk.answer(tickets[0].request, service.engine.run(tickets[0]))
+    service.desk.answer(tickets[1].request, Failure("out of memory", by_user=False))
+    for ticket in tickets[2:]:
+        service.desk.answer(ticket.request, service.engine.run(ticket))
+    result = service.result(tickets[3].request)
+    assert not result.by_user
+    assert "operation 1 could not be repeated to bring the model back (out of memory)" in result.message
+    service.engine.save(model)
+    assert isinstance(service.desk.origin(model), type(CREATE)), "wrong weights were recorded"
+
+
+def test_weights_of_a_crashed_save_or_deletion_go(service: Restarts, model: str) -> None:
+    service.desk.save("ann", model, 1, "w", kind="weights")
+    service.run()
+    service.desk.save("ann", model, 2, "waits", kind="weights")
+    folder = service.desk._store.folder / service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w").folder
+    for name in ("orphan", "waits"):
+        (folder.parent / name).mkdir()
+    service.crash()
+    service.clock.now += 10
+    service.desk.ready(0)
+    found = (service.desk._store.folder / folder.relative_to(folder.parents[3])).parent.iterdir()
+    assert sorted(path.name for path in found) == ["w", "waits"]
+
+
+def test_a_damaged_journal_stops_the_start(service: Restarts, model: str) -> None:
+    journal = service.desk._store.models[model].journal
+    place = service.desk._store.futures[service.desk.submit("ann", model, 1, one_pass(1))].place
+    service.desk.submit("ann", model, 2, one_pass(1))
+    assert place is not None
+    file = journal._path(place.segment)
+    raw = bytearray(file.read_bytes())
+    raw[place.offset + 5] ^= 1
+    file.write_bytes(raw)
+    service.desk.close()
+    with pytest.raises(UserError, match=f"{file}: the record at byte {place.offset - 20} is damaged"):
+        Desk.open(service.desk._store.folder, Limits())
+
+
+def test_a_disk_that_fails_refuses_with_503(service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal_module, "sync_path", broken)
+    with pytest.raises(Refused, match="No space left") as caught:
+        service.desk.submit("ann", model, 1, one_pass(1))
+    assert caught.value.status == 503
+
+
+# Many crashes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Client:
+    """A client with some models, which sends its operations in phases, and remembers ids and results."""
+
+    owner: str
+    draw: random.Random
+    plans: list[list[list[tuple]]]  # by model: phases of operations
+    session: str = ""
+    models: list[str] = field(default_factory=list)
+    phase: list[int] = field(default_factory=list)
+    requests: dict[tuple, str] = field(default_factory=dict)
+    results: dict[tuple, Any] = field(default_factory=dict)
+    samplers: dict[tuple, str] = field(default_factory=dict)
+
+    def act(self, desk: Desk) -> None:
+        """Send or fetch something, perhaps again."""
+        if not self.session:
+            self.session = desk.open_session(self.owner, metadata={})
+        index = self.draw.randrange(len(self.plans))
+        plan = self.plans[index]
+        phase = self.current(index)
+        if phase == len(plan):
+            return
+        key = self.draw.choice(plan[phase])
+        name = (index, key[0])
+        if name not in self.requests or self.draw.random() < 0.1:
+            if name not in self.results:
+                request = self.send(desk, index, key)
+                assert self.requests.setdefault(name, request) == request, "a retry has a new future"
+        elif name not in self.results:
+            answer = desk.answer_of(self.owner, self.requests[name])
+            if isinstance(answer, Answer):
+                self.results[name] = plain(answer.result)
+                if "sampling_session_id" in answer.extra:
+                    self.samplers[index, key[0]] = answer.extra["sampling_session_id"]
+                if self.draw.random() < 0.8:
+                    desk.taken(self.owner, self.requests[name])
+
+    def current(self, index: int) -> int:
+        """The first phase of a model that has operations without results."""
+        open_phases = (
+            number for number, keys in enumerate(self.plans[index])
+            if any((index, key[0]) not in self.results for key in keys)
+        )  # fmt: skip
+        return next(open_phases, len(self.plans[index]))
+
+    def send(self, desk: Desk, index: int, key: tuple) -> str:
+        number, kind, *rest = key
+        model = f"{self.session}:train:{index}"
+        where = (self.owner, model, number)
+        if kind == "create":
+            return desk.create(self.owner, self.session, index, replace(CREATE, seed=index), info={})
+        if kind == "reject":
+            return desk.reject(*where, rest[0], "no")
+        if kind == "save":
+            return desk.save(*where, "w", kind="weights", overwrite=True)
+        if kind == "snapshot":
+            return desk.save(*where, None, kind="sampler_weights", session_number=100 * index + number)
+        if kind == "load":
+            return desk.load(*where, f"tinker://{model}/weights/w", optimizer=True)
+        if kind == "sample":
+            return desk.sample(self.owner, self.samplers[index, rest[0]], number, replace(SAMPLE, seed=number))[0]
+        return desk.submit(*where, rest[0])
+
+    @property
+    def done(self) -> bool:
+        return all(self.current(index) == len(plan) for index, plan in enumerate(self.plans))
+
+
+def plain(result: Any) -> Any:
+    """A result that can be compared."""
+    return (result.loss, result.logprobs.tolist()) if isinstance(result, PassResult) else result
+
+
+def plans(draw: random.Random) -> list[list[list[tuple]]]:
+    """The phases of two models: passes and steps, saves and loads, temporary weights and samples from them. The client
+    waits for the answers of a phase."""
+    made = []
+    for _ in range(2):
+        phases: list[list[tuple]] = [[(0, "create")]]
+        numbers, saved = itertools.count(1), False
+        for _ in range(draw.randint(2, 4)):
+            phases.append([windowed(draw, next(numbers)) for _ in range(draw.randint(1, 5))])
+            kind = draw.choice(("save", "load", "snapshot"))
+            if kind == "load" and not saved:
+                continue
+            number = next(numbers)
+            phases.append([(number, kind)])
+            saved |= kind == "save"
+            if kind == "snapshot":
+                phases.append([(10000 * index + number, "sample", number) for index in (1, 2)])
+        phases.append([(next(numbers), "submit", one_pass(3, backward=False))])  # shows the weights
+        made.append(phases)
+    return made
+
+
+def windowed(draw: random.Random, number: int) -> tuple:
+    """A pass or a step, of which some fail."""
+    if draw.random() < 0.05:
+        return number, "reject", draw.choice((Pass, Step))
+    if draw.random() < 0.35:
+        return number, "submit", step(BAD_RATE if draw.random() < 0.1 else 0.1)
+    token = BAD_TOKEN if draw.random() < 0.1 else 20 + number
+    return number, "submit", one_pass(token, backward=draw.random() < 0.85)
+
+
+def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch) -> dict[tuple, Any]:
+    """The results of two clients."""
+    draw = random.Random(seed)
+    clients = [Client(owner, draw, plans(random.Random(f"{seed} {owner}"))) for owner in OWNERS]
+    clock, count = Clock(), 0
+    fuse = [0]
+
+    def burning(call: Callable) -> Callable:
+        def burn(*args: Any) -> Any:
+            fuse[0] -= 1
+            if fuse[0] == 0 and draw.random() < 0.5:
+                raise Crash
+            result = call(*args)
+            if fuse[0] == 0:
+                raise Crash
+            return result
+
+        return burn
+
+    with patch.context() as here:
+        for name in ("append", "cut", "sync", "drop"):
+            here.setattr(Journal, name, burning(getattr(Journal, name)))
+        desk, engine = Desk.open(folder / "0", Limits(), clock=clock), None
+        engine = HashEngine(desk)
+        while not all(client.done for client in clients):
+            if crashes and fuse[0] <= 0 and draw.random() < 0.01:
+                fuse[0] = draw.randint(1, 30)
+            try:
+                for client in clients:
+                    if client.session:
+                        desk.heartbeat(client.owner, client.session)
+                action = draw.random()
+                if action < 0.7:
+                    draw.choice(clients).act(desk)
+                elif action < 0.9:
+                    for ticket in desk.ready(0):
+                        desk.answer(ticket.request, engine.run(ticket))
+                elif action < 0.93 and engine.weights:
+                    engine.save(draw.choice(list(engine.weights)))
+                elif action < 0.96 and engine.weights:
+                    engine.drop(draw.choice(list(engine.weights)))
+                elif action < 0.98:
+                    clock.now += draw.choice((5, 100, 601))
+                    engine.unload()
+                elif crashes and draw.random() < 0.3:
+                    raise Crash
+            except Crash:
+                fuse[0], count = 0, count + 1
+                crashed(desk, folder / str(count), draw if draw.random() < 0.5 else None)
+                shutil.rmtree(folder / str(count - 1))
+                desk = Desk.open(folder / str(count), Limits(), clock=clock)
+                engine = HashEngine(desk)
+        desk.close()
+    return {(client.owner, *key): result for client in clients for key, result in client.results.items()}
+
+
+@pytest.mark.parametrize("begin", range(0, 200, 50))
+def test_any_crashes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
+    for module in (files, journal_module):
+        monkeypatch.setattr(module, "sync_path", lambda path: None)
+    for seed in range(begin, begin + 5):
+        folder = tmp_path / str(seed)
+        (folder / "alone").mkdir(parents=True)
+        (folder / "crashing").mkdir()
+        wanted = played(folder / "alone", seed, crashes=False, patch=monkeypatch)
+        found = played(folder / "crashing", seed, crashes=True, patch=monkeypatch)
+        assert found == wanted, f"seed {seed}"
+        shutil.rmtree(folder)
