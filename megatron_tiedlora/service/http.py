@@ -255,6 +255,8 @@ def _told(handler: _Handler, path: str) -> _Handler:
             return _error(status_of(error), str(error))
         except ClientDisconnect:
             return Response(status_code=400)
+        except asyncio.CancelledError:  # by the server's stop; clients send the request again
+            return _error(503, "the server stops")
         except Exception as error:  # its message may quote the request, so only its place is logged
             frame, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
             logger.error("%s: %s at %s:%s", path, kind, frame.filename, frame.lineno)
