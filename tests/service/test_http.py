@@ -1,8 +1,9 @@
-"""The server over real connections, with a desk that answers at once: keys, sizes, hostile bodies, long polls, errors."""
+"""The server over real connections, with a desk that answers at once: keys, sizes, long polls, errors."""
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import logging
 import socket
@@ -21,7 +22,7 @@ from support.service_facts import FACTS
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.service.operations import Create, Pass, Sample, Step
 from megatron_tiedlora.service.tokens import TokenFile, new_token
-from megatron_tiedlora.service.wire_pb2 import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
+from megatron_tiedlora.service.wire_pb2 import Datum, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
 
 pytest.importorskip("uvicorn")
 zstandard = pytest.importorskip("zstandard")
@@ -55,6 +56,10 @@ class Client:
         """The status of an answer to a JSON body, and what is in its JSON."""
         status, body = self.send("POST", API + name, json.dumps(fields).encode())
         return status, json.loads(body)
+
+    def sent_pass(self, body: bytes, **headers: str) -> tuple[int, bytes]:
+        """The status and the body of an answer to a pass."""
+        return self.send("POST", API + "forward_backward", body, Content_Type=PROTOBUF, **headers)
 
     def made(self, **more: Any) -> str:
         """The id of a new model."""
@@ -90,10 +95,11 @@ def client(server: Client) -> Client:
 def passed(model: str, number: int = 1, **more: Any) -> ForwardBackwardRequest:
     """A pass of two tokens."""
     sent = ForwardBackwardRequest(model_id=model, seq_id=number, loss_fn="cross_entropy", **more)
-    datum = sent.data.add()
+    datum = Datum()
     datum.model_input.add().encoded_text.tokens = bytes([1, 0, 0, 0, 2, 0, 0, 0])
     datum.loss_fn_inputs["target_tokens"].dense = bytes([2, 0, 0, 0, 3, 0, 0, 0])
     datum.loss_fn_inputs["target_tokens"].dtype = 3
+    sent.data.append(datum.SerializeToString())
     return sent
 
 
@@ -101,10 +107,10 @@ def passed(model: str, number: int = 1, **more: Any) -> ForwardBackwardRequest:
 
 
 def test_every_route_but_health_needs_a_key(client: Client) -> None:
-    for method, path in (("POST", "create_session"), ("POST", "telemetry"), ("GET", "checkpoints"), ("POST", "asample"),
-                         ("POST", "retrieve_future"), ("POST", "forward_backward"), ("POST", "client/config")):  # fmt: skip
-        for key in ("", "tml-wrong"):
-            status, body = client.send(method, API + path, b"{}", X_API_Key=key)
+    posts = "create_session telemetry asample retrieve_future forward_backward client/config sessions/s/finish"
+    for name, key in itertools.product((*posts.split(), "checkpoints", "samplers/x"), ("", "tml-wrong")):
+        for method in ("POST",) if name in posts else ("GET",):
+            status, body = client.send(method, API + name, b"{}", X_API_Key=key)
             assert status == 401 and json.loads(body)["error"].startswith("the key in X-API-Key is missing or unknown")
     for path in ("/metrics", "/status"):
         assert client.send("GET", path, X_API_Key="")[0] == 401
@@ -149,8 +155,7 @@ def test_a_model_that_cannot_be_made_is_an_error(client: Client, fields: dict[st
 
 def test_a_pass_and_a_step_reach_the_desk_and_their_results_the_client(client: Client) -> None:
     model = client.made()
-    status, body = client.send("POST", API + "forward_backward", passed(model).SerializeToString(), Content_Type=PROTOBUF)
-    request = json.loads(body)["request_id"]
+    request = json.loads(client.sent_pass(passed(model).SerializeToString())[1])["request_id"]
     status, body = client.send("POST", API + "retrieve_future", json.dumps({"request_id": request}).encode())
     assert status == 200 and ForwardBackwardOutput.FromString(body).metrics["loss:sum"] == pytest.approx(0.05)
     _, found = client.post("optim_step", model_id=model, seq_id=2, adam_params={"learning_rate": 0.5, "beta2": 0.9})
@@ -169,18 +174,18 @@ def test_a_rejected_operation_uses_its_number_up(client: Client) -> None:
     model = client.made()
     sent = passed(model, 3)
     sent.loss_fn = "gspo"
-    _, body = client.send("POST", API + "forward_backward", sent.SerializeToString(), Content_Type=PROTOBUF)
-    futures = [json.loads(body)]
+    futures = [json.loads(client.sent_pass(sent.SerializeToString())[1])]
     futures.append(client.post("optim_step", model_id=model, seq_id=4, adam_params={"beta1": 1.0})[1])
     futures.append(client.post("optim_step", model_id=model, seq_id=5, optimizer_params={"type": "dimuon"})[1])
-    futures.append(client.post("load_weights", model_id=model, seq_id=6, path="tinker://x/weights/y", optimizer=True)[1])
+    load = {"path": "tinker://x/weights/y", "optimizer": True}
+    futures.append(client.post("load_weights", model_id=model, seq_id=6, **load)[1])
     said = [client.post("retrieve_future", **future)[1] for future in futures]
     assert all(answer["category"] == "user" for answer in said)
-    for answer, part in zip(said, ("'gspo': is not supported", "adam_params.beta1 = 1.0", "optimizer_params", "unknown"), strict=True):
-        assert part in answer["error"]
+    parts = ("'gspo': is not supported", "adam_params.beta1 = 1.0", "optimizer_params", "unknown")
+    assert all(part in answer["error"] for part, answer in zip(parts, said, strict=True))
     assert [event[3] for event in client.desk.events if event[0] == "reject"] == ["3", "4", "5", "6"]
     sent.model_id = "of nobody"
-    assert client.send("POST", API + "forward_backward", sent.SerializeToString(), Content_Type=PROTOBUF)[0] == 404
+    assert client.sent_pass(sent.SerializeToString())[0] == 404
 
 
 # Samples
@@ -208,7 +213,7 @@ def test_a_sample_has_what_its_client_asks_for(client: Client) -> None:
     ("stop", "tokens", "texts"),
     [(None, (9,), ()), ([], (), ()), ([4, 5], (4, 5), ()), ("end", (), ("end",)), (["a"], (), ("a",))],
 )
-def test_stops_replace_those_of_the_base(client: Client, stop: Any, tokens: tuple[int, ...], texts: tuple[str, ...]) -> None:
+def test_stops_replace_those_of_the_base(client: Client, stop: Any, tokens: tuple[int], texts: tuple[str]) -> None:
     sampler = client.desk.open_sampler("alice", "s", 0, path=None)
     client.post("asample", **sample(sampling_session_id=sampler, sampling_params={"stop": stop}))
     found = client.desk.operations[-1][2]
@@ -308,19 +313,18 @@ def test_another_content_type_is_415(client: Client, path: str, kind: str) -> No
 def test_bodies_may_be_compressed_and_bombs_are_not_unpacked(client: Client) -> None:
     model = client.made()
     pack = zstandard.ZstdCompressor().compress
-    how = {"Content_Type": PROTOBUF, "Content_Encoding": "zstd"}
     body = passed(model).SerializeToString()
-    assert client.send("POST", API + "forward_backward", pack(body), **how)[0] == 200
+    assert client.sent_pass(pack(body), Content_Encoding="zstd")[0] == 200
     bomb = pack(bytes(2**30))
     assert len(bomb) < FACTS.max_body
     before = time.monotonic()
-    status, found = client.send("POST", API + "forward_backward", bomb, **how)
+    status, found = client.sent_pass(bomb, Content_Encoding="zstd")
     assert status == 413 and "larger than 100,000 bytes" in json.loads(found)["error"]
     assert time.monotonic() - before < 2  # a GB takes longer
     for broken in (b"", b"zstd", pack(body)[:-5], b"\x28\xb5\x2f\xfd\xff\xff\xff"):
-        status, found = client.send("POST", API + "forward_backward", broken, **how)
+        status, found = client.sent_pass(broken, Content_Encoding="zstd")
         assert status == 400, found
-    assert client.send("POST", API + "forward_backward", body, **{**how, "Content_Encoding": "gzip"})[0] == 415
+    assert client.sent_pass(body, Content_Encoding="gzip")[0] == 415
 
 
 def test_a_large_body_is_rejected_before_it_is_read(client: Client) -> None:
@@ -328,8 +332,9 @@ def test_a_large_body_is_rejected_before_it_is_read(client: Client) -> None:
     assert status == 413, found
     address = urlsplit(client.url)
     with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
-        head = f"POST {API}create_session HTTP/1.1\r\nHost: x\r\nX-API-Key: {client.key}\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {2**40}\r\n\r\n".encode() + bytes(FACTS.max_body + 1))
+        head = f"POST {API}create_session HTTP/1.1\r\nHost: x\r\nX-API-Key: {client.key}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {2**40}\r\n\r\n"
+        connection.sendall(head.encode() + bytes(FACTS.max_body + 1))
         assert b"413" in connection.recv(100)
 
 
@@ -337,10 +342,9 @@ def test_hostile_passes_are_one_error_each_and_the_server_lives(client: Client) 
     model = client.made()
     whole = passed(model).SerializeToString()
     for length in range(0, len(whole), 3):
-        status, found = client.send("POST", API + "forward_backward", whole[:length], Content_Type=PROTOBUF)
+        status, found = client.sent_pass(whole[:length])
         assert status in (200, 400) and b"Traceback" not in found  # 200: the future fails
-    status, found = client.send("POST", API + "forward_backward", b"\x1a\x00" * 40_000, Content_Type=PROTOBUF)
-    assert status == 400
+    assert client.sent_pass(b"\x1a\x00" * 40_000)[0] == 400
     assert client.send("GET", API + "healthz")[0] == 200
 
 
@@ -390,7 +394,7 @@ def test_results_of_others_are_unknown(client: Client, tmp_path: Path) -> None:
 # Errors and numbers
 
 
-def test_an_unexpected_error_is_500_and_its_message_is_not_told(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_message_of_an_unexpected_error_is_not_told(client: Client, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         status, found = client.post("retrieve_future", request_id="broken")
     assert (status, found) == (500, {"error": "internal error of the server (RuntimeError); its log says where"})
@@ -415,7 +419,7 @@ def test_numbers_for_prometheus_and_people(client: Client) -> None:
 
 def test_a_port_in_use_is_one_clear_line(client: Client) -> None:
     port = urlsplit(client.url).port
-    with pytest.raises(UserError, match=f"--port {port}: cannot be used .Address already in use"), serving(  # noqa: SIM117
+    with pytest.raises(UserError, match=f"--port {port}: cannot be used .Address already in use"), serving(
         make_app(client.desk, TokenFile, FACTS), "127.0.0.1", port or 0
     ):
         pass

@@ -69,7 +69,7 @@ def test_an_invalid_file_is_one_clear_line(tmp_path: Path, content: str, said: s
 
 
 def test_a_missing_file_and_a_bad_name_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read .No such file"):
+    with pytest.raises(UserError, match=r"cannot be read .No such file"):
         TokenFile(tmp_path / "tokens")
     for name in ("", "a b", "x" * 65, "a/b", "a\nb"):
         with pytest.raises(UserError, match="is not a name"):

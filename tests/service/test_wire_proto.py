@@ -64,7 +64,7 @@ def test_the_generated_code_is_that_of_the_file() -> None:
     file = FileDescriptorProto()
     wire_pb2.DESCRIPTOR.CopyToProto(file)
     text = fields_of_text(PROTO.read_text())
-    assert len(text) == 12 and text["Datum"] == {"model_input": (1, "repeated Chunk"), "loss_fn_inputs": (2, "map Tensor")}
+    assert len(text) == 12 and text["Datum"]["loss_fn_inputs"] == (2, "map Tensor")
     assert fields_of_descriptor(file) == text
 
 
@@ -79,12 +79,13 @@ def test_the_numbers_and_types_are_those_of_the_sdk() -> None:
     theirs = fields_of_descriptor(FileDescriptorProto.FromString(bytes.fromhex(printed)))
     names = {"EncodedText": "EncodedTextChunk"}  # ours and theirs
     same_on_the_wire = {("int32", "DType"), ("int32", "StopReason"), ("bytes", "SparseCsr"), ("bytes", "ImageChunk"),
-                        ("bytes", "DmelChunk"), ("EncodedText", "EncodedTextChunk")}  # fmt: skip
+                        ("bytes", "DmelChunk"), ("EncodedText", "EncodedTextChunk"),
+                        ("repeated bytes", "repeated Datum")}  # fmt: skip
     differences = [
         (message, name, number, kind)
         for message, fields in fields_of_text(PROTO.read_text()).items()
         for name, (number, kind) in fields.items()
-        if not (found := theirs[names.get(message, message)][name])[0] == number
+        if (found := theirs[names.get(message, message)][name])[0] != number
         or (found[1] != kind and (kind, found[1]) not in same_on_the_wire)
     ]
     assert not differences, json.dumps(differences)
