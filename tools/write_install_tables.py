@@ -26,6 +26,7 @@ PURPOSES = {
     "vllm": "`serve`, `evaluate --engine vllm`, `bench --what serving`; in an environment of its own",
     "lm-eval": "`python -m megatron_tiedlora.lm_eval` ([trainers.md](trainers.md#lm-evaluation-harness))",
     "quantised": "faster `--base nf4` ([quantised.md](quantised.md)); without it nf4 is slower but bit-identical",
+    "service": "the training service",
     "mpi": "ranks that `mpirun` starts without a master address",
     "gpu": "an optional attention kernel; pip builds it with nvcc: `pip install --no-build-isolation '.[gpu]'`",
     "demo": "the demo model and its task",

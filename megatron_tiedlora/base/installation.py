@@ -21,7 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "quantised": ("bitsandbytes",),
     "demo": ("gguf", "accelerate", "reasoning_gym", "peft"),
     "mpi": ("mpi4py",),
-    "service": ("starlette", "uvicorn", "zstandard", "google"),
+    "service": ("uvicorn", "starlette", "zstandard"),
 }
 # A run does not need these packages. They are checked only where they are used: for --report_to and for figures.
 _WHERE_USED = ("accelerate", "tensorboard", "matplotlib")

@@ -55,6 +55,10 @@ class Endpoints:
         can = {"max_context_length": self._facts.max_length, "trainable": True, "sampleable": True}
         return {"supported_models": [{"model_name": name, **can} for name in names]}
 
+    def telemetry(self, owner: str, raw: bytes) -> Fields:
+        """Accept telemetry and drop it. It can contain the client's key."""
+        return {"status": "accepted"}
+
     def create_session(self, owner: str, raw: bytes) -> Fields:
         """Open a session."""
         sent = read_body(raw, bodies.CreateSession)

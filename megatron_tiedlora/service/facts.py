@@ -41,6 +41,11 @@ class ServiceFacts:
     poll_seconds: float = 30.0
     compressed: bool = False
 
+    @property
+    def max_json(self) -> int:
+        """Return the maximum bytes of a JSON body, in which the longest prompt has room."""
+        return min(self.max_body, 2**18 + 16 * self.max_length)
+
     def method_of(self, base_model: str, metadata: Mapping[str, object] | None = None) -> str:
         """Return the method that a client asks for: in NAME:METHOD, else in the model's metadata, else the default.
 

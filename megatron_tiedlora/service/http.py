@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _API = "/api/v1/"
 _JSON, _PROTOBUF = "application/json", "application/x-protobuf"
 _BODY_SECONDS = 300.0  # a body that takes longer is not read to its end
-_BODIES_AT_ONCE = 4  # of one owner, because the body and its messages are in memory meanwhile
+_BODIES_AT_ONCE = 2  # of one owner: a hostile body and its messages take 25 times its size in memory
 _LARGEST_WINDOW = 2**24  # bytes that decompression may look back
 
 _Handler = Callable[[Request], Awaitable[Response]]
@@ -54,6 +54,7 @@ def make_app(desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> Starlette:
     posts: dict[str, Callable[[str, bytes], Fields]] = {
         "client/config": points.client_config,
         "client/dynamic_config": points.dynamic_config,
+        "telemetry": points.telemetry,
         "create_session": points.create_session,
         "session_heartbeat": points.heartbeat,
         "create_model": points.create_model,
@@ -78,7 +79,6 @@ def make_app(desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> Starlette:
         *(("GET", _API + path, service.named(answer)) for path, answer in gets.items()),
         ("POST", _API + "forward_backward", service.posted(points.forward_backward, kind=_PROTOBUF)),
         ("POST", _API + "retrieve_future", service.retrieve_future),
-        ("POST", _API + "telemetry", service.telemetry),
         ("POST", _API + "sessions/{session_id}/finish", service.named(points.finish_session)),
         ("DELETE", f"{_API}{checkpoints}/{{checkpoint_id:path}}", service.named(points.delete_checkpoint)),
         ("GET", _API + "healthz", service.health),
@@ -128,7 +128,7 @@ class _Service:
 
     async def _body(self, request: Request, kind: str) -> bytes:
         """Return the body of a request, decompressed. Its size is checked before and after, and while it is read."""
-        most = self._facts.max_body
+        most = self._facts.max_json if kind == _JSON else self._facts.max_body
         found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if found != kind:
             raise HTTPException(415, f"the content type {shown(found)} is not supported here; send {kind}")
@@ -171,14 +171,6 @@ class _Service:
         return response
 
     # Others
-
-    async def telemetry(self, request: Request) -> Response:
-        """Accept telemetry and drop it. It can contain the client's key."""
-        self._owner(request)
-        size = 0
-        async for part in request.stream():
-            _check_size(size := size + len(part), self._facts.max_body)
-        return JSONResponse({"status": "accepted"})
 
     async def health(self, request: Request) -> Response:
         """Answer that the server lives. This needs no key."""
@@ -255,6 +247,8 @@ def _told(handler: _Handler, path: str) -> _Handler:
             return _error(status_of(error), str(error))
         except ClientDisconnect:
             return Response(status_code=400)
+        except asyncio.CancelledError:  # by the server's stop; clients send the request again
+            return _error(503, "the server stops")
         except Exception as error:  # its message may quote the request, so only its place is logged
             frame, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
             logger.error("%s: %s at %s:%s", path, kind, frame.filename, frame.lineno)

@@ -1,6 +1,7 @@
 """Run the HTTP application of a training service in a thread of this process."""
 
 import logging
+import resource
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ from starlette.applications import Starlette
 from megatron_tiedlora.base.messages import UserError
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
-_MOST_CONNECTIONS = 4096
+_MOST_FILES = 2**15
 _IDLE_SECONDS = 75  # clients keep connections for a minute; a shorter time here would end them in the client's face
 _STOP_SECONDS = 3  # for requests in progress; long polls are cut, and clients poll again
 
@@ -36,7 +37,7 @@ def serving(app: Starlette, host: str, port: int) -> Iterator[str]:
         )
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
-        proxy_headers=False, server_header=False, limit_concurrency=_MOST_CONNECTIONS,
+        proxy_headers=False, server_header=False, limit_concurrency=_allowed_files() // 2,
         timeout_keep_alive=_IDLE_SECONDS, timeout_graceful_shutdown=_STOP_SECONDS,
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -53,6 +54,16 @@ def serving(app: Starlette, host: str, port: int) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+def _allowed_files() -> int:
+    """Return how many files and connections this process may have open, after raising its soft limit. A client has a
+    connection for each result that it waits for, and must leave files for the rest of the service."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def _listening(host: str, port: int) -> socket.socket:

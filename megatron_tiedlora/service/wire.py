@@ -6,6 +6,7 @@ size, and numbers are finite. A body that is rejected gives a UserError that nam
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,9 +27,12 @@ from megatron_tiedlora.service.wire_pb2 import (
     TopkLogprobs,
 )
 
+Sent = TypeVar("Sent", ForwardBackwardRequest, Datum)
+
 _TARGETS = "target_tokens"
 _FLOAT32, _BFLOAT16 = 1, 4
 _DTYPES: Mapping[int, str] = {_FLOAT32: "<f4", 2: "<i8", 3: "<i4", _BFLOAT16: "<f2"}  # bfloat16: of the same size
+_MOST_DATA = 2**16
 _EMPTY_LOGPROB = -99999.0  # in a cell without a token
 
 
@@ -54,14 +58,13 @@ class SentPass:
         if objective not in KINDS:
             use = f"{nearest_name(objective, KINDS)}. Use {enumerate_names(tuple(KINDS))}"
             raise UserError(f"loss_fn {shown(objective)}: is not supported by this server{use}")
-        if not self.message.data:
-            raise UserError("data: is empty; send one datum at least")
+        if not 0 < (count := len(self.message.data)) <= _MOST_DATA:
+            raise UserError(f"data: has {count:,} items; send 1 to {_MOST_DATA:,}")
         rows = []
-        for index, datum in enumerate(self.message.data):
+        for index, sent in enumerate(self.message.data):
             with naming(f"data[{index}]"):
-                rows.append(_row(datum, objective, facts))
-        arrays = [torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*rows, strict=True)]
-        tokens, targets, *inputs = arrays
+                rows.append(_row(_parsed(Datum, sent), objective, facts))
+        tokens, targets, *inputs = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*rows, strict=True))
         inputs += [torch.zeros(len(tokens))] * (2 - len(inputs))
         lengths = tuple(len(row[0]) for row in rows)
         settings, backward = _settings(self.message), not self.message.forward_only
@@ -70,13 +73,18 @@ class SentPass:
 
 def read_pass(body: bytes) -> SentPass:
     """Return the body of forward_backward. Raise UserError if it does not name its model and number."""
-    try:
-        sent = ForwardBackwardRequest.FromString(body)
-    except DecodeError:
-        raise UserError("the body is not a ForwardBackwardRequest in protobuf; send all of it, unchanged") from None
+    sent = _parsed(ForwardBackwardRequest, body)
     if not sent.model_id or sent.seq_id < 1:
         raise UserError(f"model_id {shown(sent.model_id)} or seq_id {sent.seq_id}: is missing; numbers begin with 1")
     return SentPass(sent)
+
+
+def _parsed(kind: type[Sent], raw: bytes) -> Sent:
+    """Return the message in `raw`. Raise UserError if it is not one of this kind."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise UserError(f"is not a {kind.DESCRIPTOR.name} in protobuf; send all of it, unchanged") from None
 
 
 def _settings(sent: ForwardBackwardRequest) -> dict[str, float]:

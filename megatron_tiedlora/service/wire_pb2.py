@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$megatron_tiedlora/service/wire.proto\x12\x10tiedlora_service\"Y\n\x06Tensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12\x14\n\nsparse_csr\x18\x02 \x01(\x0cH\x00\x12\r\n\x05\x64type\x18\x03 \x01(\x05\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding\"\x1d\n\x0b\x45ncodedText\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"h\n\x05\x43hunk\x12\x35\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32\x1d.tiedlora_service.EncodedTextH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04\x64mel\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x63hunk\"\xc7\x01\n\x05\x44\x61tum\x12,\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x17.tiedlora_service.Chunk\x12\x41\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32).tiedlora_service.Datum.LossFnInputsEntry\x1aM\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.tiedlora_service.Tensor:\x02\x38\x01\"<\n\x0fLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\"\xc4\x03\n\x16\x46orwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12%\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x17.tiedlora_service.Datum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12R\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32:.tiedlora_service.ForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12W\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32<.tiedlora_service.ForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aX\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.tiedlora_service.LossConfigValue:\x02\x38\x01\"=\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\x05\"\xbe\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x39\n\x06\x66ields\x18\x02 \x03(\x0b\x32).tiedlora_service.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aN\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.tiedlora_service.BatchedTensor:\x02\x38\x01\"\xe3\x01\n\x15\x46orwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12\x36\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\x1d.tiedlora_service.ArrayRecord\x12\x45\n\x07metrics\x18\x03 \x03(\x0b\x32\x34.tiedlora_service.ForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x0cTopkLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r\"\x87\x01\n\x0fSampledSequence\x12\x13\n\x0bstop_reason\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12=\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32\x1e.tiedlora_service.TopkLogprobs\"\x9d\x01\n\x0eSampleResponse\x12\x34\n\tsequences\x18\x01 \x03(\x0b\x32!.tiedlora_service.SampledSequence\x12\x17\n\x0fprompt_logprobs\x18\x02 \x01(\x0c\x12<\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32\x1e.tiedlora_service.TopkLogprobsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$megatron_tiedlora/service/wire.proto\x12\x10tiedlora_service\"Y\n\x06Tensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12\x14\n\nsparse_csr\x18\x02 \x01(\x0cH\x00\x12\r\n\x05\x64type\x18\x03 \x01(\x05\x12\r\n\x05shape\x18\x04 \x03(\x03\x42\n\n\x08\x65ncoding\"\x1d\n\x0b\x45ncodedText\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"h\n\x05\x43hunk\x12\x35\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32\x1d.tiedlora_service.EncodedTextH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04\x64mel\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x63hunk\"\xc7\x01\n\x05\x44\x61tum\x12,\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x17.tiedlora_service.Chunk\x12\x41\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32).tiedlora_service.Datum.LossFnInputsEntry\x1aM\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.tiedlora_service.Tensor:\x02\x38\x01\"<\n\x0fLossConfigValue\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\"\xab\x03\n\x16\x46orwardBackwardRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x03(\x0c\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12R\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32:.tiedlora_service.ForwardBackwardRequest.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12W\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32<.tiedlora_service.ForwardBackwardRequest.LossFnConfigV2Entry\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aX\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.tiedlora_service.LossConfigValue:\x02\x38\x01\"=\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\x05\"\xbe\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x39\n\x06\x66ields\x18\x02 \x03(\x0b\x32).tiedlora_service.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aN\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x1f.tiedlora_service.BatchedTensor:\x02\x38\x01\"\xe3\x01\n\x15\x46orwardBackwardOutput\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12\x36\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\x1d.tiedlora_service.ArrayRecord\x12\x45\n\x07metrics\x18\x03 \x03(\x0b\x32\x34.tiedlora_service.ForwardBackwardOutput.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x0cTopkLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\r\"\x87\x01\n\x0fSampledSequence\x12\x13\n\x0bstop_reason\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12=\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32\x1e.tiedlora_service.TopkLogprobs\"\x9d\x01\n\x0eSampleResponse\x12\x34\n\tsequences\x18\x01 \x03(\x0b\x32!.tiedlora_service.SampledSequence\x12\x17\n\x0fprompt_logprobs\x18\x02 \x01(\x0c\x12<\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32\x1e.tiedlora_service.TopkLogprobsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,25 +44,25 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_LOSSCONFIGVALUE']._serialized_start=488
   _globals['_LOSSCONFIGVALUE']._serialized_end=548
   _globals['_FORWARDBACKWARDREQUEST']._serialized_start=551
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=1003
-  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_start=862
-  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_end=913
-  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_start=915
-  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_end=1003
-  _globals['_BATCHEDTENSOR']._serialized_start=1005
-  _globals['_BATCHEDTENSOR']._serialized_end=1066
-  _globals['_ARRAYRECORD']._serialized_start=1069
-  _globals['_ARRAYRECORD']._serialized_end=1259
-  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_start=1181
-  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_end=1259
-  _globals['_FORWARDBACKWARDOUTPUT']._serialized_start=1262
-  _globals['_FORWARDBACKWARDOUTPUT']._serialized_end=1489
-  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_start=1443
-  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_end=1489
-  _globals['_TOPKLOGPROBS']._serialized_start=1491
-  _globals['_TOPKLOGPROBS']._serialized_end=1569
-  _globals['_SAMPLEDSEQUENCE']._serialized_start=1572
-  _globals['_SAMPLEDSEQUENCE']._serialized_end=1707
-  _globals['_SAMPLERESPONSE']._serialized_start=1710
-  _globals['_SAMPLERESPONSE']._serialized_end=1867
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=978
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_start=837
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGENTRY']._serialized_end=888
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_start=890
+  _globals['_FORWARDBACKWARDREQUEST_LOSSFNCONFIGV2ENTRY']._serialized_end=978
+  _globals['_BATCHEDTENSOR']._serialized_start=980
+  _globals['_BATCHEDTENSOR']._serialized_end=1041
+  _globals['_ARRAYRECORD']._serialized_start=1044
+  _globals['_ARRAYRECORD']._serialized_end=1234
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_start=1156
+  _globals['_ARRAYRECORD_FIELDSENTRY']._serialized_end=1234
+  _globals['_FORWARDBACKWARDOUTPUT']._serialized_start=1237
+  _globals['_FORWARDBACKWARDOUTPUT']._serialized_end=1464
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_start=1418
+  _globals['_FORWARDBACKWARDOUTPUT_METRICSENTRY']._serialized_end=1464
+  _globals['_TOPKLOGPROBS']._serialized_start=1466
+  _globals['_TOPKLOGPROBS']._serialized_end=1544
+  _globals['_SAMPLEDSEQUENCE']._serialized_start=1547
+  _globals['_SAMPLEDSEQUENCE']._serialized_end=1682
+  _globals['_SAMPLERESPONSE']._serialized_start=1685
+  _globals['_SAMPLERESPONSE']._serialized_end=1842
 # @@protoc_insertion_point(module_scope)

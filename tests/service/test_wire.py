@@ -1,4 +1,4 @@
-"""Passes in protobuf, as the real client sends them: what becomes of them, and what is rejected; results in protobuf."""
+"""Passes in protobuf, as the real client sends them, and what is rejected of them; results in protobuf."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.service_facts import FACTS
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.service.operations import Pass, PassResult, Sampled, SampleResult
 from megatron_tiedlora.service.wire import pass_bytes, read_pass, sample_bytes
-from megatron_tiedlora.service.wire_pb2 import ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
+from megatron_tiedlora.service.wire_pb2 import Datum, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
 
 # The output of tests/support/sdk_messages.py with tinker 0.38.0, in pieces.
 RECORDED = {
@@ -108,37 +108,59 @@ def test_what_is_not_supported_is_rejected_by_name(name: str, said: str) -> None
     assert said in str(caught.value)
 
 
-def message() -> ForwardBackwardRequest:
-    """A pass of two tokens."""
-    sent = ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
-    datum = sent.data.add()
+class Sent:
+    """A pass of two tokens, and its datum."""
+
+    def __init__(self) -> None:
+        self.message = ForwardBackwardRequest(model_id="m", seq_id=1, loss_fn="cross_entropy")
+        self.datum: Datum | None = written()
+
+    def read(self) -> Pass:
+        """What becomes of it."""
+        self.message.ClearField("data")
+        if self.datum is not None:
+            self.message.data.append(self.datum.SerializeToString())
+        return operation_in(self.message.SerializeToString())
+
+
+def written() -> Datum:
+    """A datum of two tokens."""
+    datum = Datum()
     datum.model_input.add().encoded_text.tokens = np.array([1, 2], dtype="<i4").tobytes()
     for name, kind, values in (("target_tokens", 2, "<i8"), ("weights", 1, "<f4")):
         tensor = datum.loss_fn_inputs[name]
         tensor.dtype, tensor.dense = kind, np.array([2, 3], dtype=values).tobytes()
-    return sent
+    return datum
 
 
 def weights(sent: Any) -> Any:
-    return sent.data[0].loss_fn_inputs["weights"]
+    return sent.datum.loss_fn_inputs["weights"]
 
 
 def targets(sent: Any) -> Any:
-    return sent.data[0].loss_fn_inputs["target_tokens"]
+    return sent.datum.loss_fn_inputs["target_tokens"]
 
 
 def text(sent: Any) -> Any:
-    return sent.data[0].model_input[0].encoded_text
+    return sent.datum.model_input[0].encoded_text
+
+
+def become_dro(sent: Any) -> None:
+    """Give the pass the loss dro."""
+    sent.message.loss_fn = "dro"
+    for name in ("logprobs", "advantages"):
+        sent.datum.loss_fn_inputs[name].CopyFrom(weights(sent))
+    del sent.datum.loss_fn_inputs["weights"]
 
 
 FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "no data": (lambda sent: sent.ClearField("data"), "data: is empty"),
-    "no tokens": (lambda sent: sent.data[0].ClearField("model_input"), "model_input: has 0 tokens; send 1 to 64"),
+    "no data": (lambda sent: setattr(sent, "datum", None), "data: has 0 items; send 1 to 65,536"),
+    "no tokens": (lambda sent: sent.datum.ClearField("model_input"), "model_input: has 0 tokens; send 1 to 64"),
     "too long": (lambda sent: setattr(text(sent), "tokens", bytes(4 * 65)), "model_input: has 65 tokens"),
     "half a token": (lambda sent: setattr(text(sent), "tokens", b"abc"), "the tokens of a chunk are not int32"),
     "negative": (lambda sent: setattr(text(sent), "tokens", b"\xff" * 8), "model_input: -1 is not a token of"),
     "too large": (lambda sent: setattr(targets(sent), "dense", (100).to_bytes(8, "little") * 2), "100 is not a token"),
-    "no targets": (lambda sent: sent.data[0].loss_fn_inputs.pop("target_tokens"), "['target_tokens']: is missing"),
+    "no targets": (lambda sent: sent.datum.loss_fn_inputs.pop("target_tokens"), "['target_tokens']: is missing"),
     "float targets": (lambda sent: setattr(targets(sent), "dtype", 1), "has the dtype 1; send int64"),
     "no dtype": (lambda sent: setattr(weights(sent), "dtype", 0), "has the dtype 0; send float32"),
     "unknown dtype": (lambda sent: setattr(weights(sent), "dtype", 99), "has the dtype 99; send float32"),
@@ -147,36 +169,39 @@ FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
     "shape": (lambda sent: weights(sent).shape.append(2**62), "the shape [4611686018427387904]"),
     "negative shape": (lambda sent: weights(sent).shape.append(-2), "the shape [-2]"),
     "nan": (lambda sent: setattr(weights(sent), "dense", b"\0\0\xc0\x7f" * 2), "numbers that are not finite"),
-    "unknown input": (lambda sent: sent.data[0].loss_fn_inputs["mask"], "'mask' is unknown; cross_entropy takes"),
-    "setting": (lambda sent: sent.loss_fn_config.update({"beta": 1.0}), "'beta' is unknown; cross_entropy takes none"),
-    "infinite": (
-        lambda sent: (setattr(sent, "loss_fn", "dro"), sent.loss_fn_config.update({"beta": float("inf")})),
-        "'weights' is unknown; dro takes target_tokens, logprobs and advantages",
+    "unknown input": (lambda sent: sent.datum.loss_fn_inputs["mask"], "'mask' is unknown; cross_entropy takes"),
+    "setting": (
+        lambda sent: sent.message.loss_fn_config.update({"beta": 1.0}),
+        "loss_fn_config: 'beta' is unknown; cross_entropy takes none",
     ),
-    "no number": (lambda sent: sent.ClearField("seq_id"), "seq_id 0: is missing"),
-    "no model": (lambda sent: sent.ClearField("model_id"), "model_id '' or seq_id 1: is missing"),
+    "infinite": (
+        lambda sent: (become_dro(sent), sent.message.loss_fn_config.update({"beta": float("inf")})),
+        "loss_fn_config: beta is inf; give a finite number",
+    ),
+    "no number": (lambda sent: sent.message.ClearField("seq_id"), "seq_id 0: is missing"),
+    "no model": (lambda sent: sent.message.ClearField("model_id"), "model_id '' or seq_id 1: is missing"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_inconsistent_pass_is_rejected(fault: str) -> None:
-    sent = message()
-    assert operation_in(sent.SerializeToString()).lengths == (2,)
+    sent = Sent()
+    assert sent.read().lengths == (2,)
     change, said = FAULTS[fault]
     change(sent)
     with pytest.raises(UserError) as caught:
-        operation_in(sent.SerializeToString())
+        sent.read()
     assert said in str(caught.value)
 
 
 def test_numbers_are_read_in_every_dtype() -> None:
-    sent = message()
+    sent = Sent()
     for kind, dtype in ((1, "<f4"), (2, "<i8"), (3, "<i4")):
         weights(sent).dtype, weights(sent).dense = kind, np.array([3, -2], dtype=dtype).tobytes()
-        assert operation_in(sent.SerializeToString()).inputs[0].tolist() == [3.0, -2.0]
+        assert sent.read().inputs[0].tolist() == [3.0, -2.0]
     weights(sent).dtype, weights(sent).dense = 4, (np.array([1.5, -2], "<f4").view("<u4") >> 16).astype("<u2").tobytes()
     targets(sent).dtype, targets(sent).dense = 3, np.array([4, 5], dtype="<i4").tobytes()
-    found = operation_in(sent.SerializeToString())
+    found = sent.read()
     assert found.inputs[0].tolist() == [1.5, -2.0] and found.targets.tolist() == [4, 5]
 
 
@@ -197,7 +222,7 @@ def test_broken_bytes_give_one_error_or_a_pass() -> None:
             continue
         passes += 1
         assert sum(found.lengths) == len(found.tokens) == len(found.targets) == found.inputs.shape[1]
-        assert 0 <= found.tokens.min() and found.tokens.max() < FACTS.vocab_size and found.inputs.isfinite().all()
+        assert found.tokens.min() >= 0 and found.tokens.max() < FACTS.vocab_size and found.inputs.isfinite().all()
     assert passes  # some changes are numbers that may be there
 
 

@@ -20,7 +20,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {"PyYAML": "yaml", "protobuf": "google", "reasoning-gym": "reasoning_gym", "rouge-score": "rouge_score"}
 # Declared and not imported here: who needs them.
 BY_OTHERS = {
-    "google": "transformers reads a bare tokenizer.model through it",
     "gguf": "transformers reads the demo's weights through it",
     "filelock": "huggingface_hub and datasets lock files with it",
     "tensorboard": "torch.utils.tensorboard",
@@ -38,11 +37,11 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 # Imported and not declared: vLLM loads the plugin in its own environment, and pins torch and transformers.
-OF_VLLM = {"vllm", "triton", "starlette"}
+OF_VLLM = {"vllm", "triton"}
 OF_OTHERS = {"lm_eval", "axolotl", "swift"}  # which users install
 CORE = declared(PROJECT["dependencies"])
 OF_EXTRAS = {name: declared(lines) for name, lines in PROJECT["optional-dependencies"].items()}
-USERS = ("train", "eval", "check", "peft", "quantised", "mpi", "gpu")
+USERS = ("train", "eval", "check", "peft", "quantised", "service", "mpi", "gpu")
 INSTALLED_BY_USERS = set().union(*(OF_EXTRAS[name] for name in USERS))
 
 
@@ -77,7 +76,8 @@ def test_what_an_extra_brings_is_imported_where_it_is_used() -> None:
     tests = ("selfcheck/conftest.py", "selfcheck/test_")
     others = ("lm_eval_model.py", "axolotl.py", "swift.py", "vllm/")
     inside = (f"integrations/{name}" for name in others)
-    owners = ("engine/", "peft/method.py", *inside, "evaluation/metrics.py", *tests)
+    service = ("service/http.py", "service/server.py")
+    owners = ("engine/", "peft/method.py", *inside, "evaluation/metrics.py", *service, *tests)
     assert early and all(file.startswith(owners) for file in early), sorted(early)
 
 
