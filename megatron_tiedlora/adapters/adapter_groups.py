@@ -24,7 +24,7 @@ class AdapterSegment(NamedTuple):
     """The tokens of one adapter in a micro-batch: `num_rows` rows of `length` tokens, flattened.
 
     Attributes:
-        adapter: the name of the adapter in the adapter group, or ONLY for the base in a group without such an adapter.
+        adapter: the name of the adapter in the adapter group.
     """
 
     adapter: str
@@ -107,21 +107,17 @@ class AdapterGroup:
             segments: the tokens of each adapter in the micro-batch; may be empty if the group has only one adapter.
             dtype: the base's dtype.
         """
-        names = [segment.adapter for segment in segments] or list(self.adapters)
-        owners = {number: self.adapters[n] for number, n in enumerate(names) if n != ONLY or n in self.adapters}
-        adapters = list(owners.values())
-        assert segments or len(names) == 1, "the rows of several adapters need segments"
+        adapters = [self.adapters[segment.adapter] for segment in segments] or list(self.adapters.values())
+        assert segments or len(adapters) == 1, "the rows of several adapters need segments"
         assert len(set(map(id, adapters))) == len(adapters), "an adapter occurs twice in one micro-batch"
-        if not adapters:
-            return {}
-        if len(names) == 1:  # all tokens use the same factors; ZeRO-3 gathers those that it shards in this call
+        if len(adapters) == 1:  # all tokens use the same factors; ZeRO-3 gathers those that it shards in this call
             updates = adapters[0](tensor_parallel.group, dtype=dtype)
             return dict(zip(adapters[0].part.layers, updates, strict=True))
         spans, group = spans_of(segments), tensor_parallel.group
-        by_number: dict[int, dict[int, LayerUpdate]] = {}
-        for (number, adapter), whole in zip(owners.items(), full_factors(adapters, group), strict=True):
+        by_adapter = []
+        for adapter, whole in zip(adapters, full_factors(adapters, group), strict=True):
             layers = adapter.part.layers
-            by_number[number] = dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {}
+            by_adapter.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
         local_spans = spans
         if tensor_parallel.sequence_parts > 1:
             size = sum(span.size for span in spans) // group.size
@@ -140,13 +136,13 @@ class AdapterGroup:
 
         def joined(linears: Mapping[int, LinearUpdate]) -> LinearUpdate:
             """Return one update of a linear for all adapters. Its factors and gradient slots are flat tensors."""
-            ranks = {number: owners[number].config.rank for number in linears}
+            ranks = {number: adapters[number].config.rank for number in linears}
             a, f, grad_a, grad_f, _ = zip(*linears.values(), strict=True)
             rows = SharedRows(ranks=ranks, spans=spans, local_spans=local_spans)
             return LinearUpdate(flat(a), flat(f), _join_slots(a, grad_a), _join_slots(f, grad_f), rows)
 
-        for layer in sorted({layer for updates in by_number.values() for layer in updates}):
-            of_layer = {number: updates[layer] for number, updates in by_number.items() if layer in updates}
+        for layer in sorted({layer for updates in by_adapter for layer in updates}):
+            of_layer = {number: updates[layer] for number, updates in enumerate(by_adapter) if layer in updates}
             found[layer] = {
                 name: joined({number: update[name] for number, update in of_layer.items() if name in update})
                 for name in dict.fromkeys(name for update in of_layer.values() for name in update)

@@ -4,7 +4,7 @@ reads and tokenises the rows, and all ranks must get the same ids."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,14 +23,7 @@ from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_p
 from megatron_tiedlora.data.splits import Encoding, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, join_answer
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import (
-    Agree,
-    Prompts,
-    Sample,
-    ending_log_likelihoods,
-    generate,
-    text_test,
-)
+from megatron_tiedlora.evaluation.generate import Agree, Endings, Prompts, ending_log_likelihoods, generate, text_test
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
 from megatron_tiedlora.parallel.groups import Grid
@@ -153,7 +146,7 @@ class Answerer:
         """See the function `generate`."""
         return generate(self.decoder, given, agree=agree)
 
-    def score(self, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
+    def score(self, samples: Sequence[Endings], *, adapter: str = ONLY) -> list[list[float]]:
         """See `ending_log_likelihoods`."""
         return ending_log_likelihoods(self.decoder, samples, adapter=adapter)
 
@@ -211,9 +204,7 @@ class _AskedSet:
         self.batch_size = min(scored.batch_size, -(-len(self.order) // grid.dp_size))
         whole = self.batch_size * grid.dp_size
         self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
-        stop = scored.encoding.task.stop
-        decode = partial(_decoded, scored.encoding.tokenizer)
-        self.is_end = text_test(decode, [] if stop is None else [stop], lambda *given: _cut(*given) is not None)
+        self.is_end = _stop_test(scored.encoding.tokenizer, scored.encoding.task.stop)
         self.asked: list[int] = []  # this rank's samples in the current batch; it may be empty
         self.mine: _Answers = {}
 
@@ -239,6 +230,12 @@ class _AskedSet:
         """Return all answers in the order of the samples, from the answers of all ranks."""
         found = {index: answer for part in gathered for index, answer in part.items()}
         return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.scored.examples)]
+
+
+def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
+    """Return a function that tests whether new tokens contain the stop text. It is called after each new token."""
+    stops = [] if stop is None else [stop]
+    return text_test(partial(_decoded, tokenizer), stops, lambda text, stop: _cut(text, stop) is not None)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stop: str | None) -> str:

@@ -123,8 +123,7 @@ class Decoder:
             wanted: for each adapter, the position in each sequence whose logits are returned, (b,) int64.
             labels: for each adapter, the labels of its tokens, (b, s) int64.
             report: a function that gets the log-probabilities of the labels on the last stage, (tokens, 1 + 2 num_top)
-                as in `label_logprobs`, instead of losses. Not with ZeRO-3, where ranks would call the head differently
-                often.
+                as in `label_logprobs`, instead of losses.
 
         Returns:
             for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`

@@ -41,7 +41,7 @@ call it at the same time, and it may raise an error."""
 # The maximum number of tokens in the caches: prompts and endings, where each ending has a copy of its prompt.
 ENDING_TOKENS_AT_ONCE = 32768
 
-Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
+Endings = tuple[Sequence[int], Sequence[Sequence[int]]]
 """The token ids of a prompt, and the token ids of each of its endings. They are never empty."""
 
 
@@ -117,7 +117,8 @@ class Generated:
         tokens: the new tokens, without the end token.
         end: the end token, or () if the sequence ended by `is_end` or has the maximum number of tokens.
         stopped: whether an end token or `is_end` ended the sequence.
-        numbers: for each new token, and the end token, a row of `label_logprobs`, if it is wanted.
+        numbers: for each new token, and the end token, a row of `label_logprobs`, if it is wanted. It may have more
+            tokens than are wanted.
         prompt: the same for each token of the prompt; nan for the first token and where it is not wanted.
     """
 
@@ -285,30 +286,13 @@ class _Batch:
             if self.ended[index]:
                 continue
             if own.num_top is not None:
-                row.numbers.append(_narrowed(numbers[index], own.num_top))
+                row.numbers.append(numbers[index])
             if token in own.end_ids:
                 row.end, row.stopped = (token,), True
             else:
                 row.tokens.append(token)
                 row.stopped = own.is_end(row.tokens)
             self.ended[index] = row.stopped or len(row.tokens) == own.max_new_tokens
-
-    def prompt_labels(self, some: slice, device: torch.device) -> torch.Tensor:
-        """Return the labels of some prompts, (b, s) int64."""
-        pairs = zip(self.settings[some], self.prompts[some], strict=True)
-        return pad_right([own.prompt_labels(prompt) for own, prompt in pairs], IGNORED_LABEL, device)
-
-    def keep_prompt_numbers(self, found: torch.Tensor, some: slice) -> None:
-        """Keep the log-probabilities of the labels of some prompts, (b, s, n)."""
-        self.prompt_numbers += [own[: len(prompt)] for own, prompt in zip(found, self.prompts[some], strict=True)]
-
-    def take_prompts(self, found: torch.Tensor) -> None:
-        """Give each continuation the numbers of its prompt. `found` has those of all prompts, (tokens, n)."""
-        parts = found.split([len(prompt) for prompt in self.prompts])
-        for row, own, numbers in zip(self.rows, self.settings, parts, strict=True):
-            if own.num_prompt_top is not None:  # a label is the token after its position
-                shifted = numbers.roll(1, dims=0).tolist()
-                row.prompt = [_narrowed(one, own.num_prompt_top) for one in shifted]
 
     def in_given_order(self) -> list[Generated]:
         """Return the continuation of each prompt, in the order of the prompts."""
@@ -318,12 +302,6 @@ class _Batch:
 def _most(counts: Iterable[int | None]) -> int | None:
     """Return the largest of the counts that are not None, or None."""
     return max((count for count in counts if count is not None), default=None)
-
-
-def _narrowed(numbers: list[float], num_top: int) -> list[float]:
-    """Return a row of `label_logprobs` for a smaller `num_top`."""
-    middle = 1 + len(numbers) // 2
-    return numbers[: 1 + num_top] + numbers[middle : middle + num_top]
 
 
 class _Part:
@@ -400,23 +378,31 @@ class _Part:
         """Return the options of `Decoder.forward` with which batches keep the numbers of their prompts, if wanted."""
         if all(batch.num_prompt_top is None for batch, _ in call):
             return {}
-        labels = [batch.prompt_labels(run, self.decoder.device) for batch, run in call]
+        labels = list[torch.Tensor]()
+        for batch, run in call:
+            pairs = zip(batch.settings[run], batch.prompts[run], strict=True)
+            rows = [own.prompt_labels(prompt) for own, prompt in pairs]
+            labels.append(pad_right(rows, IGNORED_LABEL, self.decoder.device))
 
         def report(found: torch.Tensor) -> None:
             parts = found.split([part.numel() for part in labels])
             for (batch, run), part, own in zip(call, parts, labels, strict=True):
-                if batch.num_prompt_top is not None:
-                    batch.keep_prompt_numbers(part.view(*own.shape, -1), run)
+                of_rows = zip(part.view(*own.shape, -1), batch.prompts[run], strict=True)
+                batch.prompt_numbers += [numbers[: len(prompt)] for numbers, prompt in of_rows]
 
         return {"labels": labels, "num_top": self.num_prompt_top, "report": report}
 
     def take_prompts(self) -> None:
         """Receive the numbers of the prompts' tokens from the last stage, if some are wanted."""
         for batch in self.batches:
-            if batch.num_prompt_top is not None:
-                shape = sum(map(len, batch.prompts)), 1 + 2 * (self.num_prompt_top or 0)
-                mine = torch.cat(batch.prompt_numbers) if self.decoder.is_last else None
-                batch.take_prompts(self.decoder.share(mine, shape, torch.float64)())
+            if batch.num_prompt_top is None:
+                continue
+            lengths = [len(prompt) for prompt in batch.prompts]
+            mine = torch.cat(batch.prompt_numbers) if self.decoder.is_last else None
+            found = self.decoder.share(mine, (sum(lengths), 1 + 2 * (self.num_prompt_top or 0)), torch.float64)()
+            for row, own, numbers in zip(batch.rows, batch.settings, found.split(lengths), strict=True):
+                if own.num_prompt_top is not None:
+                    row.prompt = numbers.roll(1, dims=0).tolist()  # a label is the token after its position
 
     def collect(self) -> None:
         """Receive the generated tokens from the last stage, if some are expected."""
@@ -428,7 +414,7 @@ class _Part:
 
 
 @torch.no_grad()
-def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
+def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Endings], *, adapter: str = ONLY) -> list[list[float]]:
     """Return the summed log-likelihood of each ending after its prompt, in nats, as one list per sample. The lists are
     empty on earlier stages. For `adapter` see `AdapterRows`.
 
@@ -442,7 +428,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapt
     return scores
 
 
-def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
+def _groups(samples: Sequence[Endings], *, whole: bool) -> Iterator[Sequence[Endings]]:
     """Yield slices of samples with caches of limited size (a prompt copy per ending). With `whole`, yield one slice."""
     start, rows, longest = 0, 0, 0
     for index, (prompt, endings) in enumerate(samples):
@@ -454,7 +440,7 @@ def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Samp
     yield samples[start:]
 
 
-def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[list[float]]:
+def _score(decoder: Decoder, samples: Sequence[Endings], adapter: str) -> list[list[float]]:
     device, counts = decoder.device, [len(endings) for _, endings in samples]
     rows = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)).to(device)
     before = [list(prompt[:-1]) for prompt, _ in samples]

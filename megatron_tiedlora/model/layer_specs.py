@@ -27,7 +27,7 @@ from megatron_tiedlora.model.regions import Needs, Recompute, RegionEntry, Regio
 from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.frozen_weight import RoundedRows
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped
-from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, token_losses
+from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, label_logprobs, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 from megatron_tiedlora.parallel.rows import as_rows
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
@@ -281,6 +281,7 @@ class Head(nn.Module):
         supervised: Supervised | None = None,
         *,
         summed: bool = True,
+        num_top: int | None = None,
     ) -> Tensor:
         """Return logits, (b, s, V) or (1, b s, V), or with `supervised` the summed loss, equal on every rank.
 
@@ -290,6 +291,7 @@ class Head(nn.Module):
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
                 d) or (1, m / p, d).
             summed: False to return the cross entropy of each position, (n,).
+            num_top: if it is given, the result is the `label_logprobs` of each position, (n, 1 + 2 num_top).
         """
         group = tensor_parallel.group
         normed = self.norm(hidden)
@@ -297,17 +299,27 @@ class Head(nn.Module):
         hidden = groups.enter_tensor_parallel_region(normed, tensor_parallel)
         del normed
         if supervised is None:
-            local_logits = frozen_weight.frozen_linear(hidden, self.frozen)
-            logits = groups.gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
-            return soft_capped(logits, self.cap)
+            return self._logits(hidden, group)
         first_id = group.rank * self.frozen.local_shape[0]
         weight = copy(self.frozen)
         weight.tensor = weight.tensor.detach()[: max(self.vocab_size - first_id, 0)]  # without the last rank's padding
         shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels, self.cap)
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
+        if num_top is not None:
+            parts = [rows.new_empty(0, 1 + 2 * num_top, dtype=torch.float64)]
+            for start in range(0, len(rows), self.rows_at_once):
+                part = slice(start, start + self.rows_at_once)
+                parts.append(label_logprobs(self._logits(rows[part], group), supervised.labels[part], num_top))
+            return torch.cat(parts)
         losses = token_losses(rows, supervised.labels, shard)
         return supervised.summed(losses) if summed else losses
+
+    def _logits(self, hidden: Tensor, group: groups.RankGroup) -> Tensor:
+        """Return logits, (..., V), equal on every rank, from normed activations (..., d)."""
+        local_logits = frozen_weight.frozen_linear(hidden, self.frozen)
+        logits = groups.gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
+        return soft_capped(logits, self.cap)
 
 
 @dataclass(frozen=True)

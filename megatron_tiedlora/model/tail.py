@@ -20,9 +20,7 @@ from megatron_tiedlora.base.shapes import MLP_TARGETS
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
-from megatron_tiedlora.parallel.loss import RowSpan, label_logprobs, run_with_early_backward, spans_between
-
-LOGITS_AT_ONCE = 2**26
+from megatron_tiedlora.parallel.loss import RowSpan, run_with_early_backward, spans_between
 
 
 class Attended(NamedTuple):
@@ -108,16 +106,13 @@ class SupervisedTail:
         self, attended: Attended, labels: Tensor, segments: AdapterSegments = (), *, num_top: int
     ) -> Tensor:
         """Return the result of `label_logprobs` at each position, (b, s, 1 + 2 num_top), nan at positions without a
-        label. At most `LOGITS_AT_ONCE` logits are in memory at a time. Sequences must be whole on every rank."""
+        label."""
         supervised, some = self._supervised(labels, segments)
         joined, update = self._join(attended, some)
         hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
         found = torch.full((labels.numel(), 1 + 2 * num_top), torch.nan, dtype=torch.float64, device=labels.device)
-        size = max(1, LOGITS_AT_ONCE // self.head.vocab_size)
-        for start in range(0, len(supervised.labels), size):
-            chosen = supervised.supervised[start : start + size]
-            logits = self.head(hidden[:, chosen], self.tensor_parallel)[0]
-            found[supervised.rows[chosen]] = label_logprobs(logits, supervised.labels[start : start + size], num_top)
+        numbers = self.head(hidden, self.tensor_parallel, supervised, num_top=num_top)
+        found[supervised.rows[supervised.supervised]] = numbers
         return found.view(*labels.shape, -1)
 
     def _supervised(self, labels: Tensor | Supervised, segments: AdapterSegments = ()) -> tuple[Supervised, SomeTokens]:

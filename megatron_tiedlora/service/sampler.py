@@ -18,8 +18,8 @@ from megatron_tiedlora.service.operations import Sample, Sampled, SampleResult, 
 CACHE_BYTES = 2**33
 ROWS_AT_ONCE = 256  # logits of a step are (rows, V), and samples are computed in fp64
 
-_Numbers = tuple[tuple[float, ...], ...]
-_Found = dict[int, tuple[Sampled, _Numbers]]  # by sequence; the numbers are of the prompt's tokens
+# By sequence: the new tokens, and the log-probabilities and most likely tokens of the prompt.
+_Parts = dict[int, tuple[Sampled, tuple[float, ...], tuple[Top, ...]]]
 
 
 def sample_all(
@@ -46,8 +46,9 @@ def sample_all(
     # The longest come first, so that too little memory shows at once, and a round has sequences of similar length.
     places.sort(key=lambda place: -len(requests[place[0]].prompt) - requests[place[0]].max_tokens)
     asked = [requests[index] for index, _ in places]
-    settings = [_settings(requests[index], number, decode, decoder.shape.vocab_size) for index, number in places]
-    found: _Found = {}
+    reads_all = decoder.calls_together and any(own.prompt_logprobs or own.num_prompt_top for own in requests)
+    settings = [_settings(requests[i], n, decode, decoder.shape.vocab_size, reads_all=reads_all) for i, n in places]
+    found: _Parts = {}
     for some in _rounds(asked, cache_bytes // decoder.bytes_per_token, grid.dp_size):
         mine, by_adapter = some[grid.dp_rank :: grid.dp_size], dict[str, list[int]]()
         for sequence in mine or some[:1]:  # a rank without sequences computes the first one again and discards it
@@ -60,18 +61,29 @@ def sample_all(
         generated = generate_rows(decoder, given, agree=agree, num_steps=num_steps)
         if mine:
             pairs = zip(by_adapter.values(), generated, strict=True)
-            found |= {one: _sampled(row) for own, rows in pairs for one, row in zip(own, rows, strict=True)}
+            found |= {one: _sampled(row, asked[one]) for own, rows in pairs for one, row in zip(own, rows, strict=True)}
     sends = grid.tp_rank == 0 and grid.pp_rank == 0
-    gathered = gather_on_rank_0(found if sends else {}, kind=_Found)
+    gathered = gather_on_rank_0(found if sends else {}, kind=_Parts)
     if gathered is None:
         return []
     by_place = {places[sequence]: own for part in gathered for sequence, own in part.items()}
-    return [_result(own, [by_place[index, n] for n in range(own.num_samples)]) for index, own in enumerate(requests)]
+    results = []
+    for index, own in enumerate(requests):
+        sequences = tuple(by_place[index, number][0] for number in range(own.num_samples))
+        _, logprobs, top = by_place[index, 0]
+        results.append(
+            SampleResult(sequences, logprobs if own.prompt_logprobs else None, top if own.num_prompt_top else None)
+        )
+    return results
 
 
-def _settings(request: Sample, number: int, decode: Callable[[Sequence[int]], str], most: int) -> RowSettings:
-    """Return the settings of a sample by its number. `most` is the size of the vocabulary."""
-    reads_prompt = number == 0 and (request.prompt_logprobs or request.num_prompt_top)  # equal for all samples
+def _settings(
+    request: Sample, number: int, decode: Callable[[Sequence[int]], str], most: int, *, reads_all: bool
+) -> RowSettings:
+    """Return the settings of a sample by its number. `most` is the size of the vocabulary. With `reads_all`, every
+    prompt is read, since ZeRO-3 gathers weights where it is."""
+    # The numbers of a prompt are equal for all samples.
+    reads_prompt = reads_all or (number == 0 and (request.prompt_logprobs or request.num_prompt_top))
     return RowSettings(
         end_ids=frozenset(request.stop_tokens),
         max_new_tokens=request.max_tokens,
@@ -97,18 +109,15 @@ def _rounds(rows: Sequence[Sample], tokens: int, dp_size: int) -> Iterator[range
         yield range(start, len(rows))
 
 
-def _sampled(row: Generated) -> tuple[Sampled, _Numbers]:
-    tokens, logprobs = (*row.tokens, *row.end), tuple(numbers[0] for numbers in row.numbers)
-    return Sampled(tokens, logprobs, row.stopped, tuple(map(_top, row.numbers))), tuple(map(tuple, row.prompt))
+def _sampled(row: Generated, request: Sample) -> tuple[Sampled, tuple[float, ...], tuple[Top, ...]]:
+    new, prompt = ([own[0] for own in numbers] for numbers in (row.numbers, row.prompt))
+    tops = tuple(_top(own, request.num_top) for own in row.numbers)
+    sampled = Sampled((*row.tokens, *row.end), tuple(new), row.stopped, tops)
+    return sampled, tuple(prompt), tuple(_top(own, request.num_prompt_top) for own in row.prompt)
 
 
-def _top(numbers: Sequence[float]) -> Top:
+def _top(numbers: Sequence[float], num_top: int) -> Top:
     """Return the most likely tokens from a row of `label_logprobs`, or () if the row is nan."""
-    count = 0 if math.isnan(numbers[0]) else len(numbers) // 2
-    return tuple((int(numbers[1 + place]), numbers[1 + count + place]) for place in range(count))
-
-
-def _result(request: Sample, samples: Sequence[tuple[Sampled, _Numbers]]) -> SampleResult:
-    (_, numbers), sequences = samples[0], tuple(sampled for sampled, _ in samples)
-    logprobs = tuple(row[0] for row in numbers) if request.prompt_logprobs else None
-    return SampleResult(sequences, logprobs, tuple(map(_top, numbers)) if request.num_prompt_top else None)
+    count = len(numbers) // 2
+    num_top = 0 if math.isnan(numbers[0]) else min(num_top, count)
+    return tuple((int(numbers[1 + place]), numbers[1 + count + place]) for place in range(num_top))

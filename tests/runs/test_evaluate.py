@@ -365,6 +365,8 @@ BAD: dict[str, tuple[int, Callable[[Models, Path], dict[str, Any]], list[str]]] 
     "no_nucleus": (1, _given(temperature=1, top_p=0), ["--top_p 0: input should be greater than 0"]),
     "large_nucleus": (1, _given(temperature=1, top_p=1.5), ["--top_p 1.5: input should be less than or equal to 1"]),
     "greedy_nucleus": (1, _given(top_p=0.9), ["--top_p 0.9 needs --temperature above 0"]),
+    "greedy_top_k": (1, _given(top_k=5), ["--top_k 5 needs --temperature above 0"]),
+    "negative_top_k": (1, _given(temperature=1, top_k=-1), ["--top_k -1: input should be greater than or equal to 0"]),
 }
 
 

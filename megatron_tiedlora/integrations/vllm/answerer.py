@@ -14,7 +14,7 @@ from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.convert import serving
 from megatron_tiedlora.evaluation.answering import BATCHES_AT_ONCE, Answerer, ScoredSet
-from megatron_tiedlora.evaluation.generate import Agree, Prompts, Sample
+from megatron_tiedlora.evaluation.generate import Agree, Endings, Prompts
 from megatron_tiedlora.evaluation.plan import EvaluationPlans
 from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, check_served, is_plain_lora, read_unloaded
 from megatron_tiedlora.integrations.vllm.serve import plugin_variables, slots_for
@@ -69,7 +69,7 @@ class VllmAnswerer(Answerer):
             agree(not left)
         return answers
 
-    def score(self, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
+    def score(self, samples: Sequence[Endings], *, adapter: str = ONLY) -> list[list[float]]:
         """Return the summed log-likelihoods of the endings of each sample, from vLLM's log-probabilities of prompts."""
         asked = [([*prompt, *ending], adapter) for prompt, endings in samples for ending in endings]
         parameters = self._parameters(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)

@@ -71,6 +71,11 @@ def test_rows_with_different_settings_are_those_of_each_alone() -> None:
     assert set(chosen(Sampling(1.0, seed=4, top_k=3), tied, [(torch.arange(400), 0)]).tolist()) == {0, 1, 2}
 
 
+def test_how_answers_are_sampled_is_said() -> None:
+    assert str(Sampling(0.7, 0.95, 5, 20)) == "sampled at temperature 0.7 and top_k 20 and top_p 0.95, seed 5"
+    assert str(Sampling(0.7, seed=5)) == "sampled at temperature 0.7, seed 5" and str(Sampling(0, top_k=2)) == "greedy"
+
+
 def test_temperature_0_is_the_most_likely_token() -> None:
     """A temperature of next to nothing, too; and one of infinity in effect samples from all."""
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(2)) * 40

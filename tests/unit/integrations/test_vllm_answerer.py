@@ -153,9 +153,9 @@ def test_plain_loras_are_described_as_vllm_reads_them(
 
 def test_the_parameters_of_samples(vllm: list[StandIn], given: dict[str, dict[str, Any]]) -> None:
     for task, starts in (("custom", [0]), ("hellaswag", [0, 16, 32])):
-        answers_of(VllmAnswerer, **alone(given[task]), temperature=0.7, top_p=0.9, seed=5)
+        answers_of(VllmAnswerer, **alone(given[task]), temperature=0.7, top_p=0.9, top_k=20, seed=5)
         asked = [one for one in vllm[-1].parameters if hasattr(one, "stop_token_ids")]
-        assert {(one.temperature, one.top_p) for one in asked} == {(0.7, 0.9)}
+        assert {(one.temperature, one.top_p, one.top_k) for one in asked} == {(0.7, 0.9, 20)}
         seeds = [{stream_seed(5, f"sampling.{row}.{start}") for row in range(4)} for start in starts]
         found = {one.seed for one in asked}
         assert seeds[0] <= found <= set().union(*seeds) and all(found & own for own in seeds)

@@ -18,11 +18,11 @@ from support.sampling_oracle import expected_token
 from support.tiny_decoders import calls_of
 from support.tiny_models import random_adapter, write_tiny_model
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.sampling import Sampling
-from megatron_tiedlora.model import tail
 from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 from megatron_tiedlora.service import sampler
@@ -33,7 +33,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8},
     "b": {"method": "lora", "rank": 3, "layers": (2, 3), "targets": ("qkv", "gate_up")},
 }
-NAMES = {"": "", "/runs/a": "a", "/runs/b": "b"}
+BASE = "base"  # the name of an adapter without layers
+NAMES = {"": BASE, "/runs/a": "a", "/runs/b": "b"}
 ALONE = Grid(0, 1)
 CLOSE = 2e-5  # of log-probabilities of one model in fp32 and in fp64
 
@@ -44,17 +45,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def oracle_adapter(name: str, config: OracleConfig) -> Any:
-    return random_adapter(config=config, alpha=6.0, seed=len(name) + ord(name), **ADAPTERS[name]) if name else None
+    if name == BASE:
+        return None
+    return random_adapter(config=config, alpha=6.0, seed=ord(name), **ADAPTERS[name])
 
 
-def decoder_of(folder: Path, grid: Grid = ALONE) -> Decoder:
-    """A decoder of the base with all adapters."""
+def decoder_of(folder: Path, grid: Grid = ALONE, *, calls_together: bool = False) -> Decoder:
+    """A decoder of the base with all adapters, and without one."""
     source, config = find_model(str(folder)), OracleConfig.from_folder(folder)
     adapters = {name: native_adapter(source, oracle_adapter(name, config)) for name in ADAPTERS}
     groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
     stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
     stage = load_model(source, adapters, dtype=torch.float32, grid=grid, groups=groups, stages=stages)
-    return Decoder(stage, groups, source.shape)
+    whole = AdapterShard(adapters["a"].config, (), grid.tp_rank, grid.tp_size)
+    stage.adapter_group.adapters[BASE] = TiedAdapter(whole)
+    return Decoder(stage, groups, source.shape, calls_together=calls_together)
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +176,28 @@ def test_company_and_rounds_change_nothing(decoder: Decoder, monkeypatch: pytest
     assert max(math.prod(shape) for shape in shapes) <= 60
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "ROWS_AT_ONCE", 2)
-        patch.setattr(tail, "LOGITS_AT_ONCE", 3 * 320)
+        patch.setattr(decoder.stage.tail.head, "rows_at_once", 3)
         with calls_of(decoder) as shapes:
             assert all(map(alike, sample(decoder, REQUESTS), expected))
         assert max(shape[0] for shape in shapes) <= 2
+
+
+@pytest.mark.parametrize("dp", [1, 3])
+def test_a_round_is_as_large_as_its_caches_may_be(monkeypatch: pytest.MonkeyPatch, dp: int) -> None:
+    """Every sequence has room for the longest prompt and the most tokens of its round; one alone may exceed it."""
+    monkeypatch.setattr(sampler, "ROWS_AT_ONCE", 7)
+    draw = random.Random(dp)
+    rows = [asked(prompt=(5,) * draw.randint(1, 30), max_tokens=draw.randint(1, 90)) for _ in range(200)]
+    rounds = list(sampler._rounds(rows, 100, dp))
+
+    def fits(some: range) -> bool:
+        count, own = -(-len(some) // dp), [rows[index] for index in some]
+        return count <= 7 and count * (max(len(r.prompt) for r in own) + max(r.max_tokens for r in own)) <= 100
+
+    assert [index for some in rounds for index in some] == list(range(200))
+    assert all(fits(some) or len(some) == 1 for some in rounds)
+    assert not any(fits(range(some.start, some.stop + 1)) for some in rounds[:-1])
+    assert list(sampler._rounds([], 100, dp)) == [] and max(map(len, rounds)) > dp
 
 
 def test_settings_of_others_do_not_change_a_bit(decoder: Decoder) -> None:
@@ -240,11 +263,14 @@ def test_nothing_more_is_sent_than_asked(decoder: Decoder, monkeypatch: pytest.M
 # Layouts ------------------------------------------------------------------------------------------------------------
 
 
+FEW = [asked(max_tokens=20), asked(folder="/runs/b", max_tokens=3)]  # on two ranks
+
+
 def _sample_rank(folder: str, world: int, tp: int, pp: int) -> list[SampleResult]:
     grid = Grid(torch.distributed.get_rank(), world, tp_size=tp, pp_size=pp)
     decoder = decoder_of(Path(folder), grid)
     found = sample(decoder, REQUESTS, grid)
-    few = sample(decoder, REQUESTS[1:2], grid, agree=lambda done: _all(done))
+    few = sample(decoder, FEW, grid, agree=_all)
     return found + few
 
 
@@ -258,9 +284,28 @@ def _all(done: bool) -> bool:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("dp", "tp", "pp"), [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)])
 def test_every_layout(folder: Path, decoder: Decoder, tmp_path: Path, dp: int, tp: int, pp: int) -> None:
-    """Rank 0 has all results; a data-parallel rank may have no sequence."""
+    """Rank 0 has all results. Data-parallel ranks agree equally often, also without sequences of as many tokens."""
     world = dp * tp * pp
     found, *others = run_on_ranks(_sample_rank, str(folder), world, tp, pp, ranks=world, folder=tmp_path)
-    expected = sample(decoder, REQUESTS)
-    assert all(map(alike, found, [*expected, expected[1]])) and len(found) == len(REQUESTS) + 1
+    assert all(map(alike, found, expected := sample(decoder, REQUESTS) + sample(decoder, FEW)))
+    assert len(found) == len(expected)
     assert all(other == [] for other in others)
+
+
+def _head_calls(folder: str) -> list[int]:
+    """The number of calls of the head on this rank, which has one of two requests, for each request and for both."""
+    grid = Grid(torch.distributed.get_rank(), 2)
+    decoder, counts = decoder_of(Path(folder), grid, calls_together=True), [0]
+    decoder.stage.tail.head.register_forward_hook(lambda *_: counts.append(counts.pop() + 1))
+    few = [asked(prompt=prompt(8, 40), max_tokens=5), asked(max_tokens=2, prompt_logprobs=True)]
+    for requests in (few[:1], few[1:], few):
+        counts.append(0)
+        sample(decoder, requests, grid, agree=_all)
+    return counts
+
+
+@pytest.mark.distributed
+def test_ranks_of_zero_3_call_the_head_equally_often(folder: Path, tmp_path: Path) -> None:
+    """Whichever requests they have, since weights are gathered in each call."""
+    one, two = run_on_ranks(_head_calls, str(folder), ranks=2, folder=tmp_path)
+    assert one == two == [0, 5, 3, 6]
