@@ -30,7 +30,8 @@ def main(settings: ServiceSettings) -> int:
     stop.install()
     with reported_end(rank, world_size, stop) as end:
         end.unsaved = "all that was accepted is in --state"
-        from megatron_tiedlora.service.serve import serve_rank  # imports DeepSpeed and transformers, which takes seconds
+        # This imports DeepSpeed and transformers, which takes seconds.
+        from megatron_tiedlora.service.serve import serve_rank
 
         serve_rank(settings, rank, world_size, stop, end)
     return end.status

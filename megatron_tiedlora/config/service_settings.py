@@ -93,7 +93,8 @@ answered: after a crash, the same command goes on, and clients notice a pause. C
         given = self.model_dump(include=set(_SHARED) & self.model_fields_set)
         given |= {"ds_config": self.ds_config, "compile": self.compile}
         rows = {"task": DEFAULT_TASK} if self.model == DEFAULT_MODEL else {"task": "custom", "train_file": "of clients"}
+        rank, samples = self.max_rank or min(64, width), 64 * world_size * (self.micro_batch_size or 1)
         return make_settings({
-            **given, **rows, "method": "lora", "rank": self.max_rank or min(64, width), "targets": TARGET_NAMES, "alpha": self.alpha,
-            "schedule": "constant", "warmup_steps": 0, "global_batch_size": world_size * 64 * (self.micro_batch_size or 1),
+            **given, **rows, "method": "lora", "rank": rank, "targets": TARGET_NAMES, "alpha": self.alpha,
+            "schedule": "constant", "warmup_steps": 0, "global_batch_size": samples,
         })

@@ -33,9 +33,9 @@ from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.futures import Limits
 from megatron_tiedlora.service.http import make_app
-from megatron_tiedlora.service.snapshots import Sampler
 from megatron_tiedlora.service.scheduler import Scheduler
 from megatron_tiedlora.service.server import serving
+from megatron_tiedlora.service.snapshots import Sampler
 from megatron_tiedlora.service.tokens import TokenFile
 from megatron_tiedlora.service.worker import Command, Worker
 from megatron_tiedlora.training.build import build_model

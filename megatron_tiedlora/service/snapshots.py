@@ -27,7 +27,13 @@ class Sampler:
     """Runs samples on one rank. All ranks call it with the same samples."""
 
     def __init__(
-        self, plan: RunPlan, built: BuiltModel, *, decode: Callable[[Sequence[int]], str], agree: Agree, cache_bytes: int
+        self,
+        plan: RunPlan,
+        built: BuiltModel,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        agree: Agree,
+        cache_bytes: int,
     ) -> None:
         """Prepare to sample beside training. For the arguments see `sample_all`."""
         runner = built.runner
@@ -35,7 +41,8 @@ class Sampler:
         self._decoder = Decoder(
             runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3
         )
-        self._options: dict[str, Any] = {"grid": plan.grid, "decode": decode, "agree": agree, "cache_bytes": cache_bytes}
+        self._options: dict[str, Any] = {"grid": plan.grid, "decode": decode, "agree": agree}
+        self._options["cache_bytes"] = cache_bytes
         empty = TiedAdapter(AdapterShard(plan.adapter, (), plan.grid.tp_rank, plan.grid.tp_size))
         runner.adapters[_BASE] = empty.to(runner.device)
         self._held = dict[str, None]()  # folders, the longest unused first

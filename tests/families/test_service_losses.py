@@ -129,7 +129,8 @@ def test_losses_beside_peft(tmp_path: Path) -> None:
     largest = {**settings, "method": "lora", "rank": 8, "targets": TARGETS}
     (found,) = run_on_ranks(serve, KINDS, largest, initial, str(tmp_path), ranks=1, folder=tmp_path)
     for kind, (steps, state) in zip(KINDS, found, strict=True):
-        for (loss, logprobs, norm), (right, right_logprobs, right_norm, size) in zip(steps, expected[kind][0], strict=True):
+        for own, other in zip(steps, expected[kind][0], strict=True):
+            (loss, logprobs, norm), (right, right_logprobs, right_norm, size) = own, other
             assert near(logprobs, right_logprobs) and near(norm, right_norm), kind
             assert kind == CUSTOM or abs(loss - right) <= TOLERANCE * size, (kind, loss, right)
             assert right_norm > NUMBERS.max_norm, "clipping is active"

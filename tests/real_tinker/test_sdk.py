@@ -101,7 +101,8 @@ def test_clients_side_by_side_have_the_bits_of_each_alone(base: Path, tmp_path: 
         service = Service(tmp_path / name, base, FLAGS, ranks=4)
         key = service.key()
         started.append(service.start())
-        found = results(start_client(service, key, tmp_path / name / "client", script, pause=0.0), tmp_path / name / "client")
+        own = tmp_path / name / "client"
+        found = results(start_client(service, key, own, script, pause=0.0), own)
         expected[name] = found[:-1], saved_bytes(service, found[-1])
         service.kill()
     service = Service(tmp_path / "all", base, FLAGS, ranks=4)

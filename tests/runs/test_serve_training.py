@@ -91,14 +91,15 @@ def test_a_client_is_told_its_mistakes(base: Path, tmp_path: Path, services: lis
     key, strange = service.key(), service.key("bob")
     services.append(service.start())
     client, other = Client(service.url, key), Client(service.url, strange)
-    model = client.create("tl6", 3)
+    model, strange_row = client.create("tl6", 3), {**row(9, 1), "tokens": torch.tensor([999] * 9)}
     for call, status, words in [
         (lambda: client.create("tl9", 3, number=1), 400, "tl9"),
         (lambda: client.create("lora", 999, number=2), 400, "999"),
         (lambda: other.post("get_info", {"model_id": model}), 404, "unknown"),
         (lambda: Client(service.url, "tml-wrong"), 401, "key"),
         (lambda: client.logprobs(client.send_pass(model, [row(9, 1)], "gspo")), 200, "gspo"),
-        (lambda: client.logprobs(client.send_pass(model, [{**row(9, 1), "tokens": torch.tensor([999] * 9)}])), 200, "999"),
+        (lambda: client.logprobs(client.send_pass(model, [strange_row])), 200, "999"),
+        (lambda: client.result(client.step(model)), 200, "operation 2 failed"),
         (lambda: client.result(client.step(model)), 200, "no gradients"),
     ]:
         with pytest.raises(Rejected) as caught:

@@ -51,7 +51,8 @@ def a_run(client: Client, method: str, rank: int, round_: int, pause: float) -> 
     model = client.create(method, rank, seed=seed, number=round_)
     for step in range(STEPS):
         time.sleep(pause * drawn.random())
-        futures = [client.send_pass(model, [row(drawn.randint(4, 20), seed + step)]) for _ in range(drawn.randint(1, 3))]
+        rows = [row(drawn.randint(4, 20), seed + step) for _ in range(drawn.randint(1, 3))]
+        futures = [client.send_pass(model, [own]) for own in rows]
         stepped = client.step(model)
         found += [client.logprobs(future) for future in futures]
         found.append(client.result(stepped)["metrics"])

@@ -2,7 +2,7 @@
 
     python tinker_client.py URL KEY SCRIPT.json RESULTS.json
 
-The script is {"base_model", "rank", "seed", "pause", "calls"}; a call is [kind, ...]. The results have one entry per call.
+The script is {"base_model", "rank", "seed", "pause", "calls"}. A call is [kind, ...]; each has an entry in the results.
 """
 
 from __future__ import annotations

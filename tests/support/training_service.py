@@ -8,16 +8,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from support.folders import ROOT
-from support.ranks import TIME_LIMIT, free_port, wait_for
-from support.run_helpers import World, start_ranks
 
 from megatron_tiedlora.service import wire_pb2
 from megatron_tiedlora.service.tokens import new_token
+from support.folders import ROOT
+from support.ranks import TIME_LIMIT, free_port, wait_for
+from support.run_helpers import World, start_ranks
 
 NAME = "tiny/base"
 SCRIPT = ROOT / "launch" / "serve_training.py"
@@ -138,13 +139,14 @@ class Client:
         """Send a forward and a backward pass, and return its future. A row has tokens and the inputs of the loss."""
         sent = wire_pb2.ForwardBackwardRequest(model_id=model, seq_id=self._next(model), loss_fn=loss, **more)
         for row in rows:
-            datum = sent.data.add()
+            datum = wire_pb2.Datum()
             datum.model_input.add().encoded_text.tokens = row["tokens"].to(torch.int32).numpy().tobytes()
             for name, values in row.items():
                 if name != "tokens":
                     own = datum.loss_fn_inputs[name]
                     own.dtype = 1 if values.is_floating_point() else 2
                     own.dense = values.numpy().tobytes()
+            sent.data.append(datum.SerializeToString())
         return str(self.post("forward_backward", sent.SerializeToString())["request_id"])
 
     def logprobs(self, future: str) -> list[torch.Tensor]:
@@ -154,7 +156,7 @@ class Client:
         array = record.fields["logprobs"]
         values = torch.frombuffer(bytearray(array.data), dtype=torch.float32)
         bounds = (torch.frombuffer(bytearray(array.offsets), dtype=torch.int64) // 4).tolist()
-        return [values[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [values[start:stop] for start, stop in pairwise(bounds)]
 
     def step(self, model: str, **numbers: float) -> str:
         """Send a step of the optimizer, and return its future."""
