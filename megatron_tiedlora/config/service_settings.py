@@ -88,13 +88,17 @@ answered: after a crash, the same command goes on, and clients notice a pause. C
             raise ValueError("--state is required: a folder of everything that must survive a restart")
 
     def train(self, world_size: int, *, width: int) -> Settings:
-        """Return the settings of a run on `world_size` ranks with the largest adapter that a client may create. `width`
-        is the hidden size of the model."""
+        """Return the settings of a run on `world_size` ranks with a usual adapter, which decides how the layers of the
+        base are divided into stages. `width` is the hidden size of the model."""
         given = self.model_dump(include=set(_SHARED) & self.model_fields_set)
         given |= {"ds_config": self.ds_config, "compile": self.compile}
         rows = {"task": DEFAULT_TASK} if self.model == DEFAULT_MODEL else {"task": "custom", "train_file": "of clients"}
-        rank, samples = self.max_rank or min(64, width), 64 * world_size * (self.micro_batch_size or 1)
+        rank, samples = min(8, self.largest_rank(width)), 64 * world_size * (self.micro_batch_size or 1)
         return make_settings({
-            **given, **rows, "method": "lora", "rank": rank, "targets": TARGET_NAMES, "alpha": self.alpha,
+            **given, **rows, "method": self.method, "rank": rank, "targets": TARGET_NAMES, "alpha": self.alpha,
             "schedule": "constant", "warmup_steps": 0, "global_batch_size": samples,
         })
+
+    def largest_rank(self, width: int) -> int:
+        """Return the largest rank that a client may ask for. `width` is the hidden size of the model."""
+        return self.max_rank or min(64, width)

@@ -6,13 +6,14 @@ them (`worker`) until a signal stops them.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import psutil
 import torch
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard
 from megatron_tiedlora.base.files import read_json_object
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, count_text, show, user_path
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -22,7 +23,7 @@ from megatron_tiedlora.data.tokenizer import end_ids, load_tokenizer
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, max_over_ranks
 from megatron_tiedlora.planning.adapter_plans import check_clipping
-from megatron_tiedlora.planning.memory import held_memory, step_memory
+from megatron_tiedlora.planning.memory import step_memory
 from megatron_tiedlora.planning.planned import StepPlan, micro_batch_capacity
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.runtime.ending import End
@@ -42,7 +43,8 @@ from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.throughput import choose_kernels
 
 _MOST_MODELS = 1024
-_LARGEST = "largest"  # the name of the plan with the largest adapter that a client may create
+_BYTES_PER_NUMBER = 16  # of a trained tensor: its values, gradient and two moments in fp32
+_PLAN = "plan"  # the name of the plan of the layout
 # Shares of the memory that is free after the base and a step have theirs.
 _FOR_MODELS, _FOR_CACHES = 0.6, 0.3
 
@@ -62,10 +64,11 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
     front = _Front()
-    decided_by_rank_0(partial(front.open, settings, plan.adapter.rank, end))
-    kernels = choose_kernels(plan, device, ranks=range(1, plan.adapter.rank + 1))
-    built = build_model({_LARGEST: plan}, device, kernels=kernels.kernels, empty=True)
-    room = _room(settings, plan, device)
+    max_rank = settings.largest_rank(width)
+    decided_by_rank_0(partial(front.open, settings, max_rank, end))
+    kernels = choose_kernels(plan, device, ranks=range(1, max_rank + 1))
+    built = build_model({_PLAN: plan}, device, kernels=kernels.kernels, empty=True)
+    room = _room(settings, plan, max_rank, device)
     decode = partial(_text, tokenizer)
     sampler = Sampler(plan, built, decode=decode, agree=stop.agree, cache_bytes=room.cache_bytes)
     worker = Worker(plan, built, _division(settings, plan), sampler)
@@ -76,7 +79,7 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
         most, every = room.num_models, settings.state_steps
         scheduler = Scheduler(front.desk, round_tokens=round_tokens, most_models=most, state_steps=every)
         ends = end_ids(tokenizer, folder, vocab_size=plan.source.shape.vocab_size)
-        serves = front.serving(settings, _facts(settings, plan, tuple(sorted(ends))), room)
+        serves = front.serving(settings, _facts(settings, plan, max_rank, tuple(sorted(ends))), room)
     with stop.deferred(), serves:
         while True:
             stop.agree(True)
@@ -99,24 +102,26 @@ class _Room:
     cache_bytes: int
 
 
-def _room(settings: ServiceSettings, plan: RunPlan, device: torch.device) -> _Room:
+def _room(settings: ServiceSettings, plan: RunPlan, max_rank: int, device: torch.device) -> _Room:
     """Return what fits into the memory that is free on every rank, after the base is there."""
-    held, largest = held_memory(plan.stage), StepPlan({_LARGEST: plan}, False).largest
-    of_model = held.adapter + held.gradients + held.optimizer
+    largest = AdapterShard.of_stage(
+        replace(plan.adapter, method="lora", rank=max_rank), plan.stage.layers, plan.grid.tp_rank, plan.grid.tp_size
+    )
+    of_model = _BYTES_PER_NUMBER * float(sum(map(largest.local_size, largest.names(trained=True))))
     if device.type == "cuda":
         free = float(torch.cuda.mem_get_info(device)[0])
     else:
         here = next(ranks for ranks in ranks_by_host() if plan.grid.rank in ranks)
         free = psutil.virtual_memory().available / len(here)
-    left = free - step_memory(plan.stage, largest).total
+    left = free - step_memory(plan.stage, StepPlan({_PLAN: plan}, False).largest).total
     (least,) = (-value for value in max_over_ranks([-left]))
     (of_model,) = max_over_ranks([of_model])
     fit = int(_FOR_MODELS * max(least, 0.0) / of_model)
     wanted = settings.max_models or min(fit, _MOST_MODELS)
     if not 1 <= wanted <= fit:
-        flag = f"--max_models {settings.max_models}" if settings.max_models else f"--max_rank {plan.adapter.rank}"
+        flag = f"--max_models {settings.max_models}" if settings.max_models else f"--max_rank {max_rank}"
         raise UserError(
-            f"{flag}: {count_text(fit, 'model')} of rank {plan.adapter.rank} fit ({bytes_in_words(of_model)} each on a"
+            f"{flag}: {count_text(fit, 'model')} of rank {max_rank} fit ({bytes_in_words(of_model)} each on a"
             f" rank, {bytes_in_words(max(least, 0.0))} are free). Give fewer, or lower --max_rank or --max_length"
         )
     return _Room(wanted, of_model, int(_FOR_CACHES * least))
@@ -124,7 +129,7 @@ def _room(settings: ServiceSettings, plan: RunPlan, device: torch.device) -> _Ro
 
 def _division(settings: ServiceSettings, plan: RunPlan) -> Division:
     return Division(
-        capacity=micro_batch_capacity({_LARGEST: plan}, shares=True),
+        capacity=micro_batch_capacity({_PLAN: plan}, shares=True),
         dp_size=plan.grid.dp_size,
         per_rank=inputs_to_fill(plan.grid.pp_size),
         multiple=plan.layout.pad_multiple,
@@ -132,7 +137,7 @@ def _division(settings: ServiceSettings, plan: RunPlan) -> Division:
     )
 
 
-def _facts(settings: ServiceSettings, plan: RunPlan, stop_tokens: tuple[int, ...]) -> ServiceFacts:
+def _facts(settings: ServiceSettings, plan: RunPlan, max_rank: int, stop_tokens: tuple[int, ...]) -> ServiceFacts:
     folder = plan.source.weights_folder()
     return ServiceFacts(
         model_name=settings.model_name or settings.model,
@@ -144,7 +149,7 @@ def _facts(settings: ServiceSettings, plan: RunPlan, stop_tokens: tuple[int, ...
         method=settings.method,
         alpha=settings.alpha,
         seed=DEFAULT_SEED,
-        max_rank=plan.adapter.rank,
+        max_rank=max_rank,
     )
 
 

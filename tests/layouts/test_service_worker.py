@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,18 @@ import pytest
 import torch
 from support.forked_ranks import join_as_launched, run_on_ranks
 from support.oracle_training import SETTINGS
+from support.service_steps import TARGETS, VOCABULARY, full_passes, plan_of, train_five_steps
 from support.tiny_models import write_tiny_model
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.adapters.tied_adapter import initial_values
 from megatron_tiedlora.config.settings import DEFAULT_TASK, make_settings
-from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.planning.run_plan import plan_run
-from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.service.batches import Division
 from megatron_tiedlora.service.operations import Create, Failure, Load, Pass, PassResult, Save, Step, StepResult
 from megatron_tiedlora.service.worker import Command, Worker
 from megatron_tiedlora.training.build import build_model
-from megatron_tiedlora.training.step import TrainStep
 
-VOCABULARY = 256
 MODELS = {
     "one": Create("tl6", 3, 6.0, ("qkv",), seed=1),
     "two": Create("lora", 2, 4.0, ("qkv", "o_proj", "gate_up", "down_proj"), seed=2),
@@ -110,50 +106,21 @@ def _serve(case: Case, device: torch.device) -> Found:
     return Found(results, states)
 
 
-def full_passes() -> list[list[Pass]]:
-    """Five steps of two passes with 32 tokens each, all of weight 1/64: what divides the loss is exact in fp32."""
-    found, drawn = [], torch.Generator().manual_seed(9)
-    for _ in range(5):
-        of_step = []
-        for lengths in ((20, 12), (9, 7, 16)):
-            tokens, targets = torch.randint(3, VOCABULARY, (2, 32), generator=drawn)
-            inputs = torch.stack((torch.full((32,), 1 / 64), torch.zeros(32)))
-            of_step.append(Pass(lengths, tokens, targets, inputs, "cross_entropy", {}, True))
-        found.append(of_step)
-    return found
-
-
 def run_trained(layouts: list[tuple[int, int, int]], settings: dict[str, Any], folder: str) -> list[bool]:
     """For each layout, whether five steps of a model end with the bits of `tiedlora train` on the same tokens."""
     device, found = join_as_launched(folder), []
     for layout in layouts:
-        sizes = {"tensor_parallel": layout[0], "pipeline_parallel": layout[1]}
-        numbers = {"beta2": 0.95, "weight_decay": 0.1, "gradient_clipping": 0.5, "learning_rate": 1e-2, "seed": 5}
-        own = {**settings, **sizes, **numbers, "schedule": "constant", "warmup_steps": 0, "targets": ["qkv", "o_proj"]}
-        plan = plan_run(make_settings(own), rank=distributed.get_rank(), world_size=distributed.get_world_size())
-        grid = plan.grid
-        division = Division(capacity=48, dp_size=grid.dp_size, multiple=plan.layout.pad_multiple)
-        batches = [[division.micro_batches(one) for one in of_step] for of_step in full_passes()]
-        # With several data-parallel ranks, half of the micro-batches of a pass are padding.
-        trained = TrainStep({ONLY: plan}, build_model({ONLY: plan}, device).runner, StopRequests())
-        for of_step in batches:
-            given = [batch for own in of_step for batch in own[grid.dp_rank :: grid.dp_size]]
-            mine = [replace(batch, objectives=(), loss_inputs=None) for batch in given]
-            largest = tuple(batch.tokens.numel() for batch in mine)
-            step = TrainingStep(tuple(mine), 64, 64, (20, 12, 9, 7, 16), 64, largest, 0)
-            assert trained.run({ONLY: step}).only.failure is None
-        expected = trained.runner.full_state(ONLY, plan.layout_of(plan.adapter))
+        expected, (plan, division) = train_five_steps(settings, layout, device), plan_of(settings, layout)
         worker = Worker(plan, build_model({"largest": plan}, device, empty=True), division, lambda _: [])
         adapter = plan.adapter
-        create = Create(adapter.method, adapter.rank, adapter.alpha, ("qkv", "o_proj"), seed=5)
+        create = Create(adapter.method, adapter.rank, adapter.alpha, TARGETS, seed=5)
         worker.run(Command(creates=(("it", create),)))
         for of_step in full_passes():
             worker.run(Command(passes=tuple(("it", one) for one in of_step)))
             worker.run(Command(others=(("it", Step(1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)),)))
-        state = worker.runner.full_state("it", plan.layout_of(adapter))
-        moved = initial_values(adapter)
+        state, initial = worker.runner.full_state("it", plan.layout_of(adapter)), initial_values(adapter)
         found.append(all(torch.equal(value, expected[name]) for name, value in state.items()))
-        assert grid.rank or any(not torch.equal(value, moved[name]) for name, value in state.items())
+        assert plan.grid.rank or any(not torch.equal(value, initial[name]) for name, value in state.items())
     return found
 
 

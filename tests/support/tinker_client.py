@@ -73,11 +73,17 @@ def _run(service: Any, model: Any, kind: str, *arguments: Any) -> Any:
         found = sampler.sample(types.ModelInput.from_ints(arguments[0]), num_samples=2, sampling_params=params).result()
         return [[list(one.tokens), list(one.logprobs)] for one in found.sequences]
     assert kind == "fails", kind
+    passed = model.forward_backward(_data(arguments[0]), arguments[1])
+    return [_error(passed), _error(model.optim_step(types.AdamParams(learning_rate=1.0)))]
+
+
+def _error(future: Any) -> str:
+    """What the SDK says of an operation that fails, without its number."""
     try:
-        model.forward_backward(_data(arguments[0]), arguments[1]).result()
+        future.result()
     except tinker_error() as error:
-        return str(error)
-    return None
+        return str(error).partition(" for self.request_id")[0]
+    raise AssertionError("the operation did not fail")
 
 
 def tinker_error() -> type[Exception]:
