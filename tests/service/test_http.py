@@ -435,7 +435,7 @@ def test_a_port_in_use_is_one_clear_line(client: Client) -> None:
         make_app(client.desk, TokenFile, FACTS), "127.0.0.1", port or 0
     ):
         pass
-    with pytest.raises(UserError, match="is not an address"), serving(None, "no such host", 1):
+    with pytest.raises(UserError, match="cannot be used"), serving(None, "no such host", 1):
         pass
 
 
