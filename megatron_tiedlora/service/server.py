@@ -67,19 +67,11 @@ def _allowed_files() -> int:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address. Raise UserError if that is impossible."""
+    """Return a socket that listens at an address. Raise UserError if that is impossible."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port}: is not an address ({error}); give another one") from None
-    listener = socket.socket(family, kind)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port}: cannot be used ({error.strerror}). Give another --port, or end the process"
-            " that uses it"
+            f"--host {host} --port {port}: cannot be used ({reason}). Give another one, or end the process that uses it"
         ) from None
-    return listener

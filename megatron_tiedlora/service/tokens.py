@@ -8,7 +8,7 @@ import re
 import secrets
 import stat
 import threading
-from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_tiedlora.base.messages import UserError, os_errors, shown
@@ -30,29 +30,22 @@ class TokenFile:
             UserError: it is missing, has no keys, is not valid, or other users can read it.
         """
         self._file, self._lock = file, threading.Lock()
-        self._seen = _stamp(file)
-        self._owners = _read(file)
+        self._seen, self._owners = _stamp(file), _read(file)
         if not self._owners:
             raise UserError(f"{file}: has no tokens. Add one with --new_token OWNER")
 
     def owner_of(self, key: str) -> str | None:
         """Return the owner of a key, or None if it is unknown. The time does not depend on where keys differ."""
-        digest = _digest(key)
-        owner = None
-        for known, name in self._current().items():
-            if hmac.compare_digest(known, digest):
-                owner = name
-        return owner
-
-    def _current(self) -> Mapping[str, str]:
         with self._lock:
             if (stamp := _stamp(self._file)) != self._seen:
                 self._seen = stamp
                 try:
                     self._owners = _read(self._file)
-                except UserError as error:  # the owners that were known stay: nobody's run ends by a slip of an editor
+                except UserError as error:  # a slip of an editor ends nobody's run
                     logger.warning("%s (the tokens that were read before stay valid)", error)
-            return self._owners
+            owners = self._owners
+        digest = _digest(key)
+        return max((name for known, name in owners.items() if hmac.compare_digest(known, digest)), default=None)
 
 
 def new_token(file: Path, owner: str) -> str:
@@ -80,13 +73,12 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """Return what changes when the file changes, or None if it is missing."""
-    try:
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Return what changes when the file changes; nothing if it is missing."""
+    with suppress(OSError):
         found = file.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+    return ()
 
 
 def _read(file: Path) -> dict[str, str]:

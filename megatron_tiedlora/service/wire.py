@@ -14,18 +14,10 @@ from google.protobuf.message import DecodeError
 
 from megatron_tiedlora.base.messages import UserError, enumerate_names, naming, nearest_name, shown
 from megatron_tiedlora.parallel.objectives import KINDS
+from megatron_tiedlora.service import wire_pb2
 from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.operations import Pass, PassResult, SampleResult, Top
-from megatron_tiedlora.service.wire_pb2 import (
-    Chunk,
-    Datum,
-    ForwardBackwardOutput,
-    ForwardBackwardRequest,
-    LossConfigValue,
-    SampleResponse,
-    Tensor,
-    TopkLogprobs,
-)
+from megatron_tiedlora.service.wire_pb2 import Chunk, Datum, ForwardBackwardRequest, Tensor, TopkLogprobs
 
 Sent = TypeVar("Sent", ForwardBackwardRequest, Datum)
 
@@ -38,19 +30,11 @@ _EMPTY_LOGPROB = -99999.0  # in a cell without a token
 
 @dataclass(frozen=True)
 class SentPass:
-    """The body of forward_backward, before its data are read."""
+    """The body of forward_backward, before its data are read. `seq_id` is the operation's number in its model."""
 
+    model_id: str
+    seq_id: int
     message: ForwardBackwardRequest
-
-    @property
-    def model_id(self) -> str:
-        """Return the model."""
-        return self.message.model_id
-
-    @property
-    def seq_id(self) -> int:
-        """Return the number of the operation among those of the model."""
-        return self.message.seq_id
 
     def operation(self, facts: ServiceFacts) -> Pass:
         """Return the operation. Raise UserError if the body is inconsistent or asks for what this service cannot do."""
@@ -76,7 +60,7 @@ def read_pass(body: bytes) -> SentPass:
     sent = _parsed(ForwardBackwardRequest, body)
     if not sent.model_id or sent.seq_id < 1:
         raise UserError(f"model_id {shown(sent.model_id)} or seq_id {sent.seq_id}: is missing; numbers begin with 1")
-    return SentPass(sent)
+    return SentPass(sent.model_id, sent.seq_id, sent)
 
 
 def _parsed(kind: type[Sent], raw: bytes) -> Sent:
@@ -90,7 +74,10 @@ def _parsed(kind: type[Sent], raw: bytes) -> Sent:
 def _settings(sent: ForwardBackwardRequest) -> dict[str, float]:
     """Return the settings of the loss. The second map of the message replaces the first one, for old servers."""
     known = KINDS[sent.loss_fn].settings
-    settings = {key: _number(key, value) for key, value in sent.loss_fn_config_v2.items()} or dict(sent.loss_fn_config)
+    for name, sent_value in sent.loss_fn_config_v2.items():
+        if sent_value.WhichOneof("value") != "number":
+            raise UserError(f"loss_fn_config: {shown(name)} = {shown(sent_value.text)} is not a number")
+    settings = {name: found.number for name, found in sent.loss_fn_config_v2.items()} or dict(sent.loss_fn_config)
     for name, value in settings.items():
         if name not in known:
             takes = f"{nearest_name(name, known)}; {sent.loss_fn} takes {enumerate_names(tuple(known)) or 'none'}"
@@ -98,12 +85,6 @@ def _settings(sent: ForwardBackwardRequest) -> dict[str, float]:
         if not np.isfinite(value):
             raise UserError(f"loss_fn_config: {name} is {value}; give a finite number")
     return settings
-
-
-def _number(key: str, value: LossConfigValue) -> float:
-    if value.WhichOneof("value") != "number":
-        raise UserError(f"loss_fn_config: {shown(key)} = {shown(value.text)} is not a number")
-    return value.number
 
 
 def _row(datum: Datum, objective: str, facts: ServiceFacts) -> list[np.ndarray]:
@@ -185,7 +166,7 @@ def _values(inputs: Mapping[str, Tensor], name: str, count: int, dtype: str) -> 
 
 def pass_bytes(operation: Pass, result: PassResult) -> bytes:
     """Return a ForwardBackwardOutput: the summed loss, and the log-probabilities of each row's targets."""
-    message = ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics={"loss:sum": result.loss})
+    message = wire_pb2.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics={"loss:sum": result.loss})
     record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(operation.lengths))
     logprobs = result.logprobs.detach().cpu().numpy().astype("<f4")
     field = record.fields["logprobs"]
@@ -196,7 +177,7 @@ def pass_bytes(operation: Pass, result: PassResult) -> bytes:
 
 def sample_bytes(result: SampleResult) -> bytes:
     """Return a SampleResponse."""
-    message = SampleResponse()
+    message = wire_pb2.SampleResponse()
     for sequence in result.sequences:
         sent = message.sequences.add(stop_reason=0 if sequence.stopped else 1)
         sent.tokens = np.array(sequence.tokens, dtype="<i4").tobytes()
