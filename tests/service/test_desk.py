@@ -367,6 +367,7 @@ def test_a_name_is_used_once_unless_it_is_overwritten(service: Service) -> None:
     service.saved(model, 3, overwrite=True)
     after = service.desk.checkpoint_of("ann", before.key)
     assert after.folder != before.folder
+    service.wait(10)
     assert (service.folder / before.folder).exists(), "a replay of an operation may need it"
     service.engine.save(model)
     service.wait(10)

@@ -247,6 +247,35 @@ def test_the_window_is_part_of_the_saved_state(service: Restarts, model: str) ->
     assert "operation 3 failed: an unlucky token" in result.message
 
 
+def test_a_state_may_be_older_than_the_last_answer(service: Restarts, model: str) -> None:
+    service.windows(model, one_pass(1))
+    weights, gradients = service.engine.weights[model], list(service.engine.gradients[model])
+    service.windows(model, one_pass(2), step(), begin=2)
+    after = service.engine.weights[model]
+    service.engine.weights[model], service.engine.gradients[model], service.engine.last[model] = weights, gradients, 1
+    service.engine.save(model)
+    service.crash()
+    service.run()
+    assert numbers(service) == [2, 3]
+    assert service.engine.weights[model] == after
+
+
+def test_a_model_that_left_the_memory_may_join_its_saved_state(
+    service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_SEGMENT_BYTES", 0)
+    service.windows(model, one_pass(1))
+    service.engine.save(model)
+    forward = one_pass(2, backward=False)
+    service.windows(model, forward, begin=2)
+    service.engine.drop(model)
+    service.desk.taken("ann", service.desk.submit("ann", model, 2, forward))
+    for seconds in (601, 10):
+        service.clock.now += seconds
+        service.desk.ready(0)
+    assert not isinstance(service.windows(model, step(), begin=3)[0], Failure)
+
+
 def test_a_model_that_cannot_be_rebuilt_says_so(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1), step())
     service.desk.submit("ann", model, 3, one_pass(2))
