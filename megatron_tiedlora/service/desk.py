@@ -168,7 +168,7 @@ class Desk:
             chosen = f"temporary-{secrets.token_hex(8)}" if name is None else checked_name(name)
             path = f"tinker://{model}/{kind}/{chosen}"
             waiting = (one for one in queue.futures.values() if one.kind == "Save" and not one.answered)
-            exists = path in self._registry.weights or any(one.extra["path"] == path for one in waiting)
+            exists = path in self._registry.weights or any(one.extra.get("path") == path for one in waiting)
             if exists and not overwrite:
                 raise Refused(409, f"{path} exists; choose another name, or overwrite it")
             self._registry.make_room(owner, self._limits, self._clock())
@@ -178,7 +178,8 @@ class Desk:
             extra: dict[str, Any] = {"path": path, "ttl_seconds": ttl_seconds}
             sampler = secrets.token_hex(16) if name is None else ""
             if sampler:
-                extra |= {"sampling_session_id": sampler, "session_number": session_number or 0}
+                number_of_sampler = -1 if session_number is None else session_number
+                extra |= {"sampling_session_id": sampler, "session_number": number_of_sampler}
             return Save(folder, optimizer=kind == "weights"), extra, {"sampler": sampler}
 
         return self._submit(owner, model, number, make)
@@ -187,7 +188,8 @@ class Desk:
         """Queue that a model takes the weights at a tinker:// path, and return the request."""
 
         def make(queue: ModelQueue) -> Making:
-            return Load(self._registry.weights_at(path, owner, optimizer=optimizer).folder, optimizer), {}, {}
+            weights = self._registry.weights_at(path, owner, optimizer=optimizer)
+            return Load(weights.folder, optimizer), {"path": path}, {}
 
         return self._submit(owner, model, number, make)
 
@@ -335,7 +337,7 @@ class Desk:
     def ready(self, seconds: float) -> list[Ticket]:
         """Wait up to `seconds` for operations whose turn has come, and return them. Each is returned once."""
         deadline = time.monotonic() + seconds
-        with self._changed:
+        with self._writing():
             self._store.sweep()
             while not (tickets := list(self._tickets())) and not self._store.calls and not self._closed:
                 if (left := deadline - time.monotonic()) <= 0:
@@ -369,15 +371,14 @@ class Desk:
 
     def answer(self, request: str, result: Result) -> None:
         """Record the result of an operation that `ready` returned."""
-        with self._changed:
+        with self._writing():
             if request in self._store.futures:
                 self._store.settle(self._store.futures[request], result)
-            self._changed.notify_all()
         self._run_calls()
 
     def saved(self, model: str, number: int, folder: str) -> None:
         """Record that the state after operation `number` of a model is in `folder`, and remove the state before it."""
-        with self._changed:
+        with self._writing():
             queue = self._store.models.get(model)
             if queue is None or queue.broken is not None:  # its weights are not those that the client knows
                 return

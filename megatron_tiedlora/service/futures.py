@@ -114,6 +114,11 @@ class Future:
         """Return whether the result is a Failure."""
         return self.result_kind == Failure.__name__
 
+    @property
+    def changes(self) -> bool:
+        """Return whether the operation was done and changed weights or gradients, so that a replay needs it."""
+        return (self.backward or self.kind in ("Create", "Load", "Step")) and not self.failed
+
     def operation_in(self, journal: Journal) -> Operation | None:
         """Return the operation, or None if it was rejected."""
         if "rejected" in self.extra:

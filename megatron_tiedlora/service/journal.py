@@ -2,7 +2,10 @@
 
 A segment begins with a record of the state before it, and is created with it at once. More records are appended:
 
+    segment = salt (8 bytes) | records
     record = mark (4 bytes) | length of the payload (4) | bytes of the segment already synced (8) | CRC-32 (4) | payload
+
+The CRC begins with the random salt, so that a client cannot put into a payload what looks like a record.
 
 A record that is not complete, with nothing synced behind it, is what a crash leaves: it is dropped. A record that is
 damaged although a later one says that it was synced is an error. `desk` decides what the payloads mean.
@@ -24,6 +27,7 @@ from megatron_tiedlora.base.messages import UserError
 _MARK = b"\xf1TLJ"
 _HEAD = struct.Struct("<4sIQI")
 _SUMMED = struct.Struct("<IQ")  # the fields of the head that the CRC covers, before the payload
+_SALT_BYTES = 8
 _SUFFIX = ".journal"
 LARGEST_RECORD = 2**31  # bytes
 
@@ -54,6 +58,7 @@ class Journal:
         self.folder = folder
         self.size = 0  # bytes of the last segment
         self._segment = self._synced = 0
+        self._salt = b""
         self._guard = guard
         self._changed = threading.Condition()
         self._syncing = False
@@ -67,14 +72,15 @@ class Journal:
         """
         segments = sorted(int(file.stem) for file in self.folder.glob(f"*{_SUFFIX}"))
         for segment in segments:
-            path, end, size = self._path(segment), 0, self._path(segment).stat().st_size
+            path, end, size, torn = self._path(segment), _SALT_BYTES, self._path(segment).stat().st_size, False
             if size:
                 with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     while (place := _intact(data, segment, end)) is not None:
                         end = place.end
                         yield place, data[place.offset : end]
-                    torn = segment == segments[-1] and end > 0 and not _was_synced(data, segment, end)
-            if not size or (end < size and not torn):
+                    begun = segment == segments[-1] and end > _SALT_BYTES
+                    torn, self._salt = begun and not _was_synced(data, segment, end), data[:_SALT_BYTES]
+            if not torn and end != size:
                 raise UserError(
                     f"{path}: the record at byte {end} is damaged; restore the file from a copy, or move the folder"
                     f" {self.folder} away to do without it"
@@ -100,17 +106,14 @@ class Journal:
             self._guard()
             descriptor = os.open(self._path(self._segment), os.O_WRONLY | os.O_CLOEXEC)
             try:
-                left = memoryview(_framed(payload, self._synced))
+                left = memoryview(_framed(payload, self._synced, self._salt))
                 place = Place(self._segment, self.size + _HEAD.size, len(payload))
                 os.lseek(descriptor, self.size, os.SEEK_SET)
                 while left:
                     left = left[os.write(descriptor, left) :]
-            except OSError:
-                os.ftruncate(descriptor, self.size)
-                raise
             finally:
                 os.close(descriptor)
-            self.size = place.end
+            self.size = place.end  # after an error the next record overwrites what was written
             return place
 
     def sync(self, place: Place) -> None:
@@ -157,11 +160,12 @@ class Journal:
         with self._changed:
             if self._segment:
                 self._flush(self._segment)
-            framed = _framed(first, 0)
+            self._salt = os.urandom(_SALT_BYTES)
+            content = self._salt + _framed(first, 0, self._salt)
             with new_file(self._path(self._segment + 1), guard=self._guard) as temporary:
-                temporary.write_bytes(framed)
+                temporary.write_bytes(content)
             self._segment += 1
-            self.size = self._synced = len(framed)
+            self.size = self._synced = len(content)
             self._changed.notify_all()
 
     def drop(self, used: Collection[int]) -> None:
@@ -176,9 +180,9 @@ class Journal:
         return self.folder / f"{segment:08}{_SUFFIX}"
 
 
-def _framed(payload: bytes, synced: int) -> bytes:
+def _framed(payload: bytes, synced: int, salt: bytes) -> bytes:
     assert len(payload) < LARGEST_RECORD, f"a record of {len(payload)} bytes"
-    checksum = zlib.crc32(payload, zlib.crc32(_SUMMED.pack(len(payload), synced)))
+    checksum = zlib.crc32(payload, zlib.crc32(salt + _SUMMED.pack(len(payload), synced)))
     return _HEAD.pack(_MARK, len(payload), synced, checksum) + payload
 
 
@@ -190,7 +194,8 @@ def _intact(data: mmap.mmap, segment: int, offset: int) -> Place | None:
     place = Place(segment, offset + _HEAD.size, length)
     if mark != _MARK or place.end > len(data):
         return None
-    found = zlib.crc32(data[place.offset : place.end], zlib.crc32(_SUMMED.pack(length, synced)))
+    head = data[:_SALT_BYTES] + _SUMMED.pack(length, synced)
+    found = zlib.crc32(data[place.offset : place.end], zlib.crc32(head))
     return place if found == checksum else None
 
 

@@ -165,9 +165,8 @@ class ModelQueue:
             if not future.answered and self.folded < needed:
                 return None
             self.turn += 1
-            changes = future.kind in ("Create", "Load", "Step") or future.backward
             self._fresh |= future.kind in _ENDS_WINDOW
-            if not future.answered or (changes and not future.failed):
+            if not future.answered or future.changes:
                 fresh = self._fresh and future.backward
                 self._fresh &= not future.backward
                 return future, fresh
@@ -209,6 +208,19 @@ class ModelQueue:
         self.known = replace(self.known, saved=number, folder=folder, window=window)
         self.cut()
         self.drop_segments()
+
+    def absorb(self) -> bool:
+        """Count answered operations right behind the saved state as part of it if they changed no weights. Return
+        whether there were any; then `cut` must follow."""
+        before = known = self.known
+        for future in self._answered(known.saved):
+            if future.changes or not known.folder:
+                break
+            known = replace(known, saved=future.number, window=self._after(known.window, future))
+        self.known = known
+        if self.turn <= known.saved:
+            self.rewind()
+        return known.saved > before.saved
 
     def drop_segments(self) -> None:
         """Remove the segments of the journal that nothing needs any more."""

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.files import Guard, discard, remove_leftovers
+from megatron_tiedlora.base.files import Guard, discard, remove_leftovers, sync_path
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.parallel.agreement import packed
 from megatron_tiedlora.service.futures import Future, Limits, Refused, used_segments
@@ -28,7 +28,8 @@ from megatron_tiedlora.service.operations import Failure, Operation, Result
 from megatron_tiedlora.service.registry import Registry, SessionInfo, folder_size
 
 _SWEEP_SECONDS = 5.0  # between two looks for what has expired
-_SEGMENT_BYTES = 16 * 10**6  # size of the desk's own journal after which it begins a segment
+_SEGMENT_BYTES = 16 * 10**6  # size of a segment after which a journal begins a new one, if it can
+_LEAST_BYTES = 1024  # of an operation in a queue: what remembering it takes
 
 
 class Store:
@@ -78,7 +79,10 @@ class Store:
 
     def journal(self, folder: Path) -> Journal:
         """Return the journal in a folder, which is created if it does not exist."""
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            for parent in folder.relative_to(self.folder).parents:
+                sync_path(self.folder / parent)
         remove_leftovers(folder, guard=self.guard)
         return Journal(folder, guard=self.guard)
 
@@ -117,7 +121,7 @@ class Store:
             more: other attributes of the future.
         """
         body = packed(operation)
-        size, queued, limit = max(size, len(body)), self.queued[owner], self.limits.queued_bytes
+        size, queued, limit = max(size, len(body), _LEAST_BYTES), self.queued[owner], self.limits.queued_bytes
         if size > limit:
             raise Refused(413, f"{bytes_in_words(size)} are above the limit of {bytes_in_words(limit)} in a queue")
         if queued + size > limit and not must:
@@ -175,6 +179,9 @@ class Store:
         samples = [future for future in self.futures.values() if not future.model]
         if self.registry.journal.size > _SEGMENT_BYTES:
             self.registry.cut(samples)
+        for queue in self.models.values():
+            if queue.journal.size > _SEGMENT_BYTES and queue.absorb():
+                queue.cut()
         self.registry.journal.drop(used_segments(samples))
 
     def _sweep_session(self, session: SessionInfo, now: float) -> None:

@@ -229,6 +229,7 @@ def test_a_rejected_operation_uses_up_its_number(service: Service) -> None:
     assert isinstance(service.result(good), StepResult)
     service.desk.submit("ann", model, 7, one_pass(5))
     service.desk.reject("ann", model, 8, Save, "no such name")
+    service.desk.save("ann", model, 10, "w", kind="weights")
     assert isinstance(service.result(service.desk.submit("ann", model, 9, step())), StepResult)
     assert status(service.desk.submit, "ann", model, 0, step()) == 400
     assert status(service.desk.load, "ann", model, 0, "x", optimizer=False) == 400
@@ -309,20 +310,20 @@ def test_limits_of_models_rank_sessions_and_tokens(service: Service) -> None:
 
 
 def test_a_full_queue_refuses_all_but_what_others_wait_for(service: Service) -> None:
-    service = limited(service, queued_bytes=3000)
+    service = limited(service, queued_bytes=3500)
     model = service.model()
     for number in (2, 3):
-        service.desk.submit("ann", model, number, one_pass(number), size=1400)
-    assert status(service.desk.submit, "ann", model, 4, one_pass(4), size=1000) == 429
-    assert status(service.desk.submit, "ann", model, 9, one_pass(4), size=3001) == 413
-    assert service.desk.submit("ann", model, 3, one_pass(3), size=1400)  # a retry
-    service.desk.submit("bob", service.model("bob"), 1, one_pass(4), size=1000)
-    request = service.desk.submit("ann", model, 1, one_pass(1), size=1000)
+        service.desk.submit("ann", model, number, one_pass(number), size=1500)
+    assert status(service.desk.submit, "ann", model, 4, one_pass(4), size=1200) == 429
+    assert status(service.desk.submit, "ann", model, 9, one_pass(4), size=3501) == 413
+    assert service.desk.submit("ann", model, 3, one_pass(3), size=1500)  # a retry
+    service.desk.submit("bob", service.model("bob"), 1, one_pass(4), size=1200)
+    request = service.desk.submit("ann", model, 1, one_pass(1), size=1200)
     assert service.desk.answer_of("ann", request) == Pending("paused_capacity")
-    assert status(service.desk.submit, "ann", model, 4, one_pass(4), size=1000) == 429
+    assert status(service.desk.submit, "ann", model, 4, one_pass(4), size=1200) == 429
     service.run()
-    assert service.desk.submit("ann", model, 4, one_pass(4), size=1000)
-    assert service.desk.numbers()["queued_bytes"] == 1000
+    assert service.desk.submit("ann", model, 4, one_pass(4), size=1200)
+    assert service.desk.numbers()["queued_bytes"] == 1200
     service.desk.close()
 
 
@@ -366,6 +367,7 @@ def test_a_name_is_used_once_unless_it_is_overwritten(service: Service) -> None:
     service.saved(model, 3, overwrite=True)
     after = service.desk.checkpoint_of("ann", before.key)
     assert after.folder != before.folder
+    service.wait(10)
     assert (service.folder / before.folder).exists(), "a replay of an operation may need it"
     service.engine.save(model)
     service.wait(10)

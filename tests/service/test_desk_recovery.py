@@ -16,6 +16,7 @@ from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, HashEngine,
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.service import journal as journal_module
+from megatron_tiedlora.service import store
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits, Refused
 from megatron_tiedlora.service.journal import Journal
@@ -180,6 +181,35 @@ def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, mod
     assert numbers(service) == []
 
 
+def test_what_changes_no_weights_joins_the_saved_state(
+    service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_SEGMENT_BYTES", 0)
+    service.windows(model, one_pass(1))
+    service.engine.save(model)
+    forward = one_pass(2, backward=False)
+    service.windows(model, *[forward] * 5, one_pass(BAD_TOKEN), step(), forward, begin=2)
+    service.windows(model, one_pass(3), forward, begin=10)
+    for number in range(2, 11):
+        service.desk.taken("ann", service.desk.submit("ann", model, number, forward))
+    for seconds in (601, 10):
+        service.clock.now += seconds
+        service.desk.ready(0)
+    queue = service.desk._store.models[model]
+    assert (queue.known.saved, sorted(queue.futures)) == (9, [0, 1, 10, 11])
+    service.crash()
+    service.engine.ran.clear()
+    (result,) = service.windows(model, step(), begin=12)
+    assert numbers(service) == [10, 12]
+    monkeypatch.undo()
+    session = model.split(":")[0]
+    request = service.desk.create("ann", session, 1, CREATE, info={})
+    service.result(request)
+    other = f"{session}:train:1"
+    requests = [service.desk.submit("ann", other, number, one) for number, one in enumerate((one_pass(3), step()), 1)]
+    assert service.result(requests[1]).grad_norm == result.grad_norm
+
+
 def test_a_fetched_answer_is_kept_over_a_restart(service: Restarts, model: str) -> None:
     request = service.desk.submit("ann", model, 1, one_pass(1))
     first = service.result(request)
@@ -215,6 +245,35 @@ def test_the_window_is_part_of_the_saved_state(service: Restarts, model: str) ->
     service.crash()
     (result,) = service.windows(model, step(), begin=4)
     assert "operation 3 failed: an unlucky token" in result.message
+
+
+def test_a_state_may_be_older_than_the_last_answer(service: Restarts, model: str) -> None:
+    service.windows(model, one_pass(1))
+    weights, gradients = service.engine.weights[model], list(service.engine.gradients[model])
+    service.windows(model, one_pass(2), step(), begin=2)
+    after = service.engine.weights[model]
+    service.engine.weights[model], service.engine.gradients[model], service.engine.last[model] = weights, gradients, 1
+    service.engine.save(model)
+    service.crash()
+    service.run()
+    assert numbers(service) == [2, 3]
+    assert service.engine.weights[model] == after
+
+
+def test_a_model_that_left_the_memory_may_join_its_saved_state(
+    service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_SEGMENT_BYTES", 0)
+    service.windows(model, one_pass(1))
+    service.engine.save(model)
+    forward = one_pass(2, backward=False)
+    service.windows(model, forward, begin=2)
+    service.engine.drop(model)
+    service.desk.taken("ann", service.desk.submit("ann", model, 2, forward))
+    for seconds in (601, 10):
+        service.clock.now += seconds
+        service.desk.ready(0)
+    assert not isinstance(service.windows(model, step(), begin=3)[0], Failure)
 
 
 def test_a_model_that_cannot_be_rebuilt_says_so(service: Restarts, model: str) -> None:
@@ -437,11 +496,13 @@ def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch)
     return {(client.owner, *key): result for client in clients for key, result in client.results.items()}
 
 
-@pytest.mark.parametrize("begin", range(0, 200, 50))
+@pytest.mark.parametrize(
+    "begin", [0, 15, 30, *(pytest.param(begin, marks=pytest.mark.slow) for begin in range(45, 405, 15))]
+)
 def test_any_crashes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
     for module in (files, journal_module):
         monkeypatch.setattr(module, "sync_path", lambda path: None)
-    for seed in range(begin, begin + 5):
+    for seed in range(begin, begin + 15):
         folder = tmp_path / str(seed)
         (folder / "alone").mkdir(parents=True)
         (folder / "crashing").mkdir()

@@ -88,22 +88,29 @@ def test_damage_of_what_was_synced_is_an_error(journal: Journal, shift: int) -> 
         opened(journal.folder)
 
 
-@pytest.mark.parametrize("offset", [0, 8, 22])
+@pytest.mark.parametrize("offset", [3, 8, 16, 30])
 def test_damage_of_the_first_record_or_an_earlier_segment_is_an_error(journal: Journal, offset: int) -> None:
     first = last_file(journal.folder)
     journal.append(b"second")
     journal.cut(b"new")
     change(first, offset, b"\x99")
-    with pytest.raises(UserError, match=f"{first}: the record at byte 0 is damaged"):
+    with pytest.raises(UserError, match=f"{first}: the record at byte 8 is damaged"):
         opened(journal.folder)
     first.unlink()
     assert opened(journal.folder)[1] == [b"new"]
     change(last_file(journal.folder), offset, b"\x99")
-    with pytest.raises(UserError, match="the record at byte 0 is damaged"):
+    with pytest.raises(UserError, match="the record at byte 8 is damaged"):
         opened(journal.folder)
     last_file(journal.folder).write_bytes(b"")
-    with pytest.raises(UserError, match="the record at byte 0 is damaged"):
+    with pytest.raises(UserError, match="the record at byte 8 is damaged"):
         opened(journal.folder)
+
+
+def test_a_payload_cannot_pose_as_a_record(journal: Journal) -> None:
+    forged = journal_module._framed(b"forged", 2**40, b"")
+    place = journal.append(b"torn here" + forged)
+    change(last_file(journal.folder), place.offset, b"T")
+    assert opened(journal.folder)[1] == [b"first"]
 
 
 def test_segments_that_nothing_needs_go(journal: Journal) -> None:
