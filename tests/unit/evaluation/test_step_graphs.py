@@ -24,6 +24,7 @@ from support.tiny_models import random_adapter, write_tiny_model
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.evaluation import decoder as decoding
 from megatron_tiedlora.evaluation import generate as module
 from megatron_tiedlora.evaluation import sampling, step_graphs
 from megatron_tiedlora.evaluation.decoder import Decoder
@@ -207,7 +208,7 @@ def test_a_step_that_cannot_be_captured(
             assert graphs.num_kept == 0 and not ours.idle
     assert plain.stage.can_be_captured and not ours.stage.can_be_captured
     with monkeypatch.context() as patch:
-        patch.setattr(module, "find_step_graphs", lambda *_, **__: graphs)
+        patch.setattr(decoding, "find_step_graphs", lambda *_, **__: graphs)
         assert [Decoder(one.stage, ParallelGroups(), one.shape).graphs for one in (plain, ours)] == [graphs, None]
     (line,) = caplog.messages
     assert "without CUDA graphs" in line and "_local_scalar_dense" in line and "\n" not in line
