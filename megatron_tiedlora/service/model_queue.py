@@ -191,12 +191,11 @@ class ModelQueue:
         self.turn, self._fresh = self.known.saved + 1, self.known.window == Window()
         return self.busy
 
-    def give_up(self, number: int, message: str) -> list[Future]:
-        """Stop here, because operation `number` failed when it was repeated. Return what the engine has to answer: it
-        would have wrong weights."""
+    def give_up(self, number: int, message: str) -> None:
+        """Fail all operations without an answer, because operation `number` failed when it was repeated: the engine
+        would run them on wrong weights."""
         why = f"operation {number} could not be repeated to bring the model back ({message})"
-        self.broken = Failure(f"{why}; the server must be started again", by_user=False)
-        return [one for one in self.futures.values() if one.number < self.turn and not one.answered]
+        self.broken = self.broken or Failure(f"{why}; the server must be started again", by_user=False)
 
     def save(self, number: int, folder: str) -> None:
         """Record that the state after operation `number` is in `folder`, and drop what leads up to it."""

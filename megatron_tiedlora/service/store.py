@@ -144,8 +144,8 @@ class Store:
         queue = self.models.get(future.model)
         if future.answered:
             if queue is not None and isinstance(result, Failure) and not future.failed:
-                for other in queue.give_up(future.number, result.message):
-                    self.settle(other, result)
+                queue.give_up(future.number, result.message)
+                self.awake[future.model] = None
             return
         if queue is not None and queue.broken is not None:
             result = queue.broken
