@@ -21,24 +21,8 @@ from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.service.futures import Answer, Future, Limits, Pending, Refused
 from megatron_tiedlora.service.journal import Journal, Place
 from megatron_tiedlora.service.model_queue import ModelInfo, ModelQueue, ModelRecord
-from megatron_tiedlora.service.operations import (
-    Create,
-    Load,
-    Operation,
-    Pass,
-    Result,
-    Sample,
-    Save,
-    Step,
-    Ticket,
-)
-from megatron_tiedlora.service.registry import (
-    SamplerInfo,
-    SavedWeights,
-    SessionInfo,
-    checked_name,
-    owned,
-)
+from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Result, Sample, Save, Step, Ticket
+from megatron_tiedlora.service.registry import SamplerInfo, SavedWeights, SessionInfo, checked_name, owned
 from megatron_tiedlora.service.store import Store
 
 # An operation, what the client is told with its result, and other attributes of its future
@@ -143,17 +127,9 @@ class Desk:
         return self._submit(owner, model, number, lambda _: (operation, {}, {}), size=size)
 
     def save(
-        self,
-        owner: str,
-        model: str,
-        number: int,
-        name: str | None,
-        *,
-        kind: str,
-        session_number: int | None = None,
-        overwrite: bool = False,
-        ttl_seconds: float | None = None,
-    ) -> str:
+        self, owner: str, model: str, number: int, name: str | None, *, kind: str, session_number: int | None = None,
+        overwrite: bool = False, ttl_seconds: float | None = None,
+    ) -> str:  # fmt: skip
         """Queue a save of a model's weights and return its request.
 
         Args:
@@ -203,15 +179,9 @@ class Desk:
         return self._submit(owner, model, number, make)
 
     def _submit(
-        self,
-        owner: str,
-        model: str,
-        number: int,
-        make: Callable[[ModelQueue], Making],
-        *,
-        size: int = 0,
+        self, owner: str, model: str, number: int, make: Callable[[ModelQueue], Making], *, size: int = 0,
         first: int = 1,
-    ) -> str:
+    ) -> str:  # fmt: skip
         if number < first:
             raise Refused(400, f"the number {number} of an operation is rejected; count from 1")
         with self._writing():

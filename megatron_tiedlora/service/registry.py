@@ -153,25 +153,18 @@ class Registry:
             raise Refused(400, f"{path} has no optimizer; load it without one, or give a path of /weights/")
         return weights
 
-    def keep_weights(
-        self, future: Future, size: int, *, create: Create, info: dict[str, str], now: float
-    ) -> None:
+    def keep_weights(self, future: Future, size: int, *, create: Create, info: dict[str, str], now: float) -> None:
         """Add the weights of `size` bytes that a `Save` has written, and their sampler. They are then on the disk."""
         path, ttl = future.extra["path"], future.extra["ttl_seconds"]
         old = self.weights.get(path)
         if old is not None and old.folder != future.folder:
             self.unwanted.add(old.folder)
         expires = None if ttl is None else now + ttl
-        place = self.put(
-            SavedWeights(
-                path, future.owner, future.model, future.folder, size, now, expires, future.sampler, create, info
-            )
-        )
-        if future.sampler:
+        owner, folder, sampler = future.owner, future.folder, future.sampler
+        place = self.put(SavedWeights(path, owner, future.model, folder, size, now, expires, sampler, create, info))
+        if sampler:
             session, number = future.model.split(":")[0], future.extra["session_number"]
-            place = self.put(
-                SamplerInfo(future.sampler, future.owner, session, number, path, future.folder, create)
-            )
+            place = self.put(SamplerInfo(sampler, owner, session, number, path, folder, create))
         self.journal.sync(place)
 
     def forget_weights(self, weights: SavedWeights) -> Place:

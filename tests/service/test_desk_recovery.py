@@ -321,6 +321,14 @@ def test_a_damaged_journal_stops_the_start(service: Restarts, model: str) -> Non
         Desk.open(service.desk._store.folder, Limits())
 
 
+def test_a_lost_journal_of_the_desk_does_not_lose_the_weights(service: Restarts, model: str) -> None:
+    service.desk.close()
+    folder = service.desk._store.folder
+    shutil.rmtree(folder / "desk")
+    with pytest.raises(UserError, match="desk: the journal is missing; restore it"):
+        Desk.open(folder, Limits())
+
+
 def test_a_disk_that_fails_refuses_with_503(service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: Path) -> None:
         raise OSError(28, "No space left on device")
