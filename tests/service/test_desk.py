@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits, Pending, Refused
-from megatron_tiedlora.service.operations import Failure, Pass, PassResult, Save, StepResult
+from megatron_tiedlora.service.operations import Failure, Pass, PassResult, Save, Step, StepResult
 
 
 class Clock:
@@ -162,13 +163,54 @@ def test_samples_have_no_order(service: Service) -> None:
 
 
 def test_ready_returns_when_something_comes(service: Service) -> None:
-    import threading
-
     model = service.model()
     timer = threading.Timer(0.1, service.desk.submit, ("ann", model, 1, one_pass(1)))
     timer.start()
     assert len(service.desk.ready(60)) == 1
     timer.join()
+
+
+def test_threads_of_clients_beside_the_engine(service: Service) -> None:
+    """Each client sends a window in a random order and waits for its answers; the engine saves states meanwhile."""
+    models = [service.model(owner) for owner in ("ann", "bob", "ann", "bob")]
+    over, found = threading.Event(), dict[str, list[Any]]()
+
+    def engine() -> None:
+        while not over.is_set():
+            tickets = service.desk.ready(0.05)
+            for ticket in tickets:
+                service.desk.answer(ticket.request, service.engine.run(ticket))
+            for model in {ticket.model for ticket in tickets if isinstance(ticket.operation, Step)}:
+                service.engine.save(model)
+
+    def client(index: int) -> None:
+        owner, draw, model = ("ann", "bob")[index % 2], random.Random(index), models[index]
+        for begin in range(1, 41, 4):
+            numbers = draw.sample(range(begin, begin + 4), 4)
+            sent = {}
+            for number in numbers:
+                operation = step() if number == begin + 3 else one_pass(20 + number)
+                sent[number] = service.desk.submit(owner, model, number, operation)
+            for _, request in sorted(sent.items()):
+                done = threading.Event()
+                service.desk.when_done(request, done.set)
+                assert done.wait(60)
+                answer = service.desk.answer_of(owner, request)
+                assert isinstance(answer, Answer)
+                service.desk.taken(owner, request)
+        found[model] = [answer.result]
+
+    threads = [threading.Thread(target=engine), *(threading.Thread(target=client, args=(index,)) for index in range(4))]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join(120)
+    over.set()
+    threads[0].join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    (result,) = {result.grad_norm for (result,) in found.values()}
+    assert len(found) == 4
+    assert result
 
 
 # Failures -------------------------------------------------------------------------------------------------------------
