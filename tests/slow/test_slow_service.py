@@ -166,14 +166,16 @@ def test_fuzzed_requests_leave_a_service_that_works(base: Path, tmp_path: Path, 
         path = path if drawn.random() < 0.97 else f"{path}/{drawn.randrange(10**6)}"
         if path.endswith("retrieve_future") and drawn.random() < 0.9:
             body = b'{"request_id": "%d"}' % drawn.randrange(10**9)  # an existing one may wait for 30 s
+        body, begin = damaged(drawn, body) if drawn.random() < 0.9 else body, time.monotonic()
         try:
-            connection.request(method, path, damaged(drawn, body) if drawn.random() < 0.9 else body, headers)
+            connection.request(method, path, body, headers)
             answer = connection.getresponse()
             statuses[answer.status] += 1
             assert "Traceback" not in answer.read().decode(errors="replace")
         except (http.client.HTTPException, ConnectionError):
             connection.close()
             statuses[0] += 1
+        assert time.monotonic() - begin < 10, (method, path, body, headers)
     print(dict(statuses))
     assert not any(status >= 500 for status in statuses), statuses
     fresh = Client(service.url, key)
