@@ -143,12 +143,11 @@ class Worker:
             elif isinstance(operation, Step):
                 return self._step(model, operation)
             elif isinstance(operation, Load):
-                self._remove(model)
                 self._add(model, operation.folder, with_optimizer=operation.optimizer)
             else:
                 self._save(model, operation)
         except UserError as error:  # raised on every rank
-            return Failure(str(error), by_user=True)
+            return Failure(str(error), by_user=not isinstance(operation, Save))
         return Done()
 
     # Models ----------------------------------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ class Worker:
         self._hold(model, config, None)
 
     def _add(self, model: str, folder: str, *, with_optimizer: bool) -> None:
-        """Add a model from a checkpoint, which rank 0 reads. Without its optimizer, its number of steps starts at 0."""
+        """Add a model from a checkpoint, which rank 0 reads, or replace it. Without its optimizer, steps start at 0."""
         found = decided_by_rank_0(lambda: load_checkpoint(Path(folder)), kind=Checkpoint)
         self._check_base(found.adapter, folder)
         self._hold(model, found.adapter.config, found.adapter.state)

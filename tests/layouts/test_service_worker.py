@@ -156,11 +156,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_each_model_has_the_bits_of_a_service_alone(settings: dict[str, Any], tmp_path: Path, ranks: int) -> None:
     """Also where micro-batches are shared in one process. At other layouts the bits of rows depend on their number."""
     cases = list[Case]()
-    for layout in LAYOUTS[ranks]:
+    sharded = [((1, 1, 2), {**settings, "ds_config": "zero3.json"})] if ranks == 2 else []
+    for number, (layout, given) in enumerate([*((layout, settings) for layout in LAYOUTS[ranks]), *sharded]):
         for name in ("alone", "together"):
-            (tmp_path / f"{layout}-{name}").mkdir()
-        cases += [Case(layout, settings, alone(model, tmp_path / f"{layout}-alone"), False) for model in MODELS]
-        cases.append(Case(layout, settings, list(together(tmp_path / f"{layout}-together", seed=ranks)), ranks == 1))
+            (tmp_path / f"{number}-{name}").mkdir()
+        cases += [Case(layout, given, alone(model, tmp_path / f"{number}-alone"), False) for model in MODELS]
+        cases.append(Case(layout, given, list(together(tmp_path / f"{number}-together", seed=ranks)), ranks == 1))
     found, *_ = run_on_ranks(run_services, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
     for start in range(0, len(cases), len(MODELS) + 1):
         *single, shared = found[start : start + len(MODELS) + 1]
