@@ -12,6 +12,9 @@ WORKERS ?= $(if $(filter -s,$(PYTEST_ARGS)),0,4)
 DEEPSPEED_ARGS ?=
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
+TINKER_VENV ?= .venv-tinker
+TINKER_VERSION ?= 0.38.0
+COOKBOOK_VERSION ?= 0.6.1
 
 BIN := $(abspath $(VENV))/bin
 VLLM_BIN := $(abspath $(VLLM_VENV))/bin
@@ -28,12 +31,13 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo test test-vllm lint docs dist check-gpu check-gpu-offline clean
+.PHONY: help train demo test test-vllm test-tinker lint docs dist check-gpu check-gpu-offline clean
 
 help:  ## show this list
 	@echo "make train    make .venv, prepare the demo model, fine-tune it (tl6) and export the adapter"
 	@echo "make test     run the whole test suite"
 	@echo "make test-vllm  the tests with a real vLLM (its CPU build), which has an environment of its own, .venv-vllm"
+	@echo "make test-tinker  the tests with the real tinker SDK and its cookbook, which have an environment of their own, .venv-tinker"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     build the site of docs/, with the Python interface and all flags, into build/site"
 	@echo "make dist     build the source distribution and the wheel into dist/, and check them"
@@ -106,6 +110,17 @@ $(VLLM_VENV)/.installed: pyproject.toml
 test-vllm: $(VLLM_VENV)/.installed
 	PATH="$(VLLM_BIN):$$PATH" $(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS) $(if $(filter tests,$(TESTS)),tests/real_vllm,$(TESTS))
 
+# The cookbook wants a package that has no release for every Python, so it is installed alone.
+$(TINKER_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TINKER_VENV)
+	$(TINKER_VENV)/bin/python -m pip install 'tinker==$(TINKER_VERSION)' torch numpy datasets chz transformers
+	$(TINKER_VENV)/bin/python -m pip install --no-deps 'tinker-cookbook==$(COOKBOOK_VERSION)'
+	@touch $@
+
+test-tinker: $(VENV)/.installed-test $(TINKER_VENV)/.installed
+	TINKER_PYTHON="$(abspath $(TINKER_VENV))/bin/python" PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -m tinker $(PYTEST_ARGS) \
+		$(if $(filter tests,$(TESTS)),tests,$(TESTS))
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -127,5 +142,5 @@ check-gpu-offline: $(VENV)/.installed-check
 	$(BIN)/python tools/pack_gpu_check.py --output build/check_gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(TINKER_VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -105,7 +105,9 @@ class Client:
                     raw = answer.read()
                     return raw if "protobuf" in answer.headers["Content-Type"] else json.loads(raw)
             except urllib.error.HTTPError as error:
-                raise Rejected(error.code, json.loads(error.read())["error"]) from None
+                if error.code not in (408, 503):  # a poll is over, or the server is ending
+                    raise Rejected(error.code, json.loads(error.read())["error"]) from None
+                time.sleep(0.1 * (error.code == 503))
             except OSError:
                 if time.monotonic() > deadline:
                     raise
