@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.fake_hosts import FakeCluster
 from support.ranks import LAUNCHER_VARIABLES
 from support.run_helpers import Base, write_base
+from support.tiny_models import write_tiny_model
 
 gc.disable()  # until all tests are imported, which makes many objects and no garbage: a third of that time
 
@@ -72,6 +74,22 @@ def whole(request: pytest.FixtureRequest) -> bool:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A tiny model with data, which no test changes."""
     return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def service_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model for a training service, with four layers."""
+    folder = tmp_path_factory.mktemp("service") / "base"
+    return write_tiny_model(folder, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture
+def services() -> Iterator[list[Any]]:
+    """A list for training services of a test, which are killed at its end."""
+    started = list[Any]()
+    yield started
+    for service in started:
+        service.kill()
 
 
 @pytest.fixture(scope="module")

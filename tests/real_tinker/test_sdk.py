@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from support.forked_ranks import run_on_ranks
 from support.oracle_training import SETTINGS
 from support.ranks import TIME_LIMIT
 from support.service_steps import five_steps_on_ranks, full_passes
-from support.tiny_models import write_tiny_model
 from support.training_service import NAME, Service
 
 from megatron_tiedlora.config.settings import DEFAULT_TASK
@@ -28,21 +26,6 @@ pytestmark = pytest.mark.tinker
 CLIENT = Path(__file__).parent.parent / "support" / "tinker_client.py"
 FLAGS = ["--tensor_parallel", "2", "--pipeline_parallel", "2", "--share_micro_batches", "false", "--state_steps", "2"]
 NUMBERS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_clip_norm": 0.5}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "base"
-    return write_tiny_model(folder, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-
-
-@pytest.fixture
-def started() -> Iterator[list[Service]]:
-    """Services that are killed at the end."""
-    services: list[Service] = []
-    yield services
-    for service in services:
-        service.kill()
 
 
 def rows(seed: int, loss: str, lengths: tuple[int, ...] = (9, 14, 5)) -> list[dict[str, list[float]]]:
@@ -99,9 +82,9 @@ def saved_bytes(service: Service, path: str) -> bytes:
     return file.read_bytes()
 
 
-def test_five_steps_have_the_bits_of_train(base: Path, tmp_path: Path, started: list[Service]) -> None:
+def test_five_steps_have_the_bits_of_train(service_base: Path, tmp_path: Path, services: list[Service]) -> None:
     """TP 2 x PP 2, clipping active: what the client saves has the tensors of `tiedlora train` on the same tokens."""
-    settings = {"model": str(base), "task": DEFAULT_TASK, "dtype": "fp32", "ds_config": "zero0.json"}
+    settings = {"model": str(service_base), "task": DEFAULT_TASK, "dtype": "fp32", "ds_config": "zero0.json"}
     given = {**settings, "method": "tl6", "rank": 3, "alpha": 32.0}
     expected, *_ = run_on_ranks(five_steps_on_ranks, given, (2, 2, 1), str(tmp_path), ranks=4, folder=tmp_path)
     calls = list[Any]()
@@ -114,9 +97,10 @@ def test_five_steps_have_the_bits_of_train(base: Path, tmp_path: Path, started: 
         calls.append(["step", sent, "cross_entropy", {}, NUMBERS])
     script = {"base_model": f"{NAME}:tl6", "rank": 3, "seed": 5, "calls": [*calls, ["save", "end"]]}
     # The rows of a step fill two micro-batches of 32 tokens, as those of the run.
-    service = Service(tmp_path / "service", base, [*FLAGS, "--max_length", "32", "--micro_batch_size", "1"], ranks=4)
+    flags = [*FLAGS, "--max_length", "32", "--micro_batch_size", "1"]
+    service = Service(tmp_path / "service", service_base, flags, ranks=4)
     key = service.key()
-    started.append(service.start())
+    services.append(service.start())
     found = results(start_client(service, key, tmp_path / "client", script, pause=0.0), tmp_path / "client")
     state = load(saved_bytes(service, found[-1]))
     assert len(state) == len(expected) > 4
@@ -124,20 +108,22 @@ def test_five_steps_have_the_bits_of_train(base: Path, tmp_path: Path, started: 
         assert torch.equal(state[name], value), name
 
 
-def test_clients_side_by_side_have_the_bits_of_each_alone(base: Path, tmp_path: Path, started: list[Service]) -> None:
+def test_clients_side_by_side_have_the_bits_of_one_alone(
+    service_base: Path, tmp_path: Path, services: list[Service]
+) -> None:
     """TP 2 x PP 2, several losses, a loss of the client's own, samples and a rejected call in between."""
     expected = {}
     for name, script in clients().items():
-        service = Service(tmp_path / name, base, FLAGS, ranks=4)
+        service = Service(tmp_path / name, service_base, FLAGS, ranks=4)
         key = service.key()
-        started.append(service.start())
+        services.append(service.start())
         own = tmp_path / name / "client"
         found = results(start_client(service, key, own, script, pause=0.0), own)
         expected[name] = found[:-1], saved_bytes(service, found[-1])
         service.kill()
-    service = Service(tmp_path / "all", base, FLAGS, ranks=4)
+    service = Service(tmp_path / "all", service_base, FLAGS, ranks=4)
     keys = {name: service.key(name) for name in clients()}
-    started.append(service.start())
+    services.append(service.start())
     folders = {name: tmp_path / "all" / name for name in keys}
     processes = {
         name: start_client(service, keys[name], folders[name], script, pause=0.2) for name, script in clients().items()

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import write_tiny_model
 from support.training_service import Client, Rejected, Service, row
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "base"
-    return write_tiny_model(folder, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-
-
-@pytest.fixture
-def services() -> Iterator[list[Service]]:
-    """Services that are killed at the end."""
-    started: list[Service] = []
-    yield started
-    for service in started:
-        service.kill()
 
 
 def train(client: Client, model: str, steps: range) -> list[Any]:
@@ -57,12 +40,14 @@ def weights(service: Service, model: str, name: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_a_client_goes_on_after_all_ranks_were_killed(base: Path, tmp_path: Path, services: list[Service]) -> None:
+def test_a_client_goes_on_after_all_ranks_were_killed(
+    service_base: Path, tmp_path: Path, services: list[Service]
+) -> None:
     """TP 2 x PP 1, states after every second step, a kill in the middle of a step; the same bits as without."""
     flags = ["--tensor_parallel", "2", "--state_steps", "2", "--share_micro_batches", "false"]
     expected, found = list[Any](), list[Any]()
     for name, kills in (("whole", False), ("killed", True)):
-        service = Service(tmp_path / name, base, flags, ranks=2)
+        service = Service(tmp_path / name, service_base, flags, ranks=2)
         key = service.key()
         services.append(service.start())
         client = Client(service.url, key)
@@ -86,8 +71,8 @@ def test_a_client_goes_on_after_all_ranks_were_killed(base: Path, tmp_path: Path
     assert same(found, expected)
 
 
-def test_a_client_is_told_its_mistakes(base: Path, tmp_path: Path, services: list[Service]) -> None:
-    service = Service(tmp_path / "service", base)
+def test_a_client_is_told_its_mistakes(service_base: Path, tmp_path: Path, services: list[Service]) -> None:
+    service = Service(tmp_path / "service", service_base)
     key, strange = service.key(), service.key("bob")
     services.append(service.start())
     client, other = Client(service.url, key), Client(service.url, strange)

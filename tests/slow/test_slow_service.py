@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support.tiny_models import write_tiny_model
 from support.training_service import Client, Service, row
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 3600)]
@@ -27,21 +26,6 @@ REQUESTS = int(os.environ.get("SERVICE_REQUESTS", "20000"))
 MINUTES = float(os.environ.get("SERVICE_MINUTES", "60"))
 TENANTS = (("tl6", 3), ("lora", 2), ("tl5", 4))
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "base"
-    return write_tiny_model(folder, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-
-
-@pytest.fixture
-def started() -> Iterator[list[Service]]:
-    """Services that are killed at the end."""
-    services: list[Service] = []
-    yield services
-    for service in services:
-        service.kill()
 
 
 def a_run(client: Client, method: str, rank: int, round_: int, pause: float) -> list[Any]:
@@ -76,23 +60,23 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_kills_at_random_moments_change_nothing(
-    base: Path, tmp_path: Path, started: list[Service], ranks: int | None
+    service_base: Path, tmp_path: Path, services: list[Service], ranks: int | None
 ) -> None:
     """SIGKILL of all ranks or of one (then its peers end by themselves), half of the kills at each number of ranks."""
     flags = ["--state_steps", "3", "--share_micro_batches", "false"]
     flags += ["--tensor_parallel", "2"] if ranks else []
     expected: dict[tuple[str, int], list[Any]] = {}
-    quiet = Service(tmp_path / "quiet", base, flags, ranks=ranks)
+    quiet = Service(tmp_path / "quiet", service_base, flags, ranks=ranks)
     key = quiet.key()
-    started.append(quiet.start())
+    services.append(quiet.start())
     rounds = 4
     for method, rank in TENANTS:
         for round_ in range(rounds):
             expected[method, round_] = a_run(Client(quiet.url, key), method, rank, round_, 0.0)
     quiet.kill()
-    service = Service(tmp_path / "killed", base, flags, ranks=ranks)
+    service = Service(tmp_path / "killed", service_base, flags, ranks=ranks)
     keys = [service.key(method) for method, _ in TENANTS]
-    started.append(service.start())
+    services.append(service.start())
     compared, errors, done = list[int](), list[str](), threading.Event()
 
     def work(own: str, method: str, rank: int) -> None:
@@ -148,10 +132,12 @@ def damaged(drawn: random.Random, body: bytes) -> bytes:
     return bytes(changed)
 
 
-def test_fuzzed_requests_leave_a_service_that_works(base: Path, tmp_path: Path, started: list[Service]) -> None:
-    service = Service(tmp_path / "service", base, ["--request_tokens", "4096"])
+def test_fuzzed_requests_leave_a_service_that_works(
+    service_base: Path, tmp_path: Path, services: list[Service]
+) -> None:
+    service = Service(tmp_path / "service", service_base, ["--request_tokens", "4096"])
     key = service.key()
-    started.append(service.start())
+    services.append(service.start())
     client = Client(service.url, key)
     model = client.create("tl6", 3)
     sampler = client.save(model, None, kind="sampler_weights", sampling_session_seq_id=0)["sampling_session_id"]
@@ -218,11 +204,11 @@ def replace_session(client: Client) -> Client:
     return client
 
 
-def test_memory_and_handles_are_constant(base: Path, tmp_path: Path, started: list[Service]) -> None:
+def test_memory_and_handles_are_constant(service_base: Path, tmp_path: Path, services: list[Service]) -> None:
     """Load and idle minutes in turns."""
-    service = Service(tmp_path / "service", base, ["--owner_models", "4096"])
+    service = Service(tmp_path / "service", service_base, ["--owner_models", "4096"])
     keys = [service.key(method) for method, _ in TENANTS]
-    started.append(service.start())
+    services.append(service.start())
     process = psutil.Process(service.world.processes[0].pid)
     seen, end = list[tuple[float, int, int, int]](), time.monotonic() + 60 * MINUTES
     begin, turn = time.monotonic(), 0
