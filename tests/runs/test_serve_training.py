@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def test_a_client_goes_on_after_all_ranks_were_killed(
         assert "Traceback" not in ended.tail()
         (found if kills else expected).extend(results)
     assert same(found, expected)
+
+
+def test_ranks_without_work_outlive_the_limit_of_waiting(
+    service_base: Path, tmp_path: Path, services: list[Service]
+) -> None:
+    service = Service(tmp_path / "service", service_base, ["--pipeline_parallel", "2", "--timeout_minutes", "0.08"], 2)
+    key = service.key()
+    services.append(service.start())
+    client = Client(service.url, key)
+    model = client.create("tl5", 2)
+    time.sleep(8)  # more than the 4.8 seconds that a rank waits for another one
+    assert len(train(client, model, range(1))) == 3
 
 
 def test_a_client_is_told_its_mistakes(service_base: Path, tmp_path: Path, services: list[Service]) -> None:
