@@ -171,3 +171,16 @@ def test_sl_basic_evaluates_what_it_trains(recipes: Callable[..., Recipes]) -> N
     losses, evaluated = column(rows, "train_mean_nll"), column(rows, "test/nll")
     assert losses[0] > 2 and losses[-1] < 0.1
     assert len(evaluated) == 3 and evaluated[0] > 2 and evaluated[-1] < 0.1
+
+
+def test_rl_basic_has_the_base_as_its_reference_and_earns_more(recipes: Callable[..., Recipes]) -> None:
+    """A penalty on the KL divergence from the base, evaluations, and checkpoints that are deleted again."""
+    settings = dict[str, Any](batch_size=4, group_size=8, max_tokens=16, max_steps=16, lora_rank=8, learning_rate=2e-2)
+    settings |= {"kl_penalty_coef": 0.01, "compute_post_kl": True, "eval_every": 8, "save_every": 6}
+    rows = recipes(TINY).run("rl_basic", "rewards", rolling_save_every=2, **settings)
+    rewards, tests = column(rows, "env/all/correct"), column(rows, "test/env/all/correct")
+    drifts, sampled = column(rows, "kl_policy_base"), column(rows, "optim/kl_sample_train_v1")
+    assert rewards[0] < 0.15 and fmean(rewards[-4:]) > 0.3, rewards
+    assert len(tests) == 3 and tests[0] < 0.15 and tests[-1] > 0.2, tests
+    assert abs(drifts[0]) < 1e-4 < 0.5 < drifts[-1], "the policy starts as the base, and leaves it"
+    assert max(map(abs, sampled)) < 1e-4, "samples have the log-probabilities of training"

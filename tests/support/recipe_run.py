@@ -2,8 +2,8 @@
 TINKER_API_KEY. FILE is JSON: the tokenizer's folder, the renderer and the settings of the recipe.
 
 The SDK and the training code are the installed ones. Replaced is only what has to be downloaded: the data sets, by
-small generated ones, the tokenizer of the model's name, and its row in the cookbook's table of renderers. `rl_loop`
-also gets a reward that a small model can earn: the fraction of digits in an answer."""
+small generated ones, the tokenizer of the model's name, and its row in the cookbook's table of renderers. Recipes of
+RL also get a reward that a small model can earn: the fraction of digits in an answer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ MODEL = "meta-llama/demo"  # the name that the server gives to its base
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def load_dataset(name: str, *_: Any, **__: Any) -> datasets.DatasetDict:
-    """Return generated rows with the columns of a data set of the hub, the same at every call."""
-    rows = {"HuggingFaceH4/no_robots": _chats, "openai/gsm8k": _questions, "Anthropic/hh-rlhf": _preferences}[name]
+def load_dataset(path: str, *_: Any, split: str | None = None, **__: Any) -> Any:
+    """Return generated rows with the columns of a data set of the hub, or of one split. They are the same at every
+    call."""
+    rows = {"HuggingFaceH4/no_robots": _chats, "openai/gsm8k": _questions, "Anthropic/hh-rlhf": _preferences}[path]
     sizes = {"train": 256, "test": 8}
-    return datasets.DatasetDict({
-        split: datasets.Dataset.from_list(list(rows(random.Random(split), size))) for split, size in sizes.items()
+    found = datasets.DatasetDict({
+        name: datasets.Dataset.from_list(list(rows(random.Random(name), size))) for name, size in sizes.items()
     })  # fmt: skip
+    return found if split is None else found[split]
 
 
 def _chats(draw: random.Random, size: int) -> Iterator[dict[str, Any]]:
@@ -54,7 +56,7 @@ def _preferences(draw: random.Random, size: int) -> Iterator[dict[str, Any]]:
         yield {"chosen": f"{asked}It is {number}.", "rejected": f"{asked}I do not want to tell you."}
 
 
-def digits(response: str, _: str) -> float:
+def digits(_: Any, response: str) -> float:
     """Return the fraction of digits in a response."""
     return sum(map(str.isdigit, response)) / max(1, len(response))
 
@@ -70,7 +72,7 @@ def rl_loop(settings: dict[str, Any]) -> None:
     """Reinforcement learning in one plain loop."""
     from tinker_cookbook.recipes import rl_loop as recipe
 
-    recipe.get_reward = digits
+    recipe.get_reward = lambda response, answer: digits(answer, response)
     recipe.main(recipe.Config(**settings))
 
 
@@ -92,8 +94,22 @@ def sl_basic(settings: dict[str, Any]) -> None:
     asyncio.run(recipe.train.main(chz.replace(config, dataset_builder=data)))
 
 
+def rl_basic(settings: dict[str, Any]) -> None:
+    """Reinforcement learning with evaluations and a penalty on the KL divergence from the base, whose factor is
+    `kl_penalty_coef`. `batch_size` and `group_size` go to the data set."""
+    from tinker_cookbook.recipes import rl_basic as recipe
+    from tinker_cookbook.recipes.math_rl.math_env import MathEnv
+
+    MathEnv.check_answer = digits
+    sizes = {name: settings.pop(name) for name in ("batch_size", "group_size")}
+    config = recipe.build_config_blueprint(settings["model_name"]).apply(settings).make()
+    reference = recipe.train.KLReferenceConfig(base_model=MODEL)
+    data = chz.replace(config.dataset_builder, **sizes)
+    asyncio.run(recipe.train.main(chz.replace(config, dataset_builder=data, kl_reference_config=reference)))
+
+
 RECIPES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "sl_loop": sl_loop, "rl_loop": rl_loop, "dpo": dpo, "sl_basic": sl_basic,
+    "sl_loop": sl_loop, "rl_loop": rl_loop, "dpo": dpo, "sl_basic": sl_basic, "rl_basic": rl_basic,
 }  # fmt: skip
 
 
