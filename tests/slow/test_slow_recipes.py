@@ -184,3 +184,21 @@ def test_rl_basic_has_the_base_as_its_reference_and_earns_more(recipes: Callable
     assert len(tests) == 3 and tests[0] < 0.15 and tests[-1] > 0.2, tests
     assert abs(drifts[0]) < 1e-4 < 0.5 < drifts[-1], "the policy starts as the base, and leaves it"
     assert max(map(abs, sampled)) < 1e-4, "samples have the log-probabilities of training"
+
+
+def test_recipes_at_the_same_time_have_the_losses_of_one_alone(recipes: Callable[..., Recipes]) -> None:
+    found = recipes(TINY)
+    settings = dict[str, Any](method="lora", batch_size=8, max_steps=12, lora_rank=8, learning_rate=1e-2, save_every=5)
+    alone = column(found.run("sl_loop", "alone", **settings), "train_mean_nll")
+    rewards, preferences = found.folder / "rewards", found.folder / "preferences"
+    more = dict[str, Any](batch_size=4, learning_rate=2e-2, max_steps=20)
+    own = dict[str, Any](group_size=8, max_tokens=16, lora_rank=4, loss_fn="importance_sampling", save_every=0)
+    others = [found.start("rl_loop", rewards, **more, **own), found.start("dpo", preferences, **more)]
+    wait_for(lambda: bool(metrics(rewards) and metrics(preferences)), "the other recipes")
+    beside = column(found.run("sl_loop", "beside", **settings), "train_mean_nll")
+    assert others[0].poll() is None, "they ran at the same time"
+    assert beside == alone and alone[-1] < 0.5 * alone[0]
+    earned = column(found.finish(others[0], rewards), "reward/total")
+    assert fmean(earned[-4:]) > 3 * earned[0]
+    losses = column(found.finish(others[1], preferences), "dpo_loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.1
