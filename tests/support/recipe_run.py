@@ -1,6 +1,10 @@
 """A recipe of `tinker_cookbook` in a Python that has it: `python -m support.recipe_run RECIPE FILE`, the key in
 TINKER_API_KEY. FILE is JSON: the tokenizer's folder, the renderer and the settings of the recipe.
 
+    pip install tinker==0.38.0 torch chz datasets aiohttp blobfile cloudpickle pillow pyrage termcolor tiktoken \\
+        pylatexenc sympy
+    pip install --no-deps tinker_cookbook==0.6.1
+
 The SDK and the training code are the installed ones. Replaced is only what has to be downloaded: the data sets, by
 small generated ones, the tokenizer of the model's name, and its row in the cookbook's table of renderers. Recipes of
 RL also get a reward that a small model can earn: the fraction of digits in an answer."""
