@@ -5,7 +5,8 @@ A batch is divided into at most as many chunks as there are stages, so that stag
 time. The last stage sends the generated tokens to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
-padding. Prompts of similar length are computed together, so that little padding is computed.
+padding. Prompts of similar length are computed together, so that little padding is computed. A prompt with several
+samples is computed once, and its keys and values are copied.
 """
 
 import itertools
@@ -246,12 +247,15 @@ class _Batch:
         self.settings = [given.settings(index, decoder.sampling) for index in self.order]
         how, numbers = [own.sampling for own in self.settings], [own.number for own in self.settings]
         self.samplings = RowSamplings.of(how, numbers, decoder.device)
+        # The rows whose prompts are computed, and the number of rows that have each of these prompts.
+        self.firsts = [row for row in range(len(self.prompts)) if self._differs(row)]
+        self.counts = [stop - row for row, stop in itertools.pairwise([*self.firsts, len(self.prompts)])]
         self.most = num_steps if decoder.calls_together else max(own.max_new_tokens for own in self.settings)
         self.num_top = _most(own.num_top for own in self.settings)
         self.num_prompt_top = _most(own.num_prompt_top for own in self.settings)
         self.caches = decoder.take_caches(len(indices), len(self.prompts[0]) + self.most)
         self.rows = [Generated() for _ in indices]
-        self.prompt_numbers: list[torch.Tensor] = []  # on the last stage, for each prompt (its tokens, n)
+        self.prompt_numbers: list[torch.Tensor] = []  # on the last stage, for each of `firsts` (its tokens, n)
         self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once it exists
         self.ended, self.num_chosen = [False] * len(indices), 0
 
@@ -260,16 +264,41 @@ class _Batch:
         """Return whether every sequence has ended, according to the tokens collected so far."""
         return all(self.ended) or self.num_chosen >= self.most
 
+    def _differs(self, row: int) -> bool:
+        """Return whether the prompt of a row is not that of the row before, as it is for several samples."""
+        reports = self.settings[row].num_prompt_top is not None
+        return row == 0 or reports or self.prompts[row] != self.prompts[row - 1]
+
     def runs(self, *, whole: bool) -> list[slice]:
-        """Return slices of prompts that are computed together. With `whole`, return one slice of all prompts."""
-        return [slice(0, len(self.prompts))] if whole else similar_lengths([len(prompt) for prompt in self.prompts])
+        """Return slices of `firsts` that are computed together. With `whole`, return one slice of all."""
+        lengths = [len(self.prompts[row]) for row in self.firsts]
+        return [slice(0, len(lengths))] if whole else similar_lengths(lengths)
+
+    def rows_of(self, some: slice) -> slice:
+        """Return the rows that have the prompts of some `firsts`."""
+        return slice(self.firsts[some.start], self.firsts[some.start] + sum(self.counts[some]))
+
+    def num_tokens(self, some: slice) -> int:
+        """Return the number of tokens of the prompts of some `firsts`, with padding."""
+        return len(self.prompts[self.firsts[some.start]]) * (some.stop - some.start)
 
     def prompt_rows(self, some: slice, device: torch.device) -> AdapterRows:
-        """Return the input for some prompts. Its caches are views of this batch's caches."""
-        tokens = pad_right(self.prompts[some], 0, device)
+        """Return the input for the prompts of some `firsts`. Its caches are views of this batch's caches, which
+        `spread_prompts` copies to the rows of these prompts."""
+        tokens = pad_right([self.prompts[row] for row in self.firsts[some]], 0, device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         caches = [KeyValueCache(cache.keys[some], cache.values[some]) for cache in self.caches]
         return AdapterRows(tokens, positions, caches, self.given.adapter)
+
+    def spread_prompts(self) -> None:
+        """Copy the keys and values of each computed prompt to all rows that have it."""
+        longest, places = len(self.prompts[0]), torch.arange(len(self.firsts))
+        of_row = places.repeat_interleave(torch.tensor(self.counts)).to(self.lengths.device)
+        for cache in self.caches:
+            cache.filled = longest
+            if len(self.firsts) < len(self.prompts):
+                for values in (cache.keys, cache.values):
+                    values[:, :, :longest] = values[of_row, :, :longest]
 
     def newest_rows(self) -> AdapterRows:
         """Return the input for the newest token of each sequence."""
@@ -360,18 +389,21 @@ class _Part:
         whole = self.decoder.calls_together  # the number of calls must not depend on the prompts of a rank
         for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
             present = [(batch, run) for batch, run in zip(self.computed, turn, strict=True) if run is not None]
-            sized = [((b, r), len(b.prompts[r.start]) * (r.stop - r.start), PROMPT_TOKENS_AT_ONCE) for b, r in present]
+            sized = [((batch, run), batch.num_tokens(run), PROMPT_TOKENS_AT_ONCE) for batch, run in present]
             for call in [present] if whole else filled(sized):
                 rows = [batch.prompt_rows(run, self.decoder.device) for batch, run in call]
-                wanted = [batch.lengths[run] - 1 for batch, run in call]
-                chosen = self._choose(self.decoder.forward(rows, wanted=wanted, **self._reported(call)), call)
+                wanted = [batch.lengths[batch.firsts[run]] - 1 for batch, run in call]
+                logits = self.decoder.forward(rows, wanted=wanted, **self._reported(call))
+                if logits is not None:
+                    counts = [count for batch, run in call for count in batch.counts[run]]
+                    logits = logits.repeat_interleave(torch.tensor(counts, device=logits.device), dim=0)
+                chosen = self._choose(logits, [(batch, batch.rows_of(run)) for batch, run in call])
                 if chosen is not None:
-                    parts = chosen.split([len(positions) for positions in wanted])
+                    parts = chosen.split([sum(batch.counts[run]) for batch, run in call])
                     for (batch, _), part in zip(call, parts, strict=True):
                         found[batch].append(part)
         for batch in self.computed:
-            for cache in batch.caches:
-                cache.filled = len(batch.prompts[0])
+            batch.spread_prompts()
         return torch.cat([part for parts in found.values() for part in parts]) if self.decoder.is_last else None
 
     def _reported(self, call: Sequence[tuple[_Batch, slice]]) -> dict[str, Any]:
@@ -380,15 +412,14 @@ class _Part:
             return {}
         labels = list[torch.Tensor]()
         for batch, run in call:
-            pairs = zip(batch.settings[run], batch.prompts[run], strict=True)
-            rows = [own.prompt_labels(prompt) for own, prompt in pairs]
+            rows = [batch.settings[row].prompt_labels(batch.prompts[row]) for row in batch.firsts[run]]
             labels.append(pad_right(rows, IGNORED_LABEL, self.decoder.device))
 
         def report(found: torch.Tensor) -> None:
             parts = found.split([part.numel() for part in labels])
             for (batch, run), part, own in zip(call, parts, labels, strict=True):
-                of_rows = zip(part.view(*own.shape, -1), batch.prompts[run], strict=True)
-                batch.prompt_numbers += [numbers[: len(prompt)] for numbers, prompt in of_rows]
+                of_rows = zip(part.view(*own.shape, -1), batch.firsts[run], strict=True)
+                batch.prompt_numbers += [numbers[: len(batch.prompts[row])] for numbers, row in of_rows]
 
         return {"labels": labels, "num_top": self.num_prompt_top, "report": report}
 
@@ -397,12 +428,12 @@ class _Part:
         for batch in self.batches:
             if batch.num_prompt_top is None:
                 continue
-            lengths = [len(prompt) for prompt in batch.prompts]
+            lengths = [len(batch.prompts[row]) for row in batch.firsts]
             mine = torch.cat(batch.prompt_numbers) if self.decoder.is_last else None
             found = self.decoder.share(mine, (sum(lengths), 1 + 2 * (self.num_prompt_top or 0)), torch.float64)()
-            for row, own, numbers in zip(batch.rows, batch.settings, found.split(lengths), strict=True):
-                if own.num_prompt_top is not None:
-                    row.prompt = numbers.roll(1, dims=0).tolist()  # a label is the token after its position
+            for row, numbers in zip(batch.firsts, found.split(lengths), strict=True):
+                if batch.settings[row].num_prompt_top is not None:
+                    batch.rows[row].prompt = numbers.roll(1, dims=0).tolist()  # a label is the token after its position
 
     def collect(self) -> None:
         """Receive the generated tokens from the last stage, if some are expected."""

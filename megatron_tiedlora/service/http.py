@@ -223,7 +223,7 @@ def _result(found: Answer) -> Response:
     if isinstance(result, SampleResult):
         return Response(sample_bytes(result), media_type=_PROTOBUF)
     if isinstance(result, StepResult):
-        return JSONResponse({"metrics": {"step": result.step, "grad_norm": result.grad_norm}})
+        return JSONResponse({"metrics": {"optimizer_step": result.step, "grad_norm": result.grad_norm}})
     return JSONResponse(dict(found.extra))
 
 

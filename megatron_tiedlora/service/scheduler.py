@@ -19,6 +19,9 @@ _LOGGER = logging.getLogger(__name__)
 TICK_SECONDS = 2.0  # without work, ranks still exchange a command this often, so that none waits too long for another
 IDLE_SECONDS = 10.0  # a model that was idle for so long may give its place in memory to another
 TURN_SECONDS = 120.0  # a model that has had its place for so long may give it to a waiting one, although it has work
+# A client sends the prompts of a batch one after the other, and a GPU takes hardly longer for many than for one. So, if
+# there is nothing but samples, more are awaited until none comes for a pause.
+PAUSE_SECONDS, GATHER_SECONDS = 0.02, 0.25
 
 
 class _Work(NamedTuple):
@@ -42,6 +45,8 @@ class Scheduler:
         desk: Desk,
         *,
         round_tokens: int,
+        round_rows: int,
+        cache_tokens: int,
         most_models: int,
         state_steps: int,
         clock: Callable[[], float] = time.monotonic,
@@ -49,12 +54,15 @@ class Scheduler:
         """Start without models in memory.
 
         Args:
-            round_tokens: the number of tokens of passes, and of samples, in a command; a larger operation is alone.
+            round_tokens: the number of tokens of passes in a command; a larger operation is alone.
+            round_rows: the number of sequences of samples in a command; a larger operation is alone.
+            cache_tokens: the number of tokens in the caches of these sequences.
             most_models: the number of models in memory at once.
             state_steps: the number of steps of a model between saved states.
         """
         self._desk, self._clock = desk, clock
         self._round_tokens, self._most, self._state_steps = round_tokens, most_models, state_steps
+        self._round_rows, self._cache_tokens = round_rows, cache_tokens
         self._queues = dict[str, deque[Ticket]]()  # by model, the longest unserved first
         self._samples = deque[Ticket]()
         self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
@@ -68,10 +76,7 @@ class Scheduler:
 
     def next(self) -> Command:
         """Return the next command. It waits up to `TICK_SECONDS` for operations, and is empty if there are none."""
-        waiting = bool(self._queues or self._samples)
-        for ticket in self._desk.ready(0.0 if waiting else TICK_SECONDS):
-            queue = self._queues.setdefault(ticket.model, deque()) if ticket.model else self._samples
-            queue.append(ticket)
+        self._receive()
         leaving = [model for model in self._desk.lapsed() if model in self._loaded and model not in self._queues]
         for model in leaving:
             self._unload(model)
@@ -107,6 +112,18 @@ class Scheduler:
             others=tuple((work.model, work.operation) for work in others),
             samples=tuple(work.operation for work in samples),
         )
+
+    def _receive(self) -> None:
+        """Queue the operations whose turn has come. Wait for some if there are none, and for more behind samples."""
+        tickets = self._desk.ready(0.0 if self._queues or self._samples else TICK_SECONDS)
+        end = self._clock() + GATHER_SECONDS
+        while tickets:
+            for ticket in tickets:
+                queue = self._queues.setdefault(ticket.model, deque()) if ticket.model else self._samples
+                queue.append(ticket)
+            if self._queues or self._clock() > end:
+                return
+            tickets = self._desk.ready(PAUSE_SECONDS)
 
     def answer(self, outcome: Outcome) -> None:
         """Answer the operations of the last command with its outcome on rank 0."""
@@ -188,12 +205,13 @@ class Scheduler:
                 yield from self._new_state(work, of_weights=isinstance(operation, Load))
 
     def _some_samples(self) -> Iterator[_Work]:
-        tokens = 0
+        """Yield the samples that waited longest, as many as are computed at once."""
+        rows = prompt = new = 0
         while self._samples:
             one = self._samples[0].operation
             assert isinstance(one, Sample)
-            size = one.num_samples * (len(one.prompt) + one.max_tokens)
-            if tokens and tokens + size > self._round_tokens:
+            before, rows = rows, rows + one.num_samples
+            prompt, new = max(prompt, len(one.prompt)), max(new, one.max_tokens)
+            if before and (rows > self._round_rows or rows * (prompt + new) > self._cache_tokens):
                 return
-            tokens += size
             yield _Work("", one, self._samples.popleft())

@@ -76,8 +76,14 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
     serves: AbstractContextManager[None] = nullcontext()
     if front.desk is not None:
         round_tokens = worker.division.capacity * plan.grid.dp_size * inputs_to_fill(plan.grid.pp_size)
-        most, every = room.num_models, settings.state_steps
-        scheduler = Scheduler(front.desk, round_tokens=round_tokens, most_models=most, state_steps=every)
+        scheduler = Scheduler(
+            front.desk,
+            round_tokens=round_tokens,
+            round_rows=sampler.most_rows,
+            cache_tokens=sampler.cache_tokens,
+            most_models=room.num_models,
+            state_steps=settings.state_steps,
+        )
         ends = end_ids(tokenizer, folder, vocab_size=plan.source.shape.vocab_size)
         serves = front.serving(settings, _facts(settings, plan, max_rank, tuple(sorted(ends))), room)
     with stop.deferred(), serves:

@@ -16,7 +16,7 @@ from megatron_tiedlora.evaluation.generate import Agree
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.service.operations import Failure, Result, Sample
-from megatron_tiedlora.service.sampler import sample_all
+from megatron_tiedlora.service.sampler import ROWS_AT_ONCE, sample_all
 from megatron_tiedlora.training.build import BuiltModel, make_adapter
 
 MOST_ADAPTERS = 32  # in memory, unless one command uses more
@@ -24,7 +24,12 @@ _BASE = "base"  # the name of an adapter without layers; names of models have co
 
 
 class Sampler:
-    """Runs samples on one rank. All ranks call it with the same samples."""
+    """Runs samples on one rank. All ranks call it with the same samples.
+
+    Attributes:
+        most_rows: the number of sequences that all ranks compute at once.
+        cache_tokens: the number of tokens in the caches of these sequences.
+    """
 
     def __init__(
         self,
@@ -46,6 +51,8 @@ class Sampler:
         empty = TiedAdapter(AdapterShard(plan.adapter, (), plan.grid.tp_rank, plan.grid.tp_size))
         runner.adapters[_BASE] = empty.to(runner.device)
         self._held = dict[str, None]()  # folders, the longest unused first
+        self.most_rows = ROWS_AT_ONCE * plan.grid.dp_size
+        self.cache_tokens = cache_bytes // self._decoder.bytes_per_token * plan.grid.dp_size
 
     def __call__(self, samples: Sequence[Sample]) -> list[Result]:
         """Return the results on rank 0, in the order of the samples."""

@@ -160,7 +160,7 @@ def test_a_pass_and_a_step_reach_the_desk_and_their_results_the_client(client: C
     status, body = client.send("POST", API + "retrieve_future", json.dumps({"request_id": request}).encode())
     assert status == 200 and ForwardBackwardOutput.FromString(body).metrics["loss:sum"] == pytest.approx(0.05)
     _, found = client.post("optim_step", model_id=model, seq_id=2, adam_params={"learning_rate": 0.5, "beta2": 0.9})
-    assert client.post("retrieve_future", **found) == (200, {"metrics": {"step": 1, "grad_norm": 0.5}})
+    assert client.post("retrieve_future", **found) == (200, {"metrics": {"optimizer_step": 1, "grad_norm": 0.5}})
     (_, number, step) = client.desk.operations[-1]
     assert (number, step) == (2, Step(0.5, 0.9, 0.9, 1e-12, 0.0, 0.0))
     assert isinstance(client.desk.operations[-2][2], Pass)

@@ -182,6 +182,13 @@ def test_company_and_rounds_change_nothing(decoder: Decoder, monkeypatch: pytest
         assert max(shape[0] for shape in shapes) <= 2
 
 
+def test_the_samples_of_a_request_read_its_prompt_once(decoder: Decoder) -> None:
+    many = asked(prompt=prompt(1, 20), num_samples=4, temperature=1.0)
+    with calls_of(decoder) as shapes:
+        sample(decoder, [many, asked(prompt=prompt(2, 20), num_samples=2, prompt_logprobs=True)])
+    assert [math.prod(shape) for shape in shapes][:2] == [2 * 20, 6]
+
+
 @pytest.mark.parametrize("dp", [1, 3])
 def test_a_round_is_as_large_as_its_caches_may_be(monkeypatch: pytest.MonkeyPatch, dp: int) -> None:
     """Every sequence has room for the longest prompt and the most tokens of its round; one alone may exceed it."""

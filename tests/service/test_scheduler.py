@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.desk_engine import BAD_TOKEN, CREATE, HashEngine, digest, one_pass, step
+from support.desk_engine import BAD_TOKEN, CREATE, SAMPLE, HashEngine, digest, one_pass, step
 
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
@@ -72,6 +75,7 @@ class Service:
         self.now = 0.0
         self.desk = Desk.open(folder, Limits(), clock=lambda: 1e9 + self.now)
         sizes = {"most_models": most, "state_steps": state_steps, "round_tokens": round_tokens}
+        sizes |= {"round_rows": 4, "cache_tokens": 50}
         self.scheduler, self.worker = Scheduler(self.desk, clock=lambda: self.now, **sizes), Worker(most)
         self.session = self.desk.open_session("ann", metadata={})
 
@@ -115,6 +119,7 @@ def alone(folder: Path, seed: int) -> list[Any]:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TICK_SECONDS", 0.0)
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -161,6 +166,39 @@ def test_a_larger_operation_is_alone_and_kinds_are_not_mixed(tmp_path: Path) -> 
     service.desk.submit("ann", one, 1, one_pass(*range(30, 39)))
     service.desk.submit("ann", other, 1, one_pass(50, backward=False))
     assert [[model for model, _ in service.turn().passes] for _ in range(2)] == [[one], [other]]
+
+
+@pytest.mark.parametrize(
+    ("samples", "sizes"),
+    [
+        ([SAMPLE] * 5, [2, 2, 1]),  # 2 sequences each, of 4 at once
+        ([replace(SAMPLE, num_samples=9), SAMPLE, SAMPLE], [1, 2]),
+        ([replace(SAMPLE, max_tokens=9), replace(SAMPLE, prompt=(1,) * 9), SAMPLE], [1, 2]),  # 4 x (9 + 9) tokens
+    ],
+)
+def test_samples_share_a_command_up_to_its_limits(tmp_path: Path, samples: list[Any], sizes: list[int]) -> None:
+    service = Service(tmp_path / "service", 1)
+    sampler = service.desk.open_sampler("ann", service.session, 0, path=None)
+    for number, sample in enumerate(samples):
+        service.desk.sample("ann", sampler, number, sample)
+    assert [len(service.turn().samples) for _ in sizes] == sizes
+
+
+def test_the_first_sample_waits_for_those_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_SECONDS", 1.0)
+    service = Service(tmp_path / "service", 1)
+    sampler = service.desk.open_sampler("ann", service.session, 0, path=None)
+
+    def send() -> None:
+        for number in range(2):
+            time.sleep(0.1 * number)
+            service.desk.sample("ann", sampler, number, SAMPLE)
+
+    monkeypatch.setattr(module, "TICK_SECONDS", 10.0)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert len(service.turn().samples) == 2
+    sender.join()
 
 
 def test_a_state_is_saved_after_some_steps(tmp_path: Path) -> None:

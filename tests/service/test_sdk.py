@@ -35,7 +35,7 @@ def test_the_sdk_trains_saves_loads_and_samples(tmp_path: Path) -> None:
     assert seen["models"][0] == "org/base" and "org/base:tl6" in seen["models"] and seen["info"] == "org/base"
     assert seen["logprobs"] == [pytest.approx([-0.02, -0.03, -0.04]), pytest.approx([-0.06])]
     assert seen["metrics"] == {"loss:sum": pytest.approx(0.15)} == seen["resumed"]
-    assert seen["step"] == seen["after"] == {"step": 1.0, "grad_norm": 0.5}
+    assert seen["step"] == seen["after"] == {"optimizer_step": 1.0, "grad_norm": 0.5}
     squares = 0.02**2 + 0.03**2 + 0.04**2 + 0.06**2  # the loss of the client, whose gradient is sent as weights
     assert seen["custom"]["loss:sum"] == pytest.approx(squares) and seen["custom"]["mine"] == 1.0
     assert seen["custom"]["surrogate_loss:sum"] == pytest.approx(2 * squares)  # sum of -weight * logprob

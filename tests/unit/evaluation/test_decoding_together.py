@@ -150,9 +150,10 @@ def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together:
 def test_an_adapter_that_has_ended_leaves(folder: Path) -> None:
     """The stage sees the rows of the others alone; a finished one costs nothing."""
     decoder = decoder_of(folder)
-    soon = Prompts([[5] * 4] * 6, (), 6, lambda row: len(row) == 3, adapter="a")
+    prompts = [[5, 5, 5, last] for last in range(3, 9)]
+    soon = Prompts(prompts, (), 6, lambda row: len(row) == 3, adapter="a")
     with calls_of(decoder) as shapes:
-        generate(decoder, [soon, Prompts([[5] * 4] * 5, (), 6, adapter="b")])
+        generate(decoder, [soon, Prompts(prompts[1:], (), 6, adapter="b")])
     assert [torch.Size(shape).numel() for shape in shapes] == [44, 11, 11, 5, 5, 5]
 
 
