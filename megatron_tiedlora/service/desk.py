@@ -25,8 +25,8 @@ from megatron_tiedlora.service.operations import (
     Create,
     Load,
     Operation,
+    OperationResult,
     Pass,
-    Result,
     Sample,
     Save,
     Step,
@@ -369,7 +369,7 @@ class Desk:
             operation = replace(operation, folder=str(self._store.folder / future.folder))
         return Ticket(future.request, future.model, future.number, operation, fresh)
 
-    def answer(self, request: str, result: Result) -> None:
+    def answer(self, request: str, result: OperationResult) -> None:
         """Record the result of an operation that `ready` returned."""
         with self._writing():
             if request in self._store.futures:

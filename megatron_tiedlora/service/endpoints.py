@@ -20,7 +20,7 @@ from megatron_tiedlora.service.wire import read_pass
 if TYPE_CHECKING:
     from megatron_tiedlora.service.desk import Desk
 
-Fields = dict[str, Any]
+Reply = dict[str, Any]
 
 TESTED_CLIENT = "0.38."  # the releases of the `tinker` SDK that were tried
 _CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler"}
@@ -38,28 +38,28 @@ class Endpoints:
 
     # Clients and sessions
 
-    def client_config(self, owner: str, raw: bytes) -> Fields:
+    def client_config(self, owner: str, raw: bytes) -> Reply:
         """Return the settings of the client. Those of functions that this server lacks are false by default."""
         return {
             "proto_compress_fwdbwd": self._facts.compressed,
             "fwdbwd_max_chunk_bytes_count": min(5_000_000, self._facts.max_body // 2),  # of arrays alone
         }
 
-    def dynamic_config(self, owner: str, raw: bytes) -> Fields:
+    def dynamic_config(self, owner: str, raw: bytes) -> Reply:
         """Return the settings of the client that may change: none."""
         return {}
 
-    def capabilities(self, owner: str) -> Fields:
+    def capabilities(self, owner: str) -> Reply:
         """Return the models of this server: the base with the default method, and with each method."""
         names = [self._facts.model_name, *map(self._facts.named, METHOD_NAMES)]
         can = {"max_context_length": self._facts.max_length, "trainable": True, "sampleable": True}
         return {"supported_models": [{"model_name": name, **can} for name in names]}
 
-    def telemetry(self, owner: str, raw: bytes) -> Fields:
+    def telemetry(self, owner: str, raw: bytes) -> Reply:
         """Accept telemetry and drop it. It can contain the client's key."""
         return {"status": "accepted"}
 
-    def create_session(self, owner: str, raw: bytes) -> Fields:
+    def create_session(self, owner: str, raw: bytes) -> Reply:
         """Open a session."""
         sent = read_body(raw, bodies.CreateSession)
         session = self._desk.open_session(owner, metadata=bodies.described(sent.user_metadata))
@@ -68,36 +68,36 @@ class Endpoints:
             warning += f" It was tested with tinker {TESTED_CLIENT}x, and this is {sent.sdk_version or 'unknown'}."
         return {"session_id": session, "warning_message": warning}
 
-    def heartbeat(self, owner: str, raw: bytes) -> Fields:
+    def heartbeat(self, owner: str, raw: bytes) -> Reply:
         """Note that the client of a session lives."""
         self._desk.heartbeat(owner, read_name(raw, "session_id"))
         return {}
 
-    def finish_session(self, owner: str, session_id: str) -> Fields:
+    def finish_session(self, owner: str, session_id: str) -> Reply:
         """End a session."""
         self._desk.finish_session(owner, session_id)
         return {}
 
     # Models
 
-    def create_model(self, owner: str, raw: bytes) -> Fields:
+    def create_model(self, owner: str, raw: bytes) -> Reply:
         """Create a model."""
         sent = read_body(raw, bodies.CreateModel)
         return self._create(owner, sent.session_id, sent.model_seq_id, sent.operation(self._facts), sent.user_metadata)
 
     def _create(
         self, owner: str, session: str, number: int, create: Create, metadata: Mapping[str, Any] | None
-    ) -> Fields:
+    ) -> Reply:
         return _future(self._desk.create(owner, session, number, create, info=bodies.described(metadata)))
 
-    def get_info(self, owner: str, raw: bytes) -> Fields:
+    def get_info(self, owner: str, raw: bytes) -> Reply:
         """Describe a model."""
         model, facts = read_name(raw, "model_id"), self._facts
         rank = self._desk.model_of(owner, model).create.rank
         data = {"arch": facts.architecture, "model_name": facts.model_name, "tokenizer_id": facts.tokenizer_id}
         return {"model_id": model, "model_data": data, "is_lora": True, "lora_rank": rank}
 
-    def forward_backward(self, owner: str, raw: bytes) -> Fields:
+    def forward_backward(self, owner: str, raw: bytes) -> Reply:
         """Submit a pass. The body is protobuf."""
         sent = read_pass(raw)
         where = owner, sent.model_id, sent.seq_id
@@ -105,22 +105,22 @@ class Endpoints:
             where, Pass, lambda: self._desk.submit(*where, sent.operation(self._facts), size=len(raw))
         )
 
-    def optim_step(self, owner: str, raw: bytes) -> Fields:
+    def optim_step(self, owner: str, raw: bytes) -> Reply:
         """Submit a step of the optimizer."""
         where = _operation(owner, raw)
         return self._numbered(
             where, Step, lambda: self._desk.submit(*where, read_body(raw, bodies.OptimStep).operation(), size=len(raw))
         )
 
-    def save_weights(self, owner: str, raw: bytes) -> Fields:
+    def save_weights(self, owner: str, raw: bytes) -> Reply:
         """Save a model with its optimizer."""
         return self._save(owner, raw, "weights")
 
-    def save_for_sampler(self, owner: str, raw: bytes) -> Fields:
+    def save_for_sampler(self, owner: str, raw: bytes) -> Reply:
         """Save the weights of a model for a sampler."""
         return self._save(owner, raw, "sampler_weights")
 
-    def _save(self, owner: str, raw: bytes, kind: Literal["weights", "sampler_weights"]) -> Fields:
+    def _save(self, owner: str, raw: bytes, kind: Literal["weights", "sampler_weights"]) -> Reply:
         where = _operation(owner, raw)
 
         def save() -> str:
@@ -132,7 +132,7 @@ class Endpoints:
 
         return self._numbered(where, Save, save)
 
-    def load_weights(self, owner: str, raw: bytes) -> Fields:
+    def load_weights(self, owner: str, raw: bytes) -> Reply:
         """Load a checkpoint into a model, or create a model of it, which has the shape of the checkpoint's model."""
         sent = read_body(raw, bodies.LoadWeights)
         if sent.session_id is None or sent.model_seq_id is None:
@@ -144,7 +144,7 @@ class Endpoints:
         new = Create(old.method, old.rank, old.alpha, old.targets, old.seed, folder=sent.path, optimizer=sent.optimizer)
         return self._create(owner, sent.session_id, sent.model_seq_id, new, sent.user_metadata)
 
-    def _numbered(self, where: tuple[str, str, int], kind: type[Operation], submit: Callable[[], str]) -> Fields:
+    def _numbered(self, where: tuple[str, str, int], kind: type[Operation], submit: Callable[[], str]) -> Reply:
         """Return the future of an operation. The number of an operation that is rejected for good is used up all the
         same, as the client's next operation would wait for it for ever. Its future fails with the reason."""
         try:
@@ -156,7 +156,7 @@ class Endpoints:
 
     # Samplers
 
-    def create_sampler(self, owner: str, raw: bytes) -> Fields:
+    def create_sampler(self, owner: str, raw: bytes) -> Reply:
         """Open a sampler of a checkpoint or of the base."""
         sent = read_body(raw, bodies.CreateSampler)
         if sent.model_path is None and sent.base_model is None:
@@ -166,12 +166,12 @@ class Endpoints:
         number = sent.sampling_session_seq_id
         return {"sampling_session_id": self._desk.open_sampler(owner, sent.session_id, number, path=sent.model_path)}
 
-    def sampler(self, owner: str, sampler_id: str) -> Fields:
+    def sampler(self, owner: str, sampler_id: str) -> Reply:
         """Describe a sampler."""
         path = self._desk.sampler_of(owner, sampler_id).path
         return {"sampler_id": sampler_id, "base_model": self._facts.model_name, "model_path": path or None}
 
-    def sample(self, owner: str, raw: bytes) -> Fields:
+    def sample(self, owner: str, raw: bytes) -> Reply:
         """Submit a prompt."""
         sent = read_body(raw, bodies.SampleBody)
         sample = sent.operation(self._facts)
@@ -180,7 +180,7 @@ class Endpoints:
 
     # Saved weights
 
-    def weights_info(self, owner: str, raw: bytes) -> Fields:
+    def weights_info(self, owner: str, raw: bytes) -> Reply:
         """Describe the model of a checkpoint, so that a client can create one like it."""
         create = self._desk.checkpoint_of(owner, read_name(raw, "tinker_path")).create
         trained = {
@@ -190,7 +190,7 @@ class Endpoints:
         }
         return {"base_model": self._facts.named(create.method), "is_lora": True, "lora_rank": create.rank, **trained}
 
-    def training_run(self, owner: str, model_id: str) -> Fields:
+    def training_run(self, owner: str, model_id: str) -> Reply:
         """Describe a model, with its client's metadata."""
         found = self._desk.model_of(owner, model_id)
         return {
@@ -203,7 +203,7 @@ class Endpoints:
             "user_metadata": dict(found.info),
         }
 
-    def checkpoints(self, owner: str, model_id: str | None = None) -> Fields:
+    def checkpoints(self, owner: str, model_id: str | None = None) -> Reply:
         """List the checkpoints of a model, or of all models of the owner."""
         listed = []
         for found in self._desk.checkpoints(owner, model_id):
@@ -213,7 +213,7 @@ class Endpoints:
             listed.append({**fields, "size_bytes": found.size})
         return {"checkpoints": listed}
 
-    def delete_checkpoint(self, owner: str, model_id: str, checkpoint_id: str) -> Fields:
+    def delete_checkpoint(self, owner: str, model_id: str, checkpoint_id: str) -> Reply:
         """Delete a checkpoint, whose id is weights/NAME or sampler_weights/NAME."""
         self._desk.delete_checkpoint(owner, f"tinker://{model_id}/{checkpoint_id}")
         return {}
@@ -230,7 +230,7 @@ def _operation(owner: str, raw: bytes) -> tuple[str, str, int]:
     return owner, sent.model_id, sent.seq_id
 
 
-def _future(request: str) -> Fields:
+def _future(request: str) -> Reply:
     return {"request_id": request}
 
 

@@ -26,7 +26,7 @@ from starlette.routing import Route
 from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.service.bodies import read_name
-from megatron_tiedlora.service.endpoints import Endpoints, Fields, status_of
+from megatron_tiedlora.service.endpoints import Endpoints, Reply, status_of
 from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.futures import Answer, Pending
 from megatron_tiedlora.service.operations import Failure, Pass, PassResult, SampleResult, StepResult
@@ -51,7 +51,7 @@ def make_app(desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> Starlette:
     """Return the application. It answers requests for `desk`, of the owners that `tokens` knows."""
     service = _Service(desk, tokens, facts)
     points, checkpoints = service.endpoints, "training_runs/{model_id}/checkpoints"
-    posts: dict[str, Callable[[str, bytes], Fields]] = {
+    posts: dict[str, Callable[[str, bytes], Reply]] = {
         "client/config": points.client_config,
         "client/dynamic_config": points.dynamic_config,
         "telemetry": points.telemetry,
@@ -67,7 +67,7 @@ def make_app(desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> Starlette:
         "asample": points.sample,
         "weights_info": points.weights_info,
     }
-    gets: dict[str, Callable[..., Fields]] = {
+    gets: dict[str, Callable[..., Reply]] = {
         "get_server_capabilities": points.capabilities,
         "samplers/{sampler_id}": points.sampler,
         "training_runs/{model_id}": points.training_run,
@@ -100,7 +100,7 @@ class _Service:
 
     # How a request becomes the call of an endpoint
 
-    def posted(self, answer: Callable[[str, bytes], Fields], *, kind: str = _JSON) -> _Handler:
+    def posted(self, answer: Callable[[str, bytes], Reply], *, kind: str = _JSON) -> _Handler:
         """Return the handler of an endpoint that takes a body of the content type `kind`."""
 
         async def handle(request: Request) -> Response:
@@ -111,7 +111,7 @@ class _Service:
 
         return handle
 
-    def named(self, answer: Callable[..., Fields]) -> _Handler:
+    def named(self, answer: Callable[..., Reply]) -> _Handler:
         """Return the handler of an endpoint that takes names in its path."""
 
         async def handle(request: Request) -> Response:

@@ -173,7 +173,7 @@ class Failure:
     by_user: bool
 
 
-Result = Done | PassResult | StepResult | SampleResult | Failure
+OperationResult = Done | PassResult | StepResult | SampleResult | Failure
 
 
 @dataclass(frozen=True)

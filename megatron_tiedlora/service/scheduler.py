@@ -12,8 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.operations import Create, Failure, Load, Pass, Result, Sample, Save, Step, Ticket
-from megatron_tiedlora.service.worker import Command, Outcome
+from megatron_tiedlora.service.operations import (
+    Create,
+    Failure,
+    Load,
+    OperationResult,
+    Pass,
+    Sample,
+    Save,
+    Step,
+    Ticket,
+)
+from megatron_tiedlora.service.worker import Outcome, WorkerCommand
 
 _LOGGER = logging.getLogger(__name__)
 TICK_SECONDS = 2.0  # without work, ranks still exchange a command this often, so that none waits too long for another
@@ -66,7 +76,7 @@ class Scheduler:
         """Return the number of models in memory."""
         return len(self._loaded)
 
-    def next(self) -> Command:
+    def next(self) -> WorkerCommand:
         """Return the next command. It waits up to `TICK_SECONDS` for operations, and is empty if there are none."""
         waiting = bool(self._queues or self._samples)
         for ticket in self._desk.ready(0.0 if waiting else TICK_SECONDS):
@@ -99,7 +109,7 @@ class Scheduler:
             self._used[model] = self._clock()
         samples = [*self._some_samples()]
         self._running = {"creates": creates, "passes": passes, "others": others, "samples": samples}
-        return Command(
+        return WorkerCommand(
             unload=tuple(leaving),
             creates=tuple((work.model, work.operation) for work in creates),
             fresh=tuple(work.model for work in passes if work.ticket is not None and work.ticket.fresh),
@@ -111,11 +121,11 @@ class Scheduler:
     def answer(self, outcome: Outcome) -> None:
         """Answer the operations of the last command with its outcome on rank 0."""
         for name, works in self._running.items():
-            results: list[Result] = getattr(outcome, name)
+            results: list[OperationResult] = getattr(outcome, name)
             for work, result in zip(works, results, strict=True):
                 self._answer(work, result)
 
-    def _answer(self, work: _Work, result: Result) -> None:
+    def _answer(self, work: _Work, result: OperationResult) -> None:
         failed = isinstance(result, Failure)
         if isinstance(work.operation, Create) and isinstance(result, Failure):
             self._forget(work.model)

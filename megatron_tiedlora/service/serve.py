@@ -38,7 +38,7 @@ from megatron_tiedlora.service.scheduler import Scheduler
 from megatron_tiedlora.service.server import serving
 from megatron_tiedlora.service.snapshots import Sampler
 from megatron_tiedlora.service.tokens import TokenFile
-from megatron_tiedlora.service.worker import Command, Worker
+from megatron_tiedlora.service.worker import Worker, WorkerCommand
 from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.throughput import choose_kernels
 
@@ -83,7 +83,7 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
     with stop.deferred(), serves:
         while True:
             stop.agree(True)
-            command = decided_by_rank_0(scheduler.next if scheduler else Command, kind=Command)
+            command = decided_by_rank_0(scheduler.next if scheduler else WorkerCommand, kind=WorkerCommand)
             outcome = worker.run(command)
             if scheduler is not None:
                 scheduler.answer(outcome)

@@ -15,7 +15,7 @@ from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Agree
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.service.operations import Failure, Result, Sample
+from megatron_tiedlora.service.operations import Failure, OperationResult, Sample
 from megatron_tiedlora.service.sampler import sample_all
 from megatron_tiedlora.training.build import BuiltModel, make_adapter
 
@@ -47,7 +47,7 @@ class Sampler:
         runner.adapters[_BASE] = empty.to(runner.device)
         self._held = dict[str, None]()  # folders, the longest unused first
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Result]:
+    def __call__(self, samples: Sequence[Sample]) -> list[OperationResult]:
         """Return the results on rank 0, in the order of the samples."""
         failures = dict[str, Failure]()
         for folder in dict.fromkeys(sample.folder for sample in samples if sample.folder):

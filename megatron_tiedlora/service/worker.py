@@ -34,9 +34,9 @@ from megatron_tiedlora.service.operations import (
     Done,
     Failure,
     Load,
+    OperationResult,
     Pass,
     PassResult,
-    Result,
     Sample,
     Save,
     Step,
@@ -45,13 +45,13 @@ from megatron_tiedlora.service.operations import (
 from megatron_tiedlora.training.build import BuiltModel, make_adapter, own_optimizer, restore_moments
 from megatron_tiedlora.training.step import AdapterStep, StepChecks, require_finite, take_steps
 
-Sampler = Callable[[Sequence[Sample]], list[Result]]
+_SampleAll = Callable[[Sequence[Sample]], list[OperationResult]]
 _ABSENT = Failure("the model is not in memory, because it could not be created or loaded", by_user=False)
 CHECKED_STEPS = 2  # the first steps of a model after which the replicas of its tensors are compared
 
 
 @dataclass(frozen=True)
-class Command:
+class WorkerCommand:
     """What all ranks do next, in the order of these lists. Operations are given with their models.
 
     Attributes:
@@ -74,16 +74,16 @@ class Command:
 class Outcome:
     """The results of a command on rank 0, in the order of its lists. They are not complete on other ranks."""
 
-    creates: list[Result] = field(default_factory=list)
-    passes: list[Result] = field(default_factory=list)
-    others: list[Result] = field(default_factory=list)
-    samples: list[Result] = field(default_factory=list)
+    creates: list[OperationResult] = field(default_factory=list)
+    passes: list[OperationResult] = field(default_factory=list)
+    others: list[OperationResult] = field(default_factory=list)
+    samples: list[OperationResult] = field(default_factory=list)
 
 
 class Worker:
     """The models of a service on one rank."""
 
-    def __init__(self, plan: RunPlan, built: BuiltModel, division: Division, sampler: Sampler) -> None:
+    def __init__(self, plan: RunPlan, built: BuiltModel, division: Division, sampler: _SampleAll) -> None:
         """Take over a model that was built without adapters.
 
         Args:
@@ -95,7 +95,7 @@ class Worker:
         self._steps = dict[str, int]()  # the number of finished steps of each model
         self._checks = dict[str, StepChecks]()
 
-    def run(self, command: Command) -> Outcome:
+    def run(self, command: WorkerCommand) -> Outcome:
         """Run a command. All ranks must call this method with the same command."""
         found = Outcome()
         for model in command.unload:
@@ -108,13 +108,13 @@ class Worker:
             found.samples = self._sampler(command.samples)
         return found
 
-    def _passes(self, passes: Sequence[tuple[str, Pass]]) -> list[Result]:
+    def _passes(self, passes: Sequence[tuple[str, Pass]]) -> list[OperationResult]:
         """Run the passes of models that are in memory. Return the results of all passes on rank 0."""
         there = [(model, one) for model, one in passes if model in self._steps]
         results = iter(self._run_passes(there) if there else [])
         return [next(results, Done()) if model in self._steps else _ABSENT for model, _ in passes]
 
-    def _run_passes(self, passes: Sequence[tuple[str, Pass]]) -> list[Result]:
+    def _run_passes(self, passes: Sequence[tuple[str, Pass]]) -> list[OperationResult]:
         """Run passes, all with or all without backward passes. The gradients of a model whose loss is not finite are
         dropped. Return the results on rank 0."""
         batches, backward, grid = Batches(self.division, passes), passes[0][1].backward, self.plan.grid
@@ -125,7 +125,7 @@ class Worker:
             self.runner.evaluate(inputs, tokens=tokens)
         mine = [torch.cat(tokens).float().cpu()] if self.runner.counts_loss else []
         by_rank = gather_on_rank_0(mine, kind=list[SentTensor])
-        results = list[Result]()
+        results = list[OperationResult]()
         if by_rank is not None:
             # Ranks are numbered by stage, then data-parallel rank. Only the last stage has numbers.
             logprobs = batches.by_pass([-one for own in by_rank for one in own])
@@ -134,7 +134,7 @@ class Worker:
         self.runner.optimizers.clear(decided_by_rank_0(lambda: failed, kind=list[str]) if backward else [])
         return results
 
-    def _alone(self, model: str, operation: Create | Step | Save | Load) -> Result:
+    def _alone(self, model: str, operation: Create | Step | Save | Load) -> OperationResult:
         try:
             if isinstance(operation, Create):
                 self._create(model, operation)
@@ -190,7 +190,7 @@ class Worker:
         for held in (self.runner.adapters, self.runner.optimizers.own, self._checks, self._steps):
             held.pop(model)
 
-    def _step(self, model: str, given: Step) -> Result:
+    def _step(self, model: str, given: Step) -> OperationResult:
         optimizers, number = self.runner.optimizers, self._steps[model] + 1
         numbers = {"lr": given.learning_rate, "betas": (given.beta1, given.beta2), "eps": given.eps}
         optimizers.set_numbers(model, max_norm=given.max_norm, weight_decay=given.weight_decay, **numbers)
@@ -225,7 +225,7 @@ class Worker:
         decided_by_rank_0(write)
 
 
-def _result_of(one: Pass, logprobs: torch.Tensor) -> Result:
+def _result_of(one: Pass, logprobs: torch.Tensor) -> OperationResult:
     losses = Objective(one.objective, one.settings).losses(logprobs.double(), one.inputs.double())
     loss = float(losses.sum())
     if not math.isfinite(loss):

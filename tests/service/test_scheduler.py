@@ -13,9 +13,9 @@ from support.desk_engine import BAD_TOKEN, CREATE, HashEngine, digest, one_pass,
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits
-from megatron_tiedlora.service.operations import Create, Done, Failure, Load, Result, Save
+from megatron_tiedlora.service.operations import Create, Done, Failure, Load, OperationResult, Save
 from megatron_tiedlora.service.scheduler import IDLE_SECONDS, TURN_SECONDS, Scheduler
-from megatron_tiedlora.service.worker import Command, Outcome
+from megatron_tiedlora.service.worker import Outcome, WorkerCommand
 
 
 class Worker:
@@ -24,9 +24,9 @@ class Worker:
     def __init__(self, most: int) -> None:
         self.models: dict[str, dict[str, Any]] = {}
         self.most, self.num_loads = most, 0
-        self.commands: list[Command] = []
+        self.commands: list[WorkerCommand] = []
 
-    def run(self, command: Command) -> Outcome:
+    def run(self, command: WorkerCommand) -> Outcome:
         self.commands.append(command)
         outcome = Outcome()
         for model in command.unload:
@@ -46,13 +46,13 @@ class Worker:
         outcome.samples = [Failure("not here", by_user=False) for _ in command.samples]
         return outcome
 
-    def _create(self, model: str, given: Create) -> Result:
+    def _create(self, model: str, given: Create) -> OperationResult:
         if given.method == "bad":
             return Failure("no such method", by_user=True)
         self.models[model] = {"weights": digest(given.seed), "gradients": []}
         return self._run(model, Load(given.folder, optimizer=given.optimizer)) if given.folder else Done()
 
-    def _run(self, model: str, one: Any) -> Result:
+    def _run(self, model: str, one: Any) -> OperationResult:
         if model not in self.models:
             return Failure("not in memory", by_user=False)
         engine = HashEngine.__new__(HashEngine)
@@ -79,7 +79,7 @@ class Service:
         """A model and the request of its creation."""
         return f"{self.session}:train:{number}", self.desk.create("ann", self.session, number, create, info={})
 
-    def turn(self) -> Command:
+    def turn(self) -> WorkerCommand:
         command = self.scheduler.next()
         self.scheduler.answer(self.worker.run(command))
         return command
