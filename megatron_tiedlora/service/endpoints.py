@@ -3,7 +3,7 @@
 This knows neither HTTP nor the results of operations, which `http` sends when they exist.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,10 +12,9 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS
 from megatron_tiedlora.service import bodies
 from megatron_tiedlora.service.bodies import read_body, read_name
-from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.futures import Refused
-from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Save, Step
-from megatron_tiedlora.service.wire import read_pass
+from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Save, ServiceFacts, Step
+from megatron_tiedlora.service.wire import pass_of, read_pass
 
 if TYPE_CHECKING:
     from megatron_tiedlora.service.desk import Desk
@@ -40,10 +39,8 @@ class Endpoints:
 
     def client_config(self, owner: str, raw: bytes) -> Reply:
         """Return the settings of the client. Those of functions that this server lacks are false by default."""
-        return {
-            "proto_compress_fwdbwd": self._facts.compressed,
-            "fwdbwd_max_chunk_bytes_count": min(5_000_000, self._facts.max_body // 2),  # of arrays alone
-        }
+        most = min(5_000_000, self._facts.max_body // 2)  # of arrays alone
+        return {"proto_compress_fwdbwd": self._facts.compressed, "fwdbwd_max_chunk_bytes_count": most}
 
     def dynamic_config(self, owner: str, raw: bytes) -> Reply:
         """Return the settings of the client that may change: none."""
@@ -83,12 +80,8 @@ class Endpoints:
     def create_model(self, owner: str, raw: bytes) -> Reply:
         """Create a model."""
         sent = read_body(raw, bodies.CreateModel)
-        return self._create(owner, sent.session_id, sent.model_seq_id, sent.operation(self._facts), sent.user_metadata)
-
-    def _create(
-        self, owner: str, session: str, number: int, create: Create, metadata: Mapping[str, Any] | None
-    ) -> Reply:
-        return _future(self._desk.create(owner, session, number, create, info=bodies.described(metadata)))
+        create, info = sent.operation(self._facts), bodies.described(sent.user_metadata)
+        return {"request_id": self._desk.create(owner, sent.session_id, sent.model_seq_id, create, info=info)}
 
     def get_info(self, owner: str, raw: bytes) -> Reply:
         """Describe a model."""
@@ -101,9 +94,7 @@ class Endpoints:
         """Submit a pass. The body is protobuf."""
         sent = read_pass(raw)
         where = owner, sent.model_id, sent.seq_id
-        return self._numbered(
-            where, Pass, lambda: self._desk.submit(*where, sent.operation(self._facts), size=len(raw))
-        )
+        return self._numbered(where, Pass, lambda: self._desk.submit(*where, pass_of(sent, self._facts), size=len(raw)))
 
     def optim_step(self, owner: str, raw: bytes) -> Reply:
         """Submit a step of the optimizer."""
@@ -112,15 +103,8 @@ class Endpoints:
             where, Step, lambda: self._desk.submit(*where, read_body(raw, bodies.OptimStep).operation(), size=len(raw))
         )
 
-    def save_weights(self, owner: str, raw: bytes) -> Reply:
-        """Save a model with its optimizer."""
-        return self._save(owner, raw, "weights")
-
-    def save_for_sampler(self, owner: str, raw: bytes) -> Reply:
-        """Save the weights of a model for a sampler."""
-        return self._save(owner, raw, "sampler_weights")
-
-    def _save(self, owner: str, raw: bytes, kind: Literal["weights", "sampler_weights"]) -> Reply:
+    def save(self, owner: str, raw: bytes, kind: Literal["weights", "sampler_weights"]) -> Reply:
+        """Save a model with its optimizer, or its weights for a sampler."""
         where = _operation(owner, raw)
 
         def save() -> str:
@@ -142,17 +126,18 @@ class Endpoints:
         if sent.base_model is not None:
             self._facts.method_of(sent.base_model)
         new = Create(old.method, old.rank, old.alpha, old.targets, old.seed, folder=sent.path, optimizer=sent.optimizer)
-        return self._create(owner, sent.session_id, sent.model_seq_id, new, sent.user_metadata)
+        info = bodies.described(sent.user_metadata)
+        return {"request_id": self._desk.create(owner, sent.session_id, sent.model_seq_id, new, info=info)}
 
     def _numbered(self, where: tuple[str, str, int], kind: type[Operation], submit: Callable[[], str]) -> Reply:
         """Return the future of an operation. The number of an operation that is rejected for good is used up all the
         same, as the client's next operation would wait for it for ever. Its future fails with the reason."""
         try:
-            return _future(submit())
+            return {"request_id": submit()}
         except UserError as error:
             if status_of(error) in (410, 429):  # the session has ended, or the client sends the operation again
                 raise
-            return _future(self._desk.reject(*where, kind, str(error)))
+            return {"request_id": self._desk.reject(*where, kind, str(error))}
 
     # Samplers
 
@@ -176,19 +161,21 @@ class Endpoints:
         sent = read_body(raw, bodies.SampleBody)
         sample = sent.operation(self._facts)
         future, sequences = self._desk.sample(owner, sent.sampling_session_id, sent.seq_id, sample)
-        return {**_future(future), "sample_sequence_ids": sequences}
+        return {"request_id": future, "sample_sequence_ids": sequences}
 
     # Saved weights
 
     def weights_info(self, owner: str, raw: bytes) -> Reply:
         """Describe the model of a checkpoint, so that a client can create one like it."""
         create = self._desk.checkpoint_of(owner, read_name(raw, "tinker_path")).create
-        trained = {
+        return {
+            "base_model": self._facts.named(create.method),
+            "is_lora": True,
+            "lora_rank": create.rank,
             "train_unembed": False,
             "train_mlp": not set(MLP_TARGETS).isdisjoint(create.targets),
             "train_attn": not set(ATTENTION_TARGETS).isdisjoint(create.targets),
         }
-        return {"base_model": self._facts.named(create.method), "is_lora": True, "lora_rank": create.rank, **trained}
 
     def training_run(self, owner: str, model_id: str) -> Reply:
         """Describe a model, with its client's metadata."""
@@ -225,15 +212,9 @@ def status_of(error: UserError) -> int:
 
 
 def _operation(owner: str, raw: bytes) -> tuple[str, str, int]:
-    """Return the owner, the model and the number of an operation."""
     sent = read_body(raw, bodies.OperationId)
     return owner, sent.model_id, sent.seq_id
 
 
-def _future(request: str) -> Reply:
-    return {"request_id": request}
-
-
 def _date(seconds: float) -> str:
-    """Return a time in seconds since 1970 as text."""
     return datetime.fromtimestamp(seconds, UTC).isoformat()
