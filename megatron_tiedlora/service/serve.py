@@ -34,8 +34,8 @@ from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Limits
 from megatron_tiedlora.service.http import make_app, serving
 from megatron_tiedlora.service.operations import ServiceFacts
+from megatron_tiedlora.service.sampler import Sampler
 from megatron_tiedlora.service.scheduler import Scheduler
-from megatron_tiedlora.service.snapshots import Sampler
 from megatron_tiedlora.service.tokens import TokenFile
 from megatron_tiedlora.service.worker import Worker, WorkerCommand
 from megatron_tiedlora.training.build import build_model

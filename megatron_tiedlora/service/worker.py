@@ -6,17 +6,17 @@ order of additions does not depend on other models.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.files import new_folder
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,
     Progress,
@@ -108,15 +108,12 @@ class Worker:
             found.samples = self._sampler(command.samples)
         return found
 
-    def _passes(self, passes: Sequence[tuple[str, Pass]]) -> list[OperationResult]:
-        """Run the passes of models that are in memory. Return the results of all passes on rank 0."""
-        there = [(model, one) for model, one in passes if model in self._steps]
-        results = iter(self._run_passes(there) if there else [])
-        return [next(results, Done()) if model in self._steps else _ABSENT for model, _ in passes]
-
-    def _run_passes(self, passes: Sequence[tuple[str, Pass]]) -> list[OperationResult]:
-        """Run passes, all with or all without backward passes. The gradients of a model whose loss is not finite are
-        dropped. Return the results on rank 0."""
+    def _passes(self, given: Sequence[tuple[str, Pass]]) -> list[OperationResult]:
+        """Run passes of models in memory. The gradients of a model whose loss is not finite are dropped. Return the
+        results of all passes on rank 0."""
+        passes = [(model, one) for model, one in given if model in self._steps]
+        if not passes:
+            return [_ABSENT] * len(given)
         batches, backward, grid = Batches(self.division, passes), passes[0][1].backward, self.plan.grid
         inputs, tokens = [shared_micro_batch(some) for some in batches.on_rank(grid.dp_rank)], list[torch.Tensor]()
         if backward:
@@ -132,59 +129,48 @@ class Worker:
             results = [_result_of(one, own) for (_, one), own in zip(passes, logprobs, strict=True)]
         failed = [model for (model, _), own in zip(passes, results, strict=False) if isinstance(own, Failure)]
         self.runner.optimizers.clear(decided_by_rank_0(lambda: failed, kind=list[str]) if backward else [])
-        return results
+        left = iter(results)
+        return [next(left, Done()) if model in self._steps else _ABSENT for model, _ in given]
 
     def _alone(self, model: str, operation: Create | Step | Save | Load) -> OperationResult:
+        if model not in self._steps and not isinstance(operation, Create):
+            return _ABSENT
         try:
-            if isinstance(operation, Create):
-                self._create(model, operation)
-            elif model not in self._steps:
-                return _ABSENT
-            elif isinstance(operation, Step):
+            if isinstance(operation, Step):
                 return self._step(model, operation)
-            elif isinstance(operation, Load):
-                self._remove(model)
-                self._add(model, operation.folder, with_optimizer=operation.optimizer)
-            else:
+            if isinstance(operation, Save):
                 self._save(model, operation)
+            else:
+                self._start(model, operation)
         except UserError as error:  # raised on every rank
             return Failure(str(error), by_user=True)
         return Done()
 
     # Models ----------------------------------------------------------------------------------------------------------
 
-    def _create(self, model: str, given: Create) -> None:
+    def _start(self, model: str, given: Create | Load) -> None:
+        """Add a model, or replace its weights. Rank 0 reads a checkpoint, without whose optimizer steps start at 0."""
+        found, state = None, None
+        if model in self._steps:
+            self._remove(model)
         if given.folder:
-            self._add(model, given.folder, with_optimizer=given.optimizer)
-            return
-        config = make_adapter_config(
-            given.method,
-            rank=given.rank,
-            alpha=given.alpha,
-            layers=self.plan.adapter.layers,
-            targets=targets_of(self.plan.source.shape, given.targets),
-            seed=given.seed,
-        )
-        self._hold(model, config, None)
-
-    def _add(self, model: str, folder: str, *, with_optimizer: bool) -> None:
-        """Add a model from a checkpoint, which rank 0 reads. Without its optimizer, its number of steps starts at 0."""
-        found = decided_by_rank_0(lambda: load_checkpoint(Path(folder)), kind=Checkpoint)
-        self._check_base(found.adapter, folder)
-        self._hold(model, found.adapter.config, found.adapter.state)
-        if with_optimizer:
-            restore_moments(self.runner.optimizers, model, found)
-            self._steps[model] = found.progress.step
-
-    def _check_base(self, adapter: NativeAdapter, folder: str) -> None:
-        check_same_base(adapter.base_identity, self._identity, source=folder, differs=False)
-
-    def _hold(self, model: str, config: AdapterConfig, state: Mapping[str, torch.Tensor] | None) -> None:
+            found = decided_by_rank_0(lambda: load_checkpoint(Path(given.folder)), kind=Checkpoint)
+            check_same_base(found.adapter.base_identity, self._identity, source=given.folder, differs=False)
+            config, state = found.adapter.config, found.adapter.state
+        else:
+            assert isinstance(given, Create)
+            layers, targets = self.plan.adapter.layers, targets_of(self.plan.source.shape, given.targets)
+            config = make_adapter_config(
+                given.method, rank=given.rank, alpha=given.alpha, layers=layers, targets=targets, seed=given.seed
+            )
         adapter = make_adapter(self.plan, config, state, self.runner.device)
         self.runner.adapters[model] = adapter
         self.runner.optimizers.own[model] = own_optimizer(self.plan.settings, adapter)
         self._checks[model] = StepChecks(self.runner, model, check_steps=CHECKED_STEPS, guards=False)
         self._steps[model] = 0
+        if found is not None and given.optimizer:
+            restore_moments(self.runner.optimizers, model, found)
+            self._steps[model] = found.progress.step
 
     def _remove(self, model: str) -> None:
         for held in (self.runner.adapters, self.runner.optimizers.own, self._checks, self._steps):
@@ -196,9 +182,8 @@ class Worker:
         optimizers.set_numbers(model, max_norm=given.max_norm, weight_decay=given.weight_decay, **numbers)
         missing = optimizers.sum_gradients([model])
         (ranks_missing,) = sum_over_ranks([float(bool(missing.get(model)))])
-        reports = {model: AdapterStep(number, 0.0, given.learning_rate)}
-        of = {model: self._checks[model]}
-        report = take_steps(self.runner, of, reports, missing, {model: ranks_missing}, {}, {})[model]
+        checks, reports = {model: self._checks[model]}, {model: AdapterStep(number, 0.0, given.learning_rate)}
+        report = take_steps(self.runner, checks, reports, missing, {model: ranks_missing}, {}, {})[model]
         optimizers.clear([model])
         if report.failure is not None:
             return Failure(str(report.failure), by_user=True)
@@ -206,9 +191,9 @@ class Worker:
         return StepResult(number, report.grad_norm)
 
     def _save(self, model: str, given: Save) -> None:
-        step = self._steps[model]
+        step, config = self._steps[model], self.runner.adapters[model].config
         self._checks[model].before_save(step)
-        layout, config = self.plan.layout_of(self.runner.adapters[model].config), self.runner.adapters[model].config
+        layout = self.plan.layout_of(config)
         state = self.runner.full_state(model, layout)
         moments = stored_moments(self.runner.full_moments(model, layout)) if given.optimizer else {}
 
