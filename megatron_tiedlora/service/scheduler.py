@@ -12,17 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.operations import (
-    Create,
-    Failure,
-    Load,
-    OperationResult,
-    Pass,
-    Sample,
-    Save,
-    Step,
-    Ticket,
-)
+from megatron_tiedlora.service.operations import Create, Failure, Load, Pass, Sample, Save, Step, Ticket
 from megatron_tiedlora.service.worker import Outcome, WorkerCommand
 
 _LOGGER = logging.getLogger(__name__)
@@ -98,43 +88,33 @@ class Scheduler:
                     leaving.append(victim)
                 creates.append(self._create(model, queue))
                 others += self._new_state(creates[-1], of_weights=bool(creates[-1].operation.folder))
-            some = [*self._passes(model, queue, passes)]
-            passes += some
-            more = [*self._others(model, queue)]
-            others += more
+            num_before = len(queue)
+            passes += self._passes(model, queue, passes)
+            others += self._others(model, queue)
             if not queue:
                 del self._queues[model]
-            elif some or more:  # to the end, behind those that were not served
+            elif len(queue) < num_before:  # to the end, behind those that were not served
                 self._queues[model] = self._queues.pop(model)
             self._used[model] = self._clock()
         samples = [*self._some_samples()]
         self._running = {"creates": creates, "passes": passes, "others": others, "samples": samples}
-        return WorkerCommand(
-            unload=tuple(leaving),
-            creates=tuple((work.model, work.operation) for work in creates),
-            fresh=tuple(work.model for work in passes if work.ticket is not None and work.ticket.fresh),
-            passes=tuple((work.model, work.operation) for work in passes),
-            others=tuple((work.model, work.operation) for work in others),
-            samples=tuple(work.operation for work in samples),
-        )
+        fresh = tuple(work.model for work in passes if work.ticket is not None and work.ticket.fresh)
+        new, computed, alone = (tuple((one.model, one.operation) for one in own) for own in (creates, passes, others))
+        return WorkerCommand(tuple(leaving), new, fresh, computed, alone, tuple(work.operation for work in samples))
 
     def answer(self, outcome: Outcome) -> None:
         """Answer the operations of the last command with its outcome on rank 0."""
         for name, works in self._running.items():
-            results: list[OperationResult] = getattr(outcome, name)
-            for work, result in zip(works, results, strict=True):
-                self._answer(work, result)
-
-    def _answer(self, work: _Work, result: OperationResult) -> None:
-        failed = isinstance(result, Failure)
-        if isinstance(work.operation, Create) and isinstance(result, Failure):
-            self._forget(work.model)
-            _LOGGER.error("%s: %s", work.model, result.message)
-        if work.ticket is not None:
-            self._desk.answer(work.ticket.request, result)
-        if work.state is not None and not failed:
-            self._steps[work.model] = 0
-            self._desk.saved(work.model, work.state, work.operation.folder)
+            for work, result in zip(works, getattr(outcome, name), strict=True):
+                failed = isinstance(result, Failure)
+                if failed and isinstance(work.operation, Create):
+                    self._forget(work.model)
+                    _LOGGER.error("%s: %s", work.model, result.message)
+                if work.ticket is not None:
+                    self._desk.answer(work.ticket.request, result)
+                if work.state is not None and not failed:
+                    self._steps[work.model] = 0
+                    self._desk.saved(work.model, work.state, work.operation.folder)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 
