@@ -110,7 +110,7 @@ class Decoder:
         *,
         wanted: RowTensors | None = None,
         labels: RowTensors | None = None,
-        num_top: int = 0,
+        num_top: int | None = None,
         report: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor | None:
         """Call the stage on some sequences of the batch, for one or several adapters.

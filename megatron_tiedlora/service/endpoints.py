@@ -42,19 +42,11 @@ class Endpoints:
         most = min(5_000_000, self._facts.max_body // 2)  # of arrays alone
         return {"proto_compress_fwdbwd": self._facts.compressed, "fwdbwd_max_chunk_bytes_count": most}
 
-    def dynamic_config(self, owner: str, raw: bytes) -> Reply:
-        """Return the settings of the client that may change: none."""
-        return {}
-
     def capabilities(self, owner: str) -> Reply:
         """Return the models of this server: the base with the default method, and with each method."""
         names = [self._facts.model_name, *map(self._facts.named, METHOD_NAMES)]
         can = {"max_context_length": self._facts.max_length, "trainable": True, "sampleable": True}
         return {"supported_models": [{"model_name": name, **can} for name in names]}
-
-    def telemetry(self, owner: str, raw: bytes) -> Reply:
-        """Accept telemetry and drop it. It can contain the client's key."""
-        return {"status": "accepted"}
 
     def create_session(self, owner: str, raw: bytes) -> Reply:
         """Open a session."""
