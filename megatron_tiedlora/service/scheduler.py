@@ -8,12 +8,12 @@ saved state when it is used, and its later operations are repeated. A state is s
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.operations import Create, Failure, Load, Pass, Sample, Save, Step, Ticket
-from megatron_tiedlora.service.worker import Outcome, WorkerCommand
+from megatron_tiedlora.service.operations import Create, Failure, Load, OperationResult, Pass, Save, Step, Ticket
+from megatron_tiedlora.service.worker import WorkerCommand
 
 _LOGGER = logging.getLogger(__name__)
 TICK_SECONDS = 2.0  # without work, ranks still exchange a command this often, so that none waits too long for another
@@ -59,7 +59,7 @@ class Scheduler:
         self._samples = deque[Ticket]()
         self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
         self._steps = Counter[str]()  # of models in memory, since their last saved state
-        self._running: dict[str, list[_Work]] = {}  # the running command, by the lists of `Outcome`
+        self._running: list[_Work] = []  # the operations of the running command
 
     @property
     def num_loaded(self) -> int:
@@ -96,25 +96,21 @@ class Scheduler:
             elif len(queue) < num_before:  # to the end, behind those that were not served
                 self._queues[model] = self._queues.pop(model)
             self._used[model] = self._clock()
-        samples = [*self._some_samples()]
-        self._running = {"creates": creates, "passes": passes, "others": others, "samples": samples}
+        self._running = [*creates, *passes, *others, *self._some_samples()]
         fresh = tuple(work.model for work in passes if work.ticket is not None and work.ticket.fresh)
-        new, computed, alone = (tuple((one.model, one.operation) for one in own) for own in (creates, passes, others))
-        return WorkerCommand(tuple(leaving), new, fresh, computed, alone, tuple(work.operation for work in samples))
+        return WorkerCommand(tuple(leaving), fresh, tuple((work.model, work.operation) for work in self._running))
 
-    def answer(self, outcome: Outcome) -> None:
-        """Answer the operations of the last command with its outcome on rank 0."""
-        for name, works in self._running.items():
-            for work, result in zip(works, getattr(outcome, name), strict=True):
-                failed = isinstance(result, Failure)
-                if failed and isinstance(work.operation, Create):
-                    self._forget(work.model)
-                    _LOGGER.error("%s: %s", work.model, result.message)
-                if work.ticket is not None:
-                    self._desk.answer(work.ticket.request, result)
-                if work.state is not None and not failed:
-                    self._steps[work.model] = 0
-                    self._desk.saved(work.model, work.state, work.operation.folder)
+    def answer(self, results: Sequence[OperationResult]) -> None:
+        """Answer the operations of the last command with their results on rank 0."""
+        for work, result in zip(self._running, results, strict=True):
+            if isinstance(result, Failure) and isinstance(work.operation, Create):
+                self._forget(work.model)
+                _LOGGER.error("%s: %s", work.model, result.message)
+            if work.ticket is not None:
+                self._desk.answer(work.ticket.request, result)
+            if work.state is not None and not isinstance(result, Failure):
+                self._steps[work.model] = 0
+                self._desk.saved(work.model, work.state, work.operation.folder)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 
@@ -180,8 +176,7 @@ class Scheduler:
     def _some_samples(self) -> Iterator[_Work]:
         tokens = 0
         while self._samples:
-            one = self._samples[0].operation
-            assert isinstance(one, Sample)
+            one: Any = self._samples[0].operation
             size = one.num_samples * (len(one.prompt) + one.max_tokens)
             if tokens and tokens + size > self._round_tokens:
                 return

@@ -91,9 +91,9 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
         while True:
             stop.agree(True)
             command = decided_by_rank_0(scheduler.next if scheduler else WorkerCommand, kind=WorkerCommand)
-            outcome = worker.run(command)
+            results = worker.run(command)
             if scheduler is not None:
-                scheduler.answer(outcome)
+                scheduler.answer(results)
 
 
 @dataclass(frozen=True)

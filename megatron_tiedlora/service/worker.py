@@ -7,7 +7,8 @@ order of additions does not depend on other models.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from megatron_tiedlora.service.operations import (
     Done,
     Failure,
     Load,
+    Operation,
     OperationResult,
     Pass,
     PassResult,
@@ -52,32 +54,18 @@ CHECKED_STEPS = 2  # the first steps of a model after which the replicas of its 
 
 @dataclass(frozen=True)
 class WorkerCommand:
-    """What all ranks do next, in the order of these lists. Operations are given with their models.
+    """What all ranks do next, in this order.
 
     Attributes:
         unload: the models whose tensors are freed.
-        creates: the models that are added.
         fresh: the models whose gradients are dropped.
-        passes: passes that share micro-batches, those of a model in their order, all with or all without backward.
-        others: operations that run one after the other.
+        operations: operations with their models. Passes in a row share micro-batches, those of a model in their order;
+            all of them have a backward pass, or none. Samples in a row share batches.
     """
 
     unload: tuple[str, ...] = ()
-    creates: tuple[tuple[str, Create], ...] = ()
     fresh: tuple[str, ...] = ()
-    passes: tuple[tuple[str, Pass], ...] = ()
-    others: tuple[tuple[str, Step | Save | Load], ...] = ()
-    samples: tuple[Sample, ...] = ()
-
-
-@dataclass
-class Outcome:
-    """The results of a command on rank 0, in the order of its lists. They are not complete on other ranks."""
-
-    creates: list[OperationResult] = field(default_factory=list)
-    passes: list[OperationResult] = field(default_factory=list)
-    others: list[OperationResult] = field(default_factory=list)
-    samples: list[OperationResult] = field(default_factory=list)
+    operations: tuple[tuple[str, Operation], ...] = ()
 
 
 class Worker:
@@ -95,18 +83,21 @@ class Worker:
         self._steps = dict[str, int]()  # the number of finished steps of each model
         self._checks = dict[str, StepChecks]()
 
-    def run(self, command: WorkerCommand) -> Outcome:
-        """Run a command. All ranks must call this method with the same command."""
-        found = Outcome()
+    def run(self, command: WorkerCommand) -> list[OperationResult]:
+        """Run a command. All ranks must call this method with the same command. Return the results of its operations on
+        rank 0; those of other ranks are not complete."""
         for model in command.unload:
             self._remove(model)
-        found.creates = [self._alone(model, create) for model, create in command.creates]
         self.runner.optimizers.clear(model for model in command.fresh if model in self._steps)
-        found.passes = self._passes(command.passes)
-        found.others = [self._alone(model, operation) for model, operation in command.others]
-        if command.samples:
-            found.samples = self._sampler(command.samples)
-        return found
+        results = list[OperationResult]()
+        for kind, some in groupby(command.operations, key=lambda given: type(given[1])):
+            if kind is Pass:
+                results += self._passes([(model, one) for model, one in some if isinstance(one, Pass)])
+            elif kind is Sample:
+                results += self._sampler([one for _, one in some if isinstance(one, Sample)])
+            else:
+                results += [self._alone(model, operation) for model, operation in some]
+        return results
 
     def _passes(self, given: Sequence[tuple[str, Pass]]) -> list[OperationResult]:
         """Run passes of models in memory. The gradients of a model whose loss is not finite are dropped. Return the
@@ -132,7 +123,7 @@ class Worker:
         left = iter(results)
         return [next(left, Done()) if model in self._steps else _ABSENT for model, _ in given]
 
-    def _alone(self, model: str, operation: Create | Step | Save | Load) -> OperationResult:
+    def _alone(self, model: str, operation: Operation) -> OperationResult:
         if model not in self._steps and not isinstance(operation, Create):
             return _ABSENT
         try:
@@ -140,7 +131,7 @@ class Worker:
                 return self._step(model, operation)
             if isinstance(operation, Save):
                 self._save(model, operation)
-            else:
+            elif isinstance(operation, Create | Load):
                 self._start(model, operation)
         except UserError as error:  # raised on every rank
             return Failure(str(error), by_user=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,13 @@ from support.desk_engine import BAD_TOKEN, CREATE, HashEngine, digest, one_pass,
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits
-from megatron_tiedlora.service.operations import Create, Done, Failure, Load, OperationResult, Save
+from megatron_tiedlora.service.operations import Create, Done, Failure, Load, OperationResult, Pass, Sample, Save
 from megatron_tiedlora.service.scheduler import IDLE_SECONDS, TURN_SECONDS, Scheduler
-from megatron_tiedlora.service.worker import Outcome, WorkerCommand
+from megatron_tiedlora.service.worker import WorkerCommand
+
+
+def passes_of(command: WorkerCommand) -> list[tuple[str, Pass]]:
+    return [(model, one) for model, one in command.operations if isinstance(one, Pass)]
 
 
 class Worker:
@@ -26,25 +31,26 @@ class Worker:
         self.most, self.num_loads = most, 0
         self.commands: list[WorkerCommand] = []
 
-    def run(self, command: WorkerCommand) -> Outcome:
+    def run(self, command: WorkerCommand) -> list[OperationResult]:
         self.commands.append(command)
-        outcome = Outcome()
+        results: list[OperationResult] = []
         for model in command.unload:
             del self.models[model]
-        for model, given in command.creates:
-            assert model not in self.models
-            self.num_loads += 1
-            outcome.creates.append(self._create(model, given))
-        assert len(self.models) <= self.most
         for model in command.fresh:
-            self.models[model]["gradients"] = []
-        assert len({one.backward for _, one in command.passes}) <= 1
-        for model, one in command.passes:
-            outcome.passes.append(self._run(model, one))
-        for model, one in command.others:
-            outcome.others.append(self._run(model, one))
-        outcome.samples = [Failure("not here", by_user=False) for _ in command.samples]
-        return outcome
+            self.models.get(model, {})["gradients"] = []  # a model of this command has none
+        assert len({one.backward for _, one in passes_of(command)}) <= 1
+        kinds = [kind for kind, _ in itertools.groupby(type(one) for _, one in command.operations)]
+        assert kinds.count(Create) <= 1 and kinds.count(Pass) <= 1 and kinds.count(Sample) <= 1
+        for model, one in command.operations:
+            if isinstance(one, Create):
+                assert model not in self.models
+                self.num_loads += 1
+                results.append(self._create(model, one))
+                assert len(self.models) <= self.most
+            else:
+                failed = Failure("not here", by_user=False)
+                results.append(failed if isinstance(one, Sample) else self._run(model, one))
+        return results
 
     def _create(self, model: str, given: Create) -> OperationResult:
         if given.method == "bad":
@@ -150,7 +156,7 @@ def test_the_longest_unserved_model_comes_first(tmp_path: Path) -> None:
         requests[models[0]].append(service.desk.submit("ann", models[0], number, one_pass(30, 31, number)))
     for model in models[1:]:
         requests[model].append(service.desk.submit("ann", model, 1, one_pass(40, 41)))
-    served = [[model for model, _ in service.turn().passes] for _ in range(3)]
+    served = [[model for model, _ in passes_of(service.turn())] for _ in range(3)]
     assert served == [[models[0]], [models[1], models[2]], [models[0]]]
 
 
@@ -160,7 +166,7 @@ def test_a_larger_operation_is_alone_and_kinds_are_not_mixed(tmp_path: Path) -> 
     service.turn()
     service.desk.submit("ann", one, 1, one_pass(*range(30, 39)))
     service.desk.submit("ann", other, 1, one_pass(50, backward=False))
-    assert [[model for model, _ in service.turn().passes] for _ in range(2)] == [[one], [other]]
+    assert [[model for model, _ in passes_of(service.turn())] for _ in range(2)] == [[one], [other]]
 
 
 def test_a_state_is_saved_after_some_steps(tmp_path: Path) -> None:
@@ -171,7 +177,7 @@ def test_a_state_is_saved_after_some_steps(tmp_path: Path) -> None:
         service.desk.submit("ann", model, number + 1, step())
         for _ in range(3):
             service.turn()
-    saves = [one for command in service.worker.commands for _, one in command.others if isinstance(one, Save)]
+    saves = [one for command in service.worker.commands for _, one in command.operations if isinstance(one, Save)]
     assert [Path(one.folder).name for one in saves] == ["4", "8"] and service.desk.origin(model) == saves[-1].folder
 
 
