@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.operations import Create, Failure, Load, OperationResult, Pass, Save, Step, Ticket
@@ -21,21 +21,12 @@ IDLE_SECONDS = 10.0  # a model that was idle for so long may give its place in m
 TURN_SECONDS = 120.0  # a model that has had its place for so long may give it to a waiting one, although it has work
 
 
-class _Work(NamedTuple):
-    """An operation of the running command. `ticket` is None if no client asked for it.
-
-    Attributes:
-        state: the number of the operation after which a saved state is made, if this is a save of a state.
-    """
-
-    model: str
-    operation: Any
-    ticket: Ticket | None = None
-    state: int | None = None
-
-
 class Scheduler:
-    """The operations that wait on rank 0, and the models in memory."""
+    """The operations that wait on rank 0, and the models in memory.
+
+    The ticket of an operation that no client asked for has the request "". The save of a state has the number of the
+    operation before it.
+    """
 
     def __init__(
         self,
@@ -59,7 +50,7 @@ class Scheduler:
         self._samples = deque[Ticket]()
         self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
         self._steps = Counter[str]()  # of models in memory, since their last saved state
-        self._running: list[_Work] = []  # the operations of the running command
+        self._running: list[Ticket] = []  # the operations of the running command
 
     @property
     def num_loaded(self) -> int:
@@ -75,42 +66,42 @@ class Scheduler:
         leaving = [model for model in self._desk.lapsed() if model in self._loaded and model not in self._queues]
         for model in leaving:
             self._unload(model)
-        creates, passes, others = list[_Work](), list[_Work](), list[_Work]()
+        creates, passes, others = list[Ticket](), list[Ticket](), list[Ticket]()
         for model, queue in list(self._queues.items()):
             if model not in self._queues:  # it has just given its place to another one
                 continue
             if model not in self._loaded:
                 if len(self._loaded) >= self._most:
-                    victim = self._victim({work.model for work in (*creates, *passes, *others)})
+                    victim = self._victim({one.model for one in (*creates, *passes, *others)})
                     if victim is None:
                         continue
                     self._unload(victim)
                     leaving.append(victim)
                 creates.append(self._create(model, queue))
-                others += self._new_state(creates[-1], of_weights=bool(creates[-1].operation.folder))
+                others += self._new_state(creates[-1])
             num_before = len(queue)
-            passes += self._passes(model, queue, passes)
-            others += self._others(model, queue)
+            passes += self._passes(queue, passes)
+            others += self._others(queue)
             if not queue:
                 del self._queues[model]
             elif len(queue) < num_before:  # to the end, behind those that were not served
                 self._queues[model] = self._queues.pop(model)
             self._used[model] = self._clock()
         self._running = [*creates, *passes, *others, *self._some_samples()]
-        fresh = tuple(work.model for work in passes if work.ticket is not None and work.ticket.fresh)
-        return WorkerCommand(tuple(leaving), fresh, tuple((work.model, work.operation) for work in self._running))
+        fresh = tuple(one.model for one in passes if one.fresh)
+        return WorkerCommand(tuple(leaving), fresh, tuple((one.model, one.operation) for one in self._running))
 
     def answer(self, results: Sequence[OperationResult]) -> None:
         """Answer the operations of the last command with their results on rank 0."""
-        for work, result in zip(self._running, results, strict=True):
-            if isinstance(result, Failure) and isinstance(work.operation, Create):
-                self._forget(work.model)
-                _LOGGER.error("%s: %s", work.model, result.message)
-            if work.ticket is not None:
-                self._desk.answer(work.ticket.request, result)
-            if work.state is not None and not isinstance(result, Failure):
-                self._steps[work.model] = 0
-                self._desk.saved(work.model, work.state, work.operation.folder)
+        for one, result in zip(self._running, results, strict=True):
+            if isinstance(result, Failure) and isinstance(one.operation, Create):
+                self._forget(one.model)
+                _LOGGER.error("%s: %s", one.model, result.message)
+            if one.request:
+                self._desk.answer(one.request, result)
+            elif isinstance(one.operation, Save) and not isinstance(result, Failure):
+                self._steps[one.model] = 0
+                self._desk.saved(one.model, one.number, one.operation.folder)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 
@@ -133,29 +124,31 @@ class Scheduler:
         for known in (self._loaded, self._used, self._steps):
             known.pop(model, None)
 
-    def _create(self, model: str, queue: deque[Ticket]) -> _Work:
+    def _create(self, model: str, queue: deque[Ticket]) -> Ticket:
         self._loaded[model] = self._clock()
         if isinstance(queue[0].operation, Create):
-            ticket = queue.popleft()
-            return _Work(model, ticket.operation, ticket)
+            return queue.popleft()
         origin = self._desk.origin(model)
         if isinstance(origin, str):
             origin = Create("", 1, 1.0, (), 0, folder=origin, optimizer=True)
-        return _Work(model, origin)
+        return Ticket("", model, 0, origin)
 
-    def _new_state(self, work: _Work, *, of_weights: bool) -> Iterator[_Work]:
-        """Yield the save of a state after a client's operation, if it is due, or `of_weights` that may be deleted."""
-        self._steps[work.model] += isinstance(work.operation, Step)
-        if work.ticket is not None and (of_weights or self._steps[work.model] >= self._state_steps):
-            folder = str(self._desk.state_folder(work.model, work.ticket.number))
-            yield _Work(work.model, Save(folder, optimizer=True), state=work.ticket.number)
+    def _new_state(self, after: Ticket) -> Iterator[Ticket]:
+        """Yield the save of a state, if it is due, or if a client's operation has read weights that may be deleted."""
+        operation, model = after.operation, after.model
+        self._steps[model] += isinstance(operation, Step)
+        reads = isinstance(operation, Create | Load) and operation.folder != ""
+        if after.request and (reads or self._steps[model] >= self._state_steps):
+            folder = str(self._desk.state_folder(model, after.number))
+            yield Ticket("", model, after.number, Save(folder, optimizer=True))
 
     # Operations ------------------------------------------------------------------------------------------------------
 
-    def _passes(self, model: str, queue: deque[Ticket], before: list[_Work]) -> Iterator[_Work]:
+    def _passes(self, queue: deque[Ticket], before: list[Ticket]) -> Iterator[Ticket]:
         """Yield a model's next passes of the kind of those `before`, which other models have in the command."""
-        tokens = sum(sum(work.operation.lengths) for work in before)
-        backward, found = before[0].operation.backward if before else None, 0
+        others: list[Any] = [one.operation for one in before]
+        tokens = sum(sum(one.lengths) for one in others)
+        backward, found = others[0].backward if others else None, 0
         while queue and isinstance(one := queue[0].operation, Pass):
             size = sum(one.lengths)
             if backward not in (None, one.backward) or (tokens and tokens + size > self._round_tokens):
@@ -163,17 +156,16 @@ class Scheduler:
             if found and queue[0].fresh:  # gradients are dropped before all passes of a command
                 return
             backward, tokens, found = one.backward, tokens + size, found + 1
-            yield _Work(model, one, queue.popleft())
+            yield queue.popleft()
 
-    def _others(self, model: str, queue: deque[Ticket]) -> Iterator[_Work]:
+    def _others(self, queue: deque[Ticket]) -> Iterator[Ticket]:
         """Yield a model's next operations up to its next pass, and saves of its state."""
-        while queue and not isinstance(operation := queue[0].operation, Pass):
-            work = _Work(model, operation, queue.popleft())
-            yield work
-            if isinstance(operation, Step | Load):
-                yield from self._new_state(work, of_weights=isinstance(operation, Load))
+        while queue and not isinstance(queue[0].operation, Pass):
+            yield (one := queue.popleft())
+            if isinstance(one.operation, Step | Load):
+                yield from self._new_state(one)
 
-    def _some_samples(self) -> Iterator[_Work]:
+    def _some_samples(self) -> Iterator[Ticket]:
         tokens = 0
         while self._samples:
             one: Any = self._samples[0].operation
@@ -181,4 +173,4 @@ class Scheduler:
             if tokens and tokens + size > self._round_tokens:
                 return
             tokens += size
-            yield _Work("", one, self._samples.popleft())
+            yield self._samples.popleft()
