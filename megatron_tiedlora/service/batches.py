@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.data.loader import Owned, fill_rounds
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
@@ -44,13 +45,8 @@ class Division:
         """Return the rows of each micro-batch of a pass. Rows are added up to a limit, in their order."""
         share = -(-sum(lengths) // (self.dp_size * self.per_rank))
         limit = max(*lengths, min(self.capacity, max(LEAST_TOKENS, share)))
-        found, start, size = list[slice](), 0, 0
-        for index, length in enumerate(lengths):
-            if size + length > limit:
-                found.append(slice(start, index))
-                start, size = index, 0
-            size += length
-        return [*found, slice(start, len(lengths))]
+        rows = filled((index, length, limit) for index, length in enumerate(lengths))
+        return [slice(some[0], some[-1] + 1) for some in rows]
 
     def micro_batches(self, given: Pass) -> list[MicroBatch]:
         """Return the micro-batches of a pass. Number j is for data-parallel rank j % `dp_size`; those at the end may

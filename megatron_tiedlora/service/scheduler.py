@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.operations import Create, Failure, Load, OperationResult, Pass, Save, Step, Ticket
 from megatron_tiedlora.service.worker import WorkerCommand
@@ -165,12 +166,7 @@ class Scheduler:
             if isinstance(one.operation, Step | Load):
                 yield from self._new_state(one)
 
-    def _some_samples(self) -> Iterator[Ticket]:
-        tokens = 0
-        while self._samples:
-            one: Any = self._samples[0].operation
-            size = one.num_samples * (len(one.prompt) + one.max_tokens)
-            if tokens and tokens + size > self._round_tokens:
-                return
-            tokens += size
-            yield self._samples.popleft()
+    def _some_samples(self) -> list[Ticket]:
+        given: list[Any] = [one.operation for one in self._samples]
+        sizes = ((one, one.num_samples * (len(one.prompt) + one.max_tokens), self._round_tokens) for one in given)
+        return [self._samples.popleft() for _ in next(filled(sizes), [])]
