@@ -69,9 +69,8 @@ class RowSettings:
 
     def prompt_labels(self, prompt: Sequence[int]) -> list[int]:
         """Return the label of each token of the prompt, which is the next token, or -100 if it is not wanted."""
-        num_wanted = len(prompt) - 1 if self.prompt_last is None else min(self.prompt_last, len(prompt) - 1)
-        num_wanted = 0 if self.num_prompt_top is None else num_wanted
-        first = len(prompt) - num_wanted
+        last = len(prompt) if self.prompt_last is None else self.prompt_last
+        first = len(prompt) - (0 if self.num_prompt_top is None else min(last, len(prompt) - 1))
         return [IGNORED_LABEL] * (first - 1) + list(prompt[first:]) + [IGNORED_LABEL]
 
 
@@ -260,10 +259,6 @@ class _Batch:
         """Return whether every sequence has ended, according to the tokens collected so far."""
         return all(self.ended) or self.num_chosen >= self.most
 
-    def runs(self, *, whole: bool) -> list[slice]:
-        """Return slices of prompts that are computed together. With `whole`, return one slice of all prompts."""
-        return [slice(0, len(self.prompts))] if whole else similar_lengths([len(prompt) for prompt in self.prompts])
-
     def prompt_rows(self, some: slice, device: torch.device) -> AdapterRows:
         """Return the input for some prompts. Its caches are views of this batch's caches."""
         tokens = pad_right(self.prompts[some], 0, device)
@@ -358,7 +353,9 @@ class _Part:
         """Fill the caches. Return what `_choose` does for every sequence on the last stage, otherwise None."""
         found: dict[_Batch, list[torch.Tensor]] = {batch: [] for batch in self.computed}
         whole = self.decoder.calls_together  # the number of calls must not depend on the prompts of a rank
-        for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
+        lengths = [[len(prompt) for prompt in batch.prompts] for batch in self.computed]
+        runs = [[slice(0, len(own))] if whole else similar_lengths(own) for own in lengths]
+        for turn in zip_longest(*runs):
             present = [(batch, run) for batch, run in zip(self.computed, turn, strict=True) if run is not None]
             sized = [((b, r), len(b.prompts[r.start]) * (r.stop - r.start), PROMPT_TOKENS_AT_ONCE) for b, r in present]
             for call in [present] if whole else filled(sized):
@@ -378,11 +375,9 @@ class _Part:
         """Return the options of `Decoder.forward` with which batches keep the numbers of their prompts, if wanted."""
         if all(batch.num_prompt_top is None for batch, _ in call):
             return {}
-        labels = list[torch.Tensor]()
-        for batch, run in call:
-            pairs = zip(batch.settings[run], batch.prompts[run], strict=True)
-            rows = [own.prompt_labels(prompt) for own, prompt in pairs]
-            labels.append(pad_right(rows, IGNORED_LABEL, self.decoder.device))
+        pairs = [zip(batch.settings[run], batch.prompts[run], strict=True) for batch, run in call]
+        rows = [[own.prompt_labels(prompt) for own, prompt in of_batch] for of_batch in pairs]
+        labels = [pad_right(some, IGNORED_LABEL, self.decoder.device) for some in rows]
 
         def report(found: torch.Tensor) -> None:
             parts = found.split([part.numel() for part in labels])

@@ -39,8 +39,7 @@ class Endpoints:
 
     def client_config(self, owner: str, raw: bytes) -> Reply:
         """Return the settings of the client. Those of functions that this server lacks are false by default."""
-        most = min(5_000_000, self._facts.max_body // 2)  # of arrays alone
-        return {"proto_compress_fwdbwd": self._facts.compressed, "fwdbwd_max_chunk_bytes_count": most}
+        return {"fwdbwd_max_chunk_bytes_count": min(5_000_000, self._facts.max_body // 2)}  # of arrays alone
 
     def capabilities(self, owner: str) -> Reply:
         """Return the models of this server: the base with the default method, and with each method."""
@@ -101,10 +100,8 @@ class Endpoints:
 
         def save() -> str:
             sent = read_body(raw, bodies.SaveWeights)
-            number, ttl = sent.sampling_session_seq_id, sent.ttl_seconds
-            return self._desk.save(
-                *where, sent.path, kind=kind, session_number=number, overwrite=sent.overwrite, ttl_seconds=ttl
-            )
+            options: dict[str, Any] = {"session_number": sent.sampling_session_seq_id, "ttl_seconds": sent.ttl_seconds}
+            return self._desk.save(*where, sent.path, kind=kind, overwrite=sent.overwrite, **options)
 
         return self._numbered(where, Save, save)
 

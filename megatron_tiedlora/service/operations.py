@@ -217,7 +217,6 @@ class ServiceFacts:
         max_samples: the maximum number of samples of a request.
         max_top: the maximum number of most likely tokens that a request can ask for.
         poll_seconds: how long the request for a result waits for it. Clients give up after 45 s.
-        compressed: whether clients compress passes, for slow networks.
     """
 
     model_name: str
@@ -234,7 +233,6 @@ class ServiceFacts:
     max_samples: int = 128
     max_top: int = 20
     poll_seconds: float = 30.0
-    compressed: bool = False
 
     @property
     def max_json(self) -> int:
