@@ -181,6 +181,18 @@ def test_a_state_is_saved_after_some_steps(tmp_path: Path) -> None:
     assert [Path(one.folder).name for one in saves] == ["4", "8"] and service.desk.origin(model) == saves[-1].folder
 
 
+def test_a_state_is_saved_after_a_load(tmp_path: Path) -> None:
+    """The weights that it read may be deleted."""
+    service = Service(tmp_path / "service", 1, state_steps=100)
+    model, _ = service.create(0)
+    service.desk.save("ann", model, 1, "first", kind="weights")
+    service.turn(), service.turn()
+    service.desk.load("ann", model, 2, f"tinker://{model}/weights/first", optimizer=True)
+    service.turn(), service.turn()
+    *_, state = (one for command in service.worker.commands for _, one in command.operations)
+    assert isinstance(state, Save) and Path(state.folder).name == "2" and service.desk.origin(model) == state.folder
+
+
 def test_a_model_that_cannot_be_created_leaves_its_place(tmp_path: Path) -> None:
     service = Service(tmp_path / "service", 1)
     _, failing = service.create(0, Create("bad", 4, 8.0, ("qkv",), 1))
