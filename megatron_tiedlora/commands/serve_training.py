@@ -2,7 +2,7 @@
 
     tiedlora serve-training --token_file tokens --new_token ana                    a token for a client, printed once
     tiedlora serve-training --model FOLDER --state DIR --token_file tokens         one process
-    torchrun --nproc_per_node 8 launch/serve_training.py --model FOLDER --tensor_parallel 4 ...
+    torchrun --nproc_per_node 8 -m megatron_tiedlora serve-training --model FOLDER --tensor_parallel 4 ...
 """
 
 from megatron_tiedlora.base.installation import require_extra

@@ -28,7 +28,7 @@ Serve training to many clients: each trains adapters of its own on one base, by 
 
     tiedlora serve-training --token_file tokens --new_token ana                    a token for a client, printed once
     tiedlora serve-training --model FOLDER --model_name Qwen/Qwen3-8B --state DIR --token_file tokens
-    torchrun --nproc_per_node 8 launch/serve_training.py --model FOLDER --tensor_parallel 4 ...        several GPUs
+    torchrun --nproc_per_node 8 -m megatron_tiedlora serve-training --model FOLDER --tensor_parallel 4 ...
 
 Clients set TINKER_BASE_URL=http://127.0.0.1:8473 and TINKER_API_KEY to their token (docs/service.md). A client names
 the method with the model, as in base_model="Qwen/Qwen3-8B:tl6". Everything that was accepted is in --state before it is

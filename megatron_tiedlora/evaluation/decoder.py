@@ -18,7 +18,7 @@ from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
-from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, Step, find_step_graphs
+from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, DecodeStep, find_step_graphs
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
@@ -110,7 +110,7 @@ class Decoder:
         *,
         wanted: RowTensors | None = None,
         labels: RowTensors | None = None,
-        num_top: int = 0,
+        num_top: int | None = None,
         report: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor | None:
         """Call the stage on some sequences of the batch, for one or several adapters.
@@ -158,7 +158,7 @@ class Decoder:
         wanted: RowTensors | None = None,
         labels: RowTensors | None = None,
         **options: Any,
-    ) -> tuple[Hashable, Step, torch.Tensor, torch.Tensor]:
+    ) -> tuple[Hashable, DecodeStep, torch.Tensor, torch.Tensor]:
         """Return what the kernels of a call depend on, its function, input (empty on later stages) and positions."""
         segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]

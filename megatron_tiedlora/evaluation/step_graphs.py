@@ -25,7 +25,7 @@ _LOGGER = logging.getLogger(__name__)
 # (128: at most 1 GB per token for 16 sequences of a 7B model, whose weights are 13 GB).
 KEYS_READ_TOGETHER = 128
 MOST_GRAPHS = 16  # of a decoder, or 2 per stage; each takes about 10 MB of the driver's memory for 32 layers
-Step = Callable[..., Tensor]
+DecodeStep = Callable[..., Tensor]
 
 
 class CapturedStep(NamedTuple):
@@ -34,7 +34,7 @@ class CapturedStep(NamedTuple):
     graph: Any
     inputs: tuple[Tensor, ...]
     output: Tensor
-    step: Step
+    step: DecodeStep
 
 
 class StepGraphs:
@@ -60,7 +60,7 @@ class StepGraphs:
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream(self._device)
 
-    def run(self, key: Hashable, step: Step, *inputs: Tensor) -> Tensor:
+    def run(self, key: Hashable, step: DecodeStep, *inputs: Tensor) -> Tensor:
         """Return `step(*inputs)`, a new tensor.
 
         Args:
@@ -79,7 +79,7 @@ class StepGraphs:
         found.graph.replay()
         return found.output.clone()  # the next replay overwrites the output, which may still be sent
 
-    def capture(self, key: Hashable, step: Step, *inputs: Tensor) -> bool:
+    def capture(self, key: Hashable, step: DecodeStep, *inputs: Tensor) -> bool:
         """Capture a step that was run and is not captured. `run` then replays it. The values of `inputs` are not used.
 
         No message may be in flight: PyTorch first waits for all work of the GPU. If the capture fails, log the reason,
@@ -98,7 +98,7 @@ class StepGraphs:
         """Free all graphs and their memory."""
         self._seen.clear()
 
-    def _warm_up(self, step: Step, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _warm_up(self, step: DecodeStep, inputs: tuple[Tensor, ...]) -> Tensor:
         """Run a step uncaptured on the stream of captures, so that libraries load kernels and prepare workspaces."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
@@ -107,7 +107,7 @@ class StepGraphs:
         current.wait_stream(self._stream)
         return output
 
-    def _capture(self, step: Step, inputs: tuple[Tensor, ...]) -> CapturedStep:
+    def _capture(self, step: DecodeStep, inputs: tuple[Tensor, ...]) -> CapturedStep:
         graph = torch.cuda.CUDAGraph()
         pool = next((found.graph.pool() for found in self._seen.values() if found is not None), None)
         pool = pool or torch.cuda.graph_pool_handle()

@@ -234,7 +234,7 @@ class Stage(nn.Module):
         caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
         wanted: Tensor | None = None,
-        num_top: int = 0,
+        num_top: int | None = None,
         report: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Return logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
@@ -246,7 +246,8 @@ class Stage(nn.Module):
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
                 several adapters, there is one position for each of their rows, as an index into all s tokens.
-            report: a function that gets the `position_logprobs` of `labels` with `num_top`. The result is then logits.
+            num_top, report: the number for, and a function that gets, the `label_logprobs` of each position. The result
+                is then logits.
 
         Returns:
             activations between layers if the stage has no head. The loss of a position without a label is 0.
@@ -262,10 +263,11 @@ class Stage(nn.Module):
             if isinstance(output, Tensor):
                 return output
             tail = replace(self.tail, tensor_parallel=tensor_parallel)
-            if labels is not None and report is not None:
-                report(tail.position_logprobs(output, labels, segments, num_top=num_top))
-            elif labels is not None:
-                return tail.position_losses(output, labels, segments)
+            if labels is not None:
+                numbers = tail.at_positions(output, labels, segments, num_top=num_top)
+                if report is None:
+                    return numbers
+                report(numbers)
             return tail.logits(output, wanted=wanted, segments=segments)
 
         # The module is called, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).

@@ -93,27 +93,19 @@ class SupervisedTail:
         loss = run_with_early_backward(summed, *inputs, spans=spans) if needs else summed(joined, *slots)
         return with_zero_gradients(loss, attended.zero_gradients)
 
-    def position_losses(self, attended: Attended, labels: Tensor, segments: AdapterSegments = ()) -> Tensor:
-        """Return the loss of each position, (b, s), without a gradient. It is 0 for positions without a label."""
-        supervised, some = self._supervised(labels, segments)
-        joined, update = self._join(attended, some)
-        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
-        losses = self.head(hidden, self.tensor_parallel, supervised, summed=False)
-        spread = torch.zeros(labels.numel(), device=labels.device)
-        return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
-
-    def position_logprobs(
-        self, attended: Attended, labels: Tensor, segments: AdapterSegments = (), *, num_top: int
+    def at_positions(
+        self, attended: Attended, labels: Tensor, segments: AdapterSegments = (), *, num_top: int | None = None
     ) -> Tensor:
-        """Return the result of `label_logprobs` at each position, (b, s, 1 + 2 num_top), nan at positions without a
-        label."""
+        """Return the loss of each position, (b, s) fp32, without a gradient. It is 0 without a label. With `num_top`
+        return the `label_logprobs` of each position instead, (b, s, 1 + 2 num_top), nan without a label."""
         supervised, some = self._supervised(labels, segments)
         joined, update = self._join(attended, some)
         hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
-        found = torch.full((labels.numel(), 1 + 2 * num_top), torch.nan, dtype=torch.float64, device=labels.device)
-        numbers = self.head(hidden, self.tensor_parallel, supervised, num_top=num_top)
+        numbers = self.head(hidden, self.tensor_parallel, supervised, summed=False, num_top=num_top)
+        numbers, fill = (numbers.float(), 0.0) if num_top is None else (numbers, torch.nan)
+        found = numbers.new_full((labels.numel(), *numbers.shape[1:]), fill)
         found[supervised.rows[supervised.supervised]] = numbers
-        return found.view(*labels.shape, -1)
+        return found.view(*labels.shape, *numbers.shape[1:])
 
     def _supervised(self, labels: Tensor | Supervised, segments: AdapterSegments = ()) -> tuple[Supervised, SomeTokens]:
         """Return the supervised positions, and this rank's tokens at these positions."""

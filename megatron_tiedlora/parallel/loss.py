@@ -199,7 +199,9 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
         weight, kernels, rows_at_once = shard.weight, shard.kernels, shard.rows_at_once
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
-        rows, labels = _padded_rows(rows, labels)
+        if padding := padded(num_rows) - num_rows:
+            rows = functional.pad(rows, (0, 0, 0, padding))
+            labels = functional.pad(labels, (0, padding), value=IGNORED_LABEL)
         gradient = torch.empty_like(rows) if needs_rows else None
         losses = [upcast(rows[:0, 0])]
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # the same memory for all chunks
@@ -225,14 +227,6 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (grad_rows,) = ctx.saved_tensors
         return scaled(grad_rows, gradient[:, None]), None, None
-
-
-def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows (n, d) and labels (n,), padded with zeros and ignored labels to n = `padded(n)`."""
-    missing = padded(len(rows)) - len(rows)
-    if not missing:
-        return rows, labels
-    return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
 
 
 def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:

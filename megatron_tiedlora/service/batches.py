@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.data.loader import Owned, fill_rounds
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
@@ -44,13 +45,8 @@ class Division:
         """Return the rows of each micro-batch of a pass. Rows are added up to a limit, in their order."""
         share = -(-sum(lengths) // (self.dp_size * self.per_rank))
         limit = max(*lengths, min(self.capacity, max(LEAST_TOKENS, share)))
-        found, start, size = list[slice](), 0, 0
-        for index, length in enumerate(lengths):
-            if size + length > limit:
-                found.append(slice(start, index))
-                start, size = index, 0
-            size += length
-        return [*found, slice(start, len(lengths))]
+        rows = filled((index, length, limit) for index, length in enumerate(lengths))
+        return [slice(some[0], some[-1] + 1) for some in rows]
 
     def micro_batches(self, given: Pass) -> list[MicroBatch]:
         """Return the micro-batches of a pass. Number j is for data-parallel rank j % `dp_size`; those at the end may
@@ -65,20 +61,18 @@ class Division:
         padding = max(size + -size % self.multiple, self.multiple) - size
 
         def row(values: Tensor, fill: int) -> Tensor:
-            return torch.nn.functional.pad(values, (0, padding), value=fill)[None]
-
-        def own(values: Tensor) -> Tensor:
-            return values[..., start : start + size]
+            own = values[..., start : start + size]
+            return torch.nn.functional.pad(own, (0, padding), value=fill)[None]
 
         documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
         positions = [torch.arange(length) for length in (*lengths, padding)]
         return MicroBatch(
-            tokens=row(own(given.tokens), 0),
+            tokens=row(given.tokens, 0),
             positions=torch.cat(positions)[None],
-            labels=row(own(given.targets), IGNORED_LABEL),
-            documents=row(documents, len(lengths)),
+            labels=row(given.targets, IGNORED_LABEL),
+            documents=torch.nn.functional.pad(documents, (0, padding), value=len(lengths))[None],
             objectives=(Objective(given.objective, given.settings),),
-            loss_inputs=row(own(given.inputs), 0).transpose(0, 1),
+            loss_inputs=row(given.inputs, 0).transpose(0, 1),
             lengths=torch.tensor([size]),
             num_samples=len(lengths),
         )
@@ -97,9 +91,9 @@ class Batches:
         self._batches: dict[str, list[MicroBatch]] = {}
         for model, one in passes:
             self._batches.setdefault(model, []).extend(division.micro_batches(one))
-        dp_size = division.dp_size
+        step = division.dp_size
         largest = {
-            model: [max(of.tokens.numel() for of in own[at : at + dp_size]) for at in range(0, len(own), dp_size)]
+            model: [max(one.tokens.numel() for one in own[at : at + step]) for at in range(0, len(own), step)]
             for model, own in self._batches.items()
         }
         self.rounds = fill_rounds(largest, capacity=division.capacity if division.shares else 0)
@@ -114,13 +108,12 @@ class Batches:
     def by_pass(self, by_rank: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the numbers of each pass's tokens in their order, from those of each data-parallel rank, in the order
         in which it computed them."""
-        parts: dict[str, dict[int, Tensor]] = {}
+        keys, parts = [key for some in self.rounds for key in some], dict[str, dict[tuple[int, int], Tensor]]()
         for dp_rank, values in enumerate(by_rank):
-            sizes = [self._batch(*one, dp_rank).num_supervised for some in self.rounds for one in some]
-            keys = [(model, number) for some in self.rounds for model, number in some]
+            sizes = [self._batch(*key, dp_rank).num_supervised for key in keys]
             for (model, number), part in zip(keys, values.split(sizes), strict=True):
-                parts.setdefault(model, {})[number * self._division.dp_size + dp_rank] = part
-        whole = {model: torch.cat([of[number] for number in sorted(of)]) for model, of in parts.items()}
+                parts.setdefault(model, {})[number, dp_rank] = part
+        whole = {model: torch.cat([own[key] for key in sorted(own)]) for model, own in parts.items()}
         for model, one in self._passes:
             size = sum(one.lengths)
             yield whole[model][:size]

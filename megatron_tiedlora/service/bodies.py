@@ -14,9 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_tiedlora.base.files import first_problem
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV
-from megatron_tiedlora.service.facts import ServiceFacts
-from megatron_tiedlora.service.operations import Create, Sample, Step
-from megatron_tiedlora.service.wire import check_ids, check_length
+from megatron_tiedlora.service.operations import Create, Sample, ServiceFacts, Step
 
 _Text = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
 _Number = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
@@ -244,8 +242,7 @@ class SampleBody(Body):
         """Return the operation, whose folder the desk fills in. Raise UserError for what this service cannot do."""
         params, last = self.sampling_params, self.prompt_logprobs_last_n
         prompt = tuple(token for chunk in self.prompt.chunks for token in chunk.tokens)
-        check_length(len(prompt), "prompt", facts)
-        check_ids((min(prompt), max(prompt)), "prompt", facts)
+        facts.check_tokens(prompt, "prompt")
         room = facts.max_length - len(prompt)
         max_tokens = room if params.max_tokens is None else params.max_tokens
         if not 0 < max_tokens <= room:
@@ -253,11 +250,8 @@ class SampleBody(Body):
                 f"sampling_params.max_tokens: {max_tokens:,} and the {len(prompt):,} tokens of the prompt are more than"
                 f" {facts.max_length:,} tokens; shorten the prompt or ask for less"
             )
-        for name, most in (
-            ("num_samples", facts.max_samples),
-            ("topk_prompt_logprobs", facts.max_top),
-            ("topk_sample_logprobs", facts.max_top),
-        ):
+        tops = {name: facts.max_top for name in ("topk_prompt_logprobs", "topk_sample_logprobs")}
+        for name, most in {"num_samples": facts.max_samples, **tops}.items():
             if (value := getattr(self, name)) > most:
                 raise UserError(f"{name}: {value:,} is more than {most:,}, the most of this server")
         if last is not None and not (self.prompt_logprobs and last < len(prompt)):

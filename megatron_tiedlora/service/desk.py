@@ -21,8 +21,24 @@ from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.service.futures import Answer, Future, Limits, Pending, Refused
 from megatron_tiedlora.service.journal import Journal, Place
 from megatron_tiedlora.service.model_queue import ModelInfo, ModelQueue, ModelRecord
-from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Result, Sample, Save, Step, Ticket
-from megatron_tiedlora.service.registry import SamplerInfo, SavedWeights, SessionInfo, checked_name, owned
+from megatron_tiedlora.service.operations import (
+    Create,
+    Load,
+    Operation,
+    OperationResult,
+    Pass,
+    Sample,
+    Save,
+    Step,
+    Ticket,
+)
+from megatron_tiedlora.service.registry import (
+    SamplerInfo,
+    SavedWeights,
+    SessionInfo,
+    checked_name,
+    owned,
+)
 from megatron_tiedlora.service.store import Store
 
 # An operation, what the client is told with its result, and other attributes of its future
@@ -127,9 +143,17 @@ class Desk:
         return self._submit(owner, model, number, lambda _: (operation, {}, {}), size=size)
 
     def save(
-        self, owner: str, model: str, number: int, name: str | None, *, kind: str, session_number: int | None = None,
-        overwrite: bool = False, ttl_seconds: float | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        owner: str,
+        model: str,
+        number: int,
+        name: str | None,
+        *,
+        kind: str,
+        session_number: int | None = None,
+        overwrite: bool = False,
+        ttl_seconds: float | None = None,
+    ) -> str:
         """Queue a save of a model's weights and return its request.
 
         Args:
@@ -179,9 +203,15 @@ class Desk:
         return self._submit(owner, model, number, make)
 
     def _submit(
-        self, owner: str, model: str, number: int, make: Callable[[ModelQueue], Making], *, size: int = 0,
+        self,
+        owner: str,
+        model: str,
+        number: int,
+        make: Callable[[ModelQueue], Making],
+        *,
+        size: int = 0,
         first: int = 1,
-    ) -> str:  # fmt: skip
+    ) -> str:
         if number < first:
             raise Refused(400, f"the number {number} of an operation is rejected; count from 1")
         with self._writing():
@@ -339,7 +369,7 @@ class Desk:
             operation = replace(operation, folder=str(self._store.folder / future.folder))
         return Ticket(future.request, future.model, future.number, operation, fresh)
 
-    def answer(self, request: str, result: Result) -> None:
+    def answer(self, request: str, result: OperationResult) -> None:
         """Record the result of an operation that `ready` returned."""
         with self._writing():
             if request in self._store.futures:

@@ -3,7 +3,7 @@
 This knows neither HTTP nor the results of operations, which `http` sends when they exist.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,15 +12,14 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS
 from megatron_tiedlora.service import bodies
 from megatron_tiedlora.service.bodies import read_body, read_name
-from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.futures import Refused
-from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Save, Step
-from megatron_tiedlora.service.wire import read_pass
+from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Save, ServiceFacts, Step
+from megatron_tiedlora.service.wire import pass_of, read_pass
 
 if TYPE_CHECKING:
     from megatron_tiedlora.service.desk import Desk
 
-Fields = dict[str, Any]
+Reply = dict[str, Any]
 
 TESTED_CLIENT = "0.38."  # the releases of the `tinker` SDK that were tried
 _CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler"}
@@ -38,28 +37,17 @@ class Endpoints:
 
     # Clients and sessions
 
-    def client_config(self, owner: str, raw: bytes) -> Fields:
+    def client_config(self, owner: str, raw: bytes) -> Reply:
         """Return the settings of the client. Those of functions that this server lacks are false by default."""
-        return {
-            "proto_compress_fwdbwd": self._facts.compressed,
-            "fwdbwd_max_chunk_bytes_count": min(5_000_000, self._facts.max_body // 2),  # of arrays alone
-        }
+        return {"fwdbwd_max_chunk_bytes_count": min(5_000_000, self._facts.max_body // 2)}  # of arrays alone
 
-    def dynamic_config(self, owner: str, raw: bytes) -> Fields:
-        """Return the settings of the client that may change: none."""
-        return {}
-
-    def capabilities(self, owner: str) -> Fields:
+    def capabilities(self, owner: str) -> Reply:
         """Return the models of this server: the base with the default method, and with each method."""
         names = [self._facts.model_name, *map(self._facts.named, METHOD_NAMES)]
         can = {"max_context_length": self._facts.max_length, "trainable": True, "sampleable": True}
         return {"supported_models": [{"model_name": name, **can} for name in names]}
 
-    def telemetry(self, owner: str, raw: bytes) -> Fields:
-        """Accept telemetry and drop it. It can contain the client's key."""
-        return {"status": "accepted"}
-
-    def create_session(self, owner: str, raw: bytes) -> Fields:
+    def create_session(self, owner: str, raw: bytes) -> Reply:
         """Open a session."""
         sent = read_body(raw, bodies.CreateSession)
         session = self._desk.open_session(owner, metadata=bodies.described(sent.user_metadata))
@@ -68,71 +56,56 @@ class Endpoints:
             warning += f" It was tested with tinker {TESTED_CLIENT}x, and this is {sent.sdk_version or 'unknown'}."
         return {"session_id": session, "warning_message": warning}
 
-    def heartbeat(self, owner: str, raw: bytes) -> Fields:
+    def heartbeat(self, owner: str, raw: bytes) -> Reply:
         """Note that the client of a session lives."""
         self._desk.heartbeat(owner, read_name(raw, "session_id"))
         return {}
 
-    def finish_session(self, owner: str, session_id: str) -> Fields:
+    def finish_session(self, owner: str, session_id: str) -> Reply:
         """End a session."""
         self._desk.finish_session(owner, session_id)
         return {}
 
     # Models
 
-    def create_model(self, owner: str, raw: bytes) -> Fields:
+    def create_model(self, owner: str, raw: bytes) -> Reply:
         """Create a model."""
         sent = read_body(raw, bodies.CreateModel)
-        return self._create(owner, sent.session_id, sent.model_seq_id, sent.operation(self._facts), sent.user_metadata)
+        create, info = sent.operation(self._facts), bodies.described(sent.user_metadata)
+        return {"request_id": self._desk.create(owner, sent.session_id, sent.model_seq_id, create, info=info)}
 
-    def _create(
-        self, owner: str, session: str, number: int, create: Create, metadata: Mapping[str, Any] | None
-    ) -> Fields:
-        return _future(self._desk.create(owner, session, number, create, info=bodies.described(metadata)))
-
-    def get_info(self, owner: str, raw: bytes) -> Fields:
+    def get_info(self, owner: str, raw: bytes) -> Reply:
         """Describe a model."""
         model, facts = read_name(raw, "model_id"), self._facts
         rank = self._desk.model_of(owner, model).create.rank
         data = {"arch": facts.architecture, "model_name": facts.model_name, "tokenizer_id": facts.tokenizer_id}
         return {"model_id": model, "model_data": data, "is_lora": True, "lora_rank": rank}
 
-    def forward_backward(self, owner: str, raw: bytes) -> Fields:
+    def forward_backward(self, owner: str, raw: bytes) -> Reply:
         """Submit a pass. The body is protobuf."""
         sent = read_pass(raw)
         where = owner, sent.model_id, sent.seq_id
-        return self._numbered(
-            where, Pass, lambda: self._desk.submit(*where, sent.operation(self._facts), size=len(raw))
-        )
+        return self._numbered(where, Pass, lambda: self._desk.submit(*where, pass_of(sent, self._facts), size=len(raw)))
 
-    def optim_step(self, owner: str, raw: bytes) -> Fields:
+    def optim_step(self, owner: str, raw: bytes) -> Reply:
         """Submit a step of the optimizer."""
         where = _operation(owner, raw)
         return self._numbered(
             where, Step, lambda: self._desk.submit(*where, read_body(raw, bodies.OptimStep).operation(), size=len(raw))
         )
 
-    def save_weights(self, owner: str, raw: bytes) -> Fields:
-        """Save a model with its optimizer."""
-        return self._save(owner, raw, "weights")
-
-    def save_for_sampler(self, owner: str, raw: bytes) -> Fields:
-        """Save the weights of a model for a sampler."""
-        return self._save(owner, raw, "sampler_weights")
-
-    def _save(self, owner: str, raw: bytes, kind: Literal["weights", "sampler_weights"]) -> Fields:
+    def save(self, owner: str, raw: bytes, kind: Literal["weights", "sampler_weights"]) -> Reply:
+        """Save a model with its optimizer, or its weights for a sampler."""
         where = _operation(owner, raw)
 
         def save() -> str:
             sent = read_body(raw, bodies.SaveWeights)
-            number, ttl = sent.sampling_session_seq_id, sent.ttl_seconds
-            return self._desk.save(
-                *where, sent.path, kind=kind, session_number=number, overwrite=sent.overwrite, ttl_seconds=ttl
-            )
+            options: dict[str, Any] = {"session_number": sent.sampling_session_seq_id, "ttl_seconds": sent.ttl_seconds}
+            return self._desk.save(*where, sent.path, kind=kind, overwrite=sent.overwrite, **options)
 
         return self._numbered(where, Save, save)
 
-    def load_weights(self, owner: str, raw: bytes) -> Fields:
+    def load_weights(self, owner: str, raw: bytes) -> Reply:
         """Load a checkpoint into a model, or create a model of it, which has the shape of the checkpoint's model."""
         sent = read_body(raw, bodies.LoadWeights)
         if sent.session_id is None or sent.model_seq_id is None:
@@ -142,21 +115,22 @@ class Endpoints:
         if sent.base_model is not None:
             self._facts.method_of(sent.base_model)
         new = Create(old.method, old.rank, old.alpha, old.targets, old.seed, folder=sent.path, optimizer=sent.optimizer)
-        return self._create(owner, sent.session_id, sent.model_seq_id, new, sent.user_metadata)
+        info = bodies.described(sent.user_metadata)
+        return {"request_id": self._desk.create(owner, sent.session_id, sent.model_seq_id, new, info=info)}
 
-    def _numbered(self, where: tuple[str, str, int], kind: type[Operation], submit: Callable[[], str]) -> Fields:
+    def _numbered(self, where: tuple[str, str, int], kind: type[Operation], submit: Callable[[], str]) -> Reply:
         """Return the future of an operation. The number of an operation that is rejected for good is used up all the
         same, as the client's next operation would wait for it for ever. Its future fails with the reason."""
         try:
-            return _future(submit())
+            return {"request_id": submit()}
         except UserError as error:
             if status_of(error) in (410, 429):  # the session has ended, or the client sends the operation again
                 raise
-            return _future(self._desk.reject(*where, kind, str(error)))
+            return {"request_id": self._desk.reject(*where, kind, str(error))}
 
     # Samplers
 
-    def create_sampler(self, owner: str, raw: bytes) -> Fields:
+    def create_sampler(self, owner: str, raw: bytes) -> Reply:
         """Open a sampler of a checkpoint or of the base."""
         sent = read_body(raw, bodies.CreateSampler)
         if sent.model_path is None and sent.base_model is None:
@@ -166,31 +140,33 @@ class Endpoints:
         number = sent.sampling_session_seq_id
         return {"sampling_session_id": self._desk.open_sampler(owner, sent.session_id, number, path=sent.model_path)}
 
-    def sampler(self, owner: str, sampler_id: str) -> Fields:
+    def sampler(self, owner: str, sampler_id: str) -> Reply:
         """Describe a sampler."""
         path = self._desk.sampler_of(owner, sampler_id).path
         return {"sampler_id": sampler_id, "base_model": self._facts.model_name, "model_path": path or None}
 
-    def sample(self, owner: str, raw: bytes) -> Fields:
+    def sample(self, owner: str, raw: bytes) -> Reply:
         """Submit a prompt."""
         sent = read_body(raw, bodies.SampleBody)
         sample = sent.operation(self._facts)
         future, sequences = self._desk.sample(owner, sent.sampling_session_id, sent.seq_id, sample)
-        return {**_future(future), "sample_sequence_ids": sequences}
+        return {"request_id": future, "sample_sequence_ids": sequences}
 
     # Saved weights
 
-    def weights_info(self, owner: str, raw: bytes) -> Fields:
+    def weights_info(self, owner: str, raw: bytes) -> Reply:
         """Describe the model of a checkpoint, so that a client can create one like it."""
         create = self._desk.checkpoint_of(owner, read_name(raw, "tinker_path")).create
-        trained = {
+        return {
+            "base_model": self._facts.named(create.method),
+            "is_lora": True,
+            "lora_rank": create.rank,
             "train_unembed": False,
             "train_mlp": not set(MLP_TARGETS).isdisjoint(create.targets),
             "train_attn": not set(ATTENTION_TARGETS).isdisjoint(create.targets),
         }
-        return {"base_model": self._facts.named(create.method), "is_lora": True, "lora_rank": create.rank, **trained}
 
-    def training_run(self, owner: str, model_id: str) -> Fields:
+    def training_run(self, owner: str, model_id: str) -> Reply:
         """Describe a model, with its client's metadata."""
         found = self._desk.model_of(owner, model_id)
         return {
@@ -203,7 +179,7 @@ class Endpoints:
             "user_metadata": dict(found.info),
         }
 
-    def checkpoints(self, owner: str, model_id: str | None = None) -> Fields:
+    def checkpoints(self, owner: str, model_id: str | None = None) -> Reply:
         """List the checkpoints of a model, or of all models of the owner."""
         listed = []
         for found in self._desk.checkpoints(owner, model_id):
@@ -213,7 +189,7 @@ class Endpoints:
             listed.append({**fields, "size_bytes": found.size})
         return {"checkpoints": listed}
 
-    def delete_checkpoint(self, owner: str, model_id: str, checkpoint_id: str) -> Fields:
+    def delete_checkpoint(self, owner: str, model_id: str, checkpoint_id: str) -> Reply:
         """Delete a checkpoint, whose id is weights/NAME or sampler_weights/NAME."""
         self._desk.delete_checkpoint(owner, f"tinker://{model_id}/{checkpoint_id}")
         return {}
@@ -225,15 +201,9 @@ def status_of(error: UserError) -> int:
 
 
 def _operation(owner: str, raw: bytes) -> tuple[str, str, int]:
-    """Return the owner, the model and the number of an operation."""
     sent = read_body(raw, bodies.OperationId)
     return owner, sent.model_id, sent.seq_id
 
 
-def _future(request: str) -> Fields:
-    return {"request_id": request}
-
-
 def _date(seconds: float) -> str:
-    """Return a time in seconds since 1970 as text."""
     return datetime.fromtimestamp(seconds, UTC).isoformat()

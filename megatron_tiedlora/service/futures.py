@@ -9,7 +9,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.parallel.agreement import packed, unpacked
 from megatron_tiedlora.service import operations
 from megatron_tiedlora.service.journal import Journal, Place
-from megatron_tiedlora.service.operations import Failure, Operation, Result
+from megatron_tiedlora.service.operations import Failure, Operation, OperationResult
 
 _LENGTH_BYTES = 4
 
@@ -56,7 +56,7 @@ class Answer:
     operation is None if it was rejected."""
 
     operation: Operation | None
-    result: Result
+    result: OperationResult
     extra: Mapping[str, Any]
 
 
@@ -97,7 +97,7 @@ class Future:
     extra: dict[str, Any]
     place: Place | None = None
     operation: Operation | None = None
-    result: Result | None = None
+    result: OperationResult | None = None
     result_kind: str = ""
     result_place: Place | None = None
     taken: float | None = None
@@ -125,7 +125,7 @@ class Future:
             return None
         return _value(journal, self.place, self.kind) if self.operation is None else self.operation
 
-    def result_in(self, journal: Journal) -> Result:
+    def result_in(self, journal: Journal) -> OperationResult:
         """Return the result of an answered operation."""
         return _value(journal, self.result_place, self.result_kind) if self.result is None else self.result
 
@@ -134,7 +134,7 @@ class Future:
         fields = {name: getattr(self, name) for name in _WRITTEN}
         self.place = journal.append(record({"record": "operation", **fields}, body))
 
-    def answer(self, journal: Journal, result: Result) -> None:
+    def answer(self, journal: Journal, result: OperationResult) -> None:
         """Set the result and write it to the journal. A failure is synced, because later decisions depend on it."""
         kind = type(result).__name__
         head = {"record": "answer", "request": self.request, "kind": kind}

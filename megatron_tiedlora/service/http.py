@@ -8,12 +8,16 @@ is one. Neither headers nor bodies are logged or stored: the SDK sends its key i
 import asyncio
 import functools
 import logging
+import resource
+import socket
+import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
 import zstandard
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -26,10 +30,9 @@ from starlette.routing import Route
 from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.service.bodies import read_name
-from megatron_tiedlora.service.endpoints import Endpoints, Fields, status_of
-from megatron_tiedlora.service.facts import ServiceFacts
+from megatron_tiedlora.service.endpoints import Endpoints, Reply, status_of
 from megatron_tiedlora.service.futures import Answer, Pending
-from megatron_tiedlora.service.operations import Failure, Pass, PassResult, SampleResult, StepResult
+from megatron_tiedlora.service.operations import Failure, Pass, PassResult, SampleResult, ServiceFacts, StepResult
 from megatron_tiedlora.service.tokens import TokenFile
 from megatron_tiedlora.service.wire import pass_bytes, sample_bytes
 
@@ -44,30 +47,87 @@ _BODY_SECONDS = 300.0  # a body that takes longer is not read to its end
 _BODIES_AT_ONCE = 2  # of one owner: a hostile body and its messages take 25 times its size in memory
 _LARGEST_WINDOW = 2**24  # bytes that decompression may look back
 
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+_MOST_FILES = 2**15
+_IDLE_SECONDS = 75  # clients keep connections for a minute; a shorter time here would end them in the client's face
+_STOP_SECONDS = 3  # for requests in progress; long polls are cut, and clients poll again
+
 _Handler = Callable[[Request], Awaitable[Response]]
+
+
+@contextmanager
+def serving(app: Starlette, host: str, port: int) -> Iterator[str]:
+    """Serve `app` in a thread until the end of the block, and yield its URL. With port 0 the system chooses one.
+
+    Raises:
+        UserError: the address cannot be used.
+    """
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--host {host} --port {port}: cannot be used ({reason}). Give another one, or end the process that uses it"
+        ) from None
+    # Connections inherit it. asyncio sets it only for sockets of its own, and without it each answer waits for 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if host not in _LOCAL:
+        logger.warning(
+            "--host %s: the connection is not encrypted, so keys can be read on the network. Use 127.0.0.1 with"
+            " `ssh -L`, or a proxy with TLS",
+            host,
+        )
+    server = uvicorn.Server(uvicorn.Config(
+        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
+        proxy_headers=False, server_header=False, limit_concurrency=_allowed_files() // 2,
+        timeout_keep_alive=_IDLE_SECONDS, timeout_graceful_shutdown=_STOP_SECONDS,
+    ))  # fmt: skip
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        if not server.started:
+            raise UserError(f"--port {port}: the HTTP server did not start")
+        found, bound, *_ = listener.getsockname()
+        yield f"http://{f'[{found}]' if ':' in found else found}:{bound}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def _allowed_files() -> int:
+    """Return how many files and connections this process may have open, after raising its soft limit. A client has a
+    connection for each result that it waits for, and must leave files for the rest of the service."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def make_app(desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> Starlette:
     """Return the application. It answers requests for `desk`, of the owners that `tokens` knows."""
-    service = _Service(desk, tokens, facts)
-    points, checkpoints = service.endpoints, "training_runs/{model_id}/checkpoints"
-    posts: dict[str, Callable[[str, bytes], Fields]] = {
+    service, points = _Service(desk, tokens, facts), Endpoints(desk, facts)
+    checkpoints = "training_runs/{model_id}/checkpoints"
+    posts: dict[str, Callable[[str, bytes], Reply]] = {
         "client/config": points.client_config,
-        "client/dynamic_config": points.dynamic_config,
-        "telemetry": points.telemetry,
+        "client/dynamic_config": lambda owner, raw: {},
+        "telemetry": lambda owner, raw: {"status": "accepted"},  # it is dropped, as it can contain the client's key
         "create_session": points.create_session,
         "session_heartbeat": points.heartbeat,
         "create_model": points.create_model,
         "get_info": points.get_info,
         "optim_step": points.optim_step,
-        "save_weights": points.save_weights,
-        "save_weights_for_sampler": points.save_for_sampler,
+        "save_weights": functools.partial(points.save, kind="weights"),
+        "save_weights_for_sampler": functools.partial(points.save, kind="sampler_weights"),
         "load_weights": points.load_weights,
         "create_sampling_session": points.create_sampler,
         "asample": points.sample,
         "weights_info": points.weights_info,
     }
-    gets: dict[str, Callable[..., Fields]] = {
+    gets: dict[str, Callable[..., Reply]] = {
         "get_server_capabilities": points.capabilities,
         "samplers/{sampler_id}": points.sampler,
         "training_runs/{model_id}": points.training_run,
@@ -75,12 +135,12 @@ def make_app(desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> Starlette:
         "checkpoints": points.checkpoints,
     }
     handlers = [
-        *(("POST", _API + path, service.posted(answer)) for path, answer in posts.items()),
-        *(("GET", _API + path, service.named(answer)) for path, answer in gets.items()),
-        ("POST", _API + "forward_backward", service.posted(points.forward_backward, kind=_PROTOBUF)),
+        *(("POST", _API + path, service.answered(answer, kind=_JSON)) for path, answer in posts.items()),
+        *(("GET", _API + path, service.answered(answer)) for path, answer in gets.items()),
+        ("POST", _API + "forward_backward", service.answered(points.forward_backward, kind=_PROTOBUF)),
         ("POST", _API + "retrieve_future", service.retrieve_future),
-        ("POST", _API + "sessions/{session_id}/finish", service.named(points.finish_session)),
-        ("DELETE", f"{_API}{checkpoints}/{{checkpoint_id:path}}", service.named(points.delete_checkpoint)),
+        ("POST", _API + "sessions/{session_id}/finish", service.answered(points.finish_session)),
+        ("DELETE", f"{_API}{checkpoints}/{{checkpoint_id:path}}", service.answered(points.delete_checkpoint)),
         ("GET", _API + "healthz", service.health),
         ("GET", "/metrics", service.metrics),
         ("GET", "/status", service.status),
@@ -93,34 +153,23 @@ class _Service:
     """The handlers of requests, and what they share."""
 
     def __init__(self, desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> None:
-        self.endpoints = Endpoints(desk, facts)
         self._desk, self._tokens, self._facts = desk, tokens, facts
         self._started = time.time()
         self._reading: dict[str, asyncio.Semaphore] = {}  # by owner, so at most as many as there are tokens
 
-    # How a request becomes the call of an endpoint
-
-    def posted(self, answer: Callable[[str, bytes], Fields], *, kind: str = _JSON) -> _Handler:
-        """Return the handler of an endpoint that takes a body of the content type `kind`."""
+    def answered(self, answer: Callable[..., Reply], *, kind: str = "") -> _Handler:
+        """Return the handler of an endpoint that takes the names in its path, and a body of the content type `kind`."""
 
         async def handle(request: Request) -> Response:
             owner = self._owner(request)
+            if not kind:
+                return JSONResponse(await run_in_threadpool(answer, owner, **request.path_params))
             async with self._reading.setdefault(owner, asyncio.Semaphore(_BODIES_AT_ONCE)):
-                raw = await self._body(request, kind)
-                return JSONResponse(await run_in_threadpool(answer, owner, raw))
-
-        return handle
-
-    def named(self, answer: Callable[..., Fields]) -> _Handler:
-        """Return the handler of an endpoint that takes names in its path."""
-
-        async def handle(request: Request) -> Response:
-            return JSONResponse(await run_in_threadpool(answer, self._owner(request), **request.path_params))
+                return JSONResponse(await run_in_threadpool(answer, owner, await self._body(request, kind)))
 
         return handle
 
     def _owner(self, request: Request) -> str:
-        """Return the owner of the request's key."""
         owner = self._tokens.owner_of(request.headers.get("x-api-key", ""))
         if owner is None:
             raise HTTPException(401, "the key in X-API-Key is missing or unknown; use a token of this server's file")
@@ -145,8 +194,6 @@ class _Service:
             raise HTTPException(408, f"the body was not sent within {_BODY_SECONDS:.0f} s") from None
         return bytes(raw) if coding == "identity" else await run_in_threadpool(_decompressed, bytes(raw), most)
 
-    # Results
-
     async def retrieve_future(self, request: Request) -> Response:
         """Answer with the result of an operation, or after some time with 408, on which the client asks again."""
         owner = self._owner(request)
@@ -166,11 +213,9 @@ class _Service:
         if isinstance(found, Pending):
             again = {"type": "try_again", "request_id": future, "queue_state": found.reason}
             return JSONResponse(again, 408)  # as a 200 it would be a warning for the user
-        response = await run_in_threadpool(_result, found)
+        response = await run_in_threadpool(_response, found)
         response.background = BackgroundTask(self._desk.taken, owner, future)
         return response
-
-    # Others
 
     async def health(self, request: Request) -> Response:
         """Answer that the server lives. This needs no key."""
@@ -178,9 +223,8 @@ class _Service:
 
     async def metrics(self, request: Request) -> Response:
         """Answer with the desk's numbers in the text format of Prometheus."""
-        numbers = await self._numbers(request)
         lines = []
-        for name, value in sorted(numbers.items()):
+        for name, value in sorted((await self._numbers(request)).items()):
             kind = "counter" if name.endswith("_total") else "gauge"
             lines.append(f"# TYPE tiedlora_{name} {kind}\ntiedlora_{name} {value:.17g}\n")
         return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
@@ -206,13 +250,13 @@ def _decompressed(raw: bytes, most: int) -> bytes:
     try:
         with zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).stream_reader(raw) as stream:
             body = stream.read(most + 1)
-            _check_size(len(body), most)
     except zstandard.ZstdError:
         raise HTTPException(400, "the body is not valid zstd") from None
+    _check_size(len(body), most)
     return bytes(body)
 
 
-def _result(found: Answer) -> Response:
+def _response(found: Answer) -> Response:
     """Return the answer to a client with the result of its operation."""
     result = found.result
     if isinstance(result, Failure):

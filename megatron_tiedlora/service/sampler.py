@@ -1,25 +1,91 @@
 """Runs `Sample` operations of several adapters and clients in shared batches, at any layout.
 
 The noise of a sequence is a hash of its seed, the number of the sample and the position. So the result of an operation
-does not depend on the others, nor on how sequences are divided into batches and over data-parallel ranks.
+does not depend on the others, nor on how sequences are divided into batches and over data-parallel ranks. Saved
+adapters never change, so those that were used last stay in memory. All ranks hold the same ones.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter
+from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.checkpoint.base_identity import check_same_base
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import Agree, Generated, Prompts, RowSettings, generate_rows, text_test
 from megatron_tiedlora.evaluation.sampling import Sampling
-from megatron_tiedlora.parallel.agreement import gather_on_rank_0
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, gather_on_rank_0
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.service.operations import Sample, Sampled, SampleResult, Top
+from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.service.operations import Failure, OperationResult, Sample, Sampled, SampleResult, Top
+from megatron_tiedlora.training.build import BuiltModel, make_adapter
 
 # The limits of a round of sequences on each data-parallel rank. A single sequence may exceed the first one.
 CACHE_BYTES = 2**33
 ROWS_AT_ONCE = 256  # logits of a step are (rows, V), and samples are computed in fp64
 
+MOST_ADAPTERS = 32  # in memory, unless one command uses more
+_BASE = "base"  # the name of an adapter without layers; names of models have colons, and of folders slashes
+_NONE = Failure("rank 0 has the result", by_user=False)
+
 # By sequence: the new tokens, and the log-probabilities and most likely tokens of the prompt.
 _Parts = dict[int, tuple[Sampled, tuple[float, ...], tuple[Top, ...]]]
+
+
+class Sampler:
+    """Runs samples beside the models of a service on one rank. All ranks call it with the same samples.
+
+    Attributes:
+        most_rows: the number of sequences that all ranks compute at once.
+        cache_tokens: the number of tokens in the caches of these sequences.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        built: BuiltModel,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        agree: Agree,
+        cache_bytes: int,
+    ) -> None:
+        """Prepare to sample beside training. For the arguments see `sample_all`."""
+        self._plan, self._identity, self._runner, grid = plan, built.base_identity, built.runner, plan.grid
+        together, shape = plan.engine.zero_stage == 3, plan.source.shape
+        decoder = Decoder(self._runner.stage, self._runner.groups, shape, calls_together=together)
+        self._sample = partial(sample_all, decoder, grid=grid, decode=decode, agree=agree, cache_bytes=cache_bytes)
+        empty = TiedAdapter(AdapterShard(plan.adapter, (), grid.tp_rank, grid.tp_size))
+        self._runner.adapters[_BASE] = empty.to(self._runner.device)
+        self._held = dict[str, None]()  # folders, the longest unused first
+        self.most_rows = ROWS_AT_ONCE * grid.dp_size
+        self.cache_tokens = cache_bytes // decoder.bytes_per_token * grid.dp_size
+
+    def __call__(self, samples: Sequence[Sample]) -> list[OperationResult]:
+        """Return the results on rank 0, in the order of the samples."""
+        failures = dict[str, Failure]()
+        for folder in dict.fromkeys(sample.folder for sample in samples if sample.folder):
+            try:
+                self._hold(folder)
+            except UserError as error:  # raised on every rank
+                failures[folder] = Failure(str(error), by_user=False)
+        for folder in list(self._held)[: max(0, len(self._held) - MOST_ADAPTERS)]:
+            if all(sample.folder != folder for sample in samples):
+                del self._held[folder], self._runner.adapters[folder]
+        there = [sample for sample in samples if sample.folder not in failures]
+        self._runner.engine.module.eval()
+        names = {folder: folder or _BASE for folder in (*self._held, "")}
+        results = iter(self._sample(there, adapters=names) if there else [])
+        return [failures[one.folder] if one.folder in failures else next(results, _NONE) for one in samples]
+
+    def _hold(self, folder: str) -> None:
+        if folder not in self._held:
+            found = decided_by_rank_0(lambda: load_native_adapter(Path(folder)), kind=NativeAdapter)
+            check_same_base(found.base_identity, self._identity, source=folder, differs=False)
+            self._runner.adapters[folder] = make_adapter(self._plan, found.config, found.state, self._runner.device)
+        self._held[folder] = self._held.pop(folder, None)
 
 
 def sample_all(
@@ -47,7 +113,8 @@ def sample_all(
     places.sort(key=lambda place: -len(requests[place[0]].prompt) - requests[place[0]].max_tokens)
     asked = [requests[index] for index, _ in places]
     reads_all = decoder.calls_together and any(own.prompt_logprobs or own.num_prompt_top for own in requests)
-    settings = [_settings(requests[i], n, decode, decoder.shape.vocab_size, reads_all=reads_all) for i, n in places]
+    most = decoder.shape.vocab_size
+    settings = [_settings(requests[index], number, decode, most, reads_all=reads_all) for index, number in places]
     found: _Parts = {}
     for some in _rounds(asked, cache_bytes // decoder.bytes_per_token, grid.dp_size):
         mine, by_adapter = some[grid.dp_rank :: grid.dp_size], dict[str, list[int]]()
@@ -62,8 +129,7 @@ def sample_all(
         if mine:
             pairs = zip(by_adapter.values(), generated, strict=True)
             found |= {one: _sampled(row, asked[one]) for own, rows in pairs for one, row in zip(own, rows, strict=True)}
-    sends = grid.tp_rank == 0 and grid.pp_rank == 0
-    gathered = gather_on_rank_0(found if sends else {}, kind=_Parts)
+    gathered = gather_on_rank_0(found if grid.tp_rank == grid.pp_rank == 0 else {}, kind=_Parts)
     if gathered is None:
         return []
     by_place = {places[sequence]: own for part in gathered for sequence, own in part.items()}
@@ -71,18 +137,16 @@ def sample_all(
     for index, own in enumerate(requests):
         sequences = tuple(by_place[index, number][0] for number in range(own.num_samples))
         _, logprobs, top = by_place[index, 0]
-        results.append(
-            SampleResult(sequences, logprobs if own.prompt_logprobs else None, top if own.num_prompt_top else None)
-        )
+        read = logprobs if own.prompt_logprobs else None
+        results.append(SampleResult(sequences, read, top if own.num_prompt_top else None))
     return results
 
 
 def _settings(
     request: Sample, number: int, decode: Callable[[Sequence[int]], str], most: int, *, reads_all: bool
 ) -> RowSettings:
-    """Return the settings of a sample by its number. `most` is the size of the vocabulary. With `reads_all`, every
-    prompt is read, since ZeRO-3 gathers weights where it is."""
-    # The numbers of a prompt are equal for all samples.
+    """Return the settings of a sample by its number. `most` is the size of the vocabulary. The numbers of a prompt are
+    equal for all its samples. With `reads_all`, every prompt is read, since ZeRO-3 gathers weights where it is."""
     reads_prompt = reads_all or (number == 0 and (request.prompt_logprobs or request.num_prompt_top))
     return RowSettings(
         end_ids=frozenset(request.stop_tokens),

@@ -8,12 +8,22 @@ saved state when it is used, and its later operations are repeated. A state is s
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.operations import Create, Failure, Load, Pass, Result, Sample, Save, Step, Ticket
-from megatron_tiedlora.service.worker import Command, Outcome
+from megatron_tiedlora.service.operations import (
+    Create,
+    Failure,
+    Load,
+    OperationResult,
+    Pass,
+    Sample,
+    Save,
+    Step,
+    Ticket,
+)
+from megatron_tiedlora.service.worker import WorkerCommand
 
 _LOGGER = logging.getLogger(__name__)
 TICK_SECONDS = 2.0  # without work, ranks still exchange a command this often, so that none waits too long for another
@@ -24,21 +34,12 @@ TURN_SECONDS = 120.0  # a model that has had its place for so long may give it t
 PAUSE_SECONDS, GATHER_SECONDS = 0.02, 0.25
 
 
-class _Work(NamedTuple):
-    """An operation of the running command. `ticket` is None if no client asked for it.
-
-    Attributes:
-        state: the number of the operation after which a saved state is made, if this is a save of a state.
-    """
-
-    model: str
-    operation: Any
-    ticket: Ticket | None = None
-    state: int | None = None
-
-
 class Scheduler:
-    """The operations that wait on rank 0, and the models in memory."""
+    """The operations that wait on rank 0, and the models in memory.
+
+    The ticket of an operation that no client asked for has the request "". The save of a state has the number of the
+    operation before it.
+    """
 
     def __init__(
         self,
@@ -54,94 +55,82 @@ class Scheduler:
         """Start without models in memory.
 
         Args:
-            round_tokens: the number of tokens of passes in a command; a larger operation is alone.
-            round_rows: the number of sequences of samples in a command; a larger operation is alone.
-            cache_tokens: the number of tokens in the caches of these sequences.
+            round_tokens: the number of tokens of passes in a command; a larger pass is alone.
+            round_rows, cache_tokens: the number of sequences that are sampled in a command, and of the tokens of their
+                caches; a larger sample is alone.
             most_models: the number of models in memory at once.
             state_steps: the number of steps of a model between saved states.
         """
         self._desk, self._clock = desk, clock
-        self._round_tokens, self._most, self._state_steps = round_tokens, most_models, state_steps
-        self._round_rows, self._cache_tokens = round_rows, cache_tokens
+        self._round_tokens, self._round_rows, self._cache_tokens = round_tokens, round_rows, cache_tokens
+        self._most, self._state_steps = most_models, state_steps
         self._queues = dict[str, deque[Ticket]]()  # by model, the longest unserved first
-        self._samples = deque[Ticket]()
+        self._samples = dict[str, deque[Ticket]]()  # by the folder of the weights, the longest unserved first
         self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
         self._steps = Counter[str]()  # of models in memory, since their last saved state
-        self._running: dict[str, list[_Work]] = {}  # the running command, by the lists of `Outcome`
+        self._running: list[Ticket] = []  # the operations of the running command
 
     @property
     def num_loaded(self) -> int:
         """Return the number of models in memory."""
         return len(self._loaded)
 
-    def next(self) -> Command:
+    def next(self) -> WorkerCommand:
         """Return the next command. It waits up to `TICK_SECONDS` for operations, and is empty if there are none."""
         self._receive()
         leaving = [model for model in self._desk.lapsed() if model in self._loaded and model not in self._queues]
         for model in leaving:
             self._unload(model)
-        creates, passes, others = list[_Work](), list[_Work](), list[_Work]()
+        creates, passes, others = list[Ticket](), list[Ticket](), list[Ticket]()
         for model, queue in list(self._queues.items()):
             if model not in self._queues:  # it has just given its place to another one
                 continue
             if model not in self._loaded:
                 if len(self._loaded) >= self._most:
-                    victim = self._victim({work.model for work in (*creates, *passes, *others)})
+                    victim = self._victim({one.model for one in (*creates, *passes, *others)})
                     if victim is None:
                         continue
                     self._unload(victim)
                     leaving.append(victim)
                 creates.append(self._create(model, queue))
-                others += self._new_state(creates[-1], of_weights=bool(creates[-1].operation.folder))
-            some = [*self._passes(model, queue, passes)]
-            passes += some
-            more = [*self._others(model, queue)]
-            others += more
+                others += self._new_state(creates[-1])
+            num_before = len(queue)
+            passes += self._passes(queue, passes)
+            others += self._others(queue)
             if not queue:
                 del self._queues[model]
-            elif some or more:  # to the end, behind those that were not served
+            elif len(queue) < num_before:  # to the end, behind those that were not served
                 self._queues[model] = self._queues.pop(model)
             self._used[model] = self._clock()
-        samples = [*self._some_samples()]
-        self._running = {"creates": creates, "passes": passes, "others": others, "samples": samples}
-        return Command(
-            unload=tuple(leaving),
-            creates=tuple((work.model, work.operation) for work in creates),
-            fresh=tuple(work.model for work in passes if work.ticket is not None and work.ticket.fresh),
-            passes=tuple((work.model, work.operation) for work in passes),
-            others=tuple((work.model, work.operation) for work in others),
-            samples=tuple(work.operation for work in samples),
-        )
+        self._running = [*creates, *passes, *others, *self._some_samples()]
+        fresh = tuple(one.model for one in passes if one.fresh)
+        return WorkerCommand(tuple(leaving), fresh, tuple((one.model, one.operation) for one in self._running))
 
     def _receive(self) -> None:
         """Queue the operations whose turn has come. Wait for some if there are none, and for more behind samples."""
         tickets = self._desk.ready(0.0 if self._queues or self._samples else TICK_SECONDS)
         end = self._clock() + GATHER_SECONDS
         while tickets:
-            for ticket in tickets:
-                queue = self._queues.setdefault(ticket.model, deque()) if ticket.model else self._samples
-                queue.append(ticket)
+            for one in tickets:
+                if isinstance(one.operation, Sample):
+                    self._samples.setdefault(one.operation.folder, deque()).append(one)
+                else:
+                    self._queues.setdefault(one.model, deque()).append(one)
             if self._queues or self._clock() > end:
                 return
             tickets = self._desk.ready(PAUSE_SECONDS)
 
-    def answer(self, outcome: Outcome) -> None:
-        """Answer the operations of the last command with its outcome on rank 0."""
-        for name, works in self._running.items():
-            results: list[Result] = getattr(outcome, name)
-            for work, result in zip(works, results, strict=True):
-                self._answer(work, result)
-
-    def _answer(self, work: _Work, result: Result) -> None:
-        failed = isinstance(result, Failure)
-        if isinstance(work.operation, Create) and isinstance(result, Failure):
-            self._forget(work.model)
-            _LOGGER.error("%s: %s", work.model, result.message)
-        if work.ticket is not None:
-            self._desk.answer(work.ticket.request, result)
-        if work.state is not None and not failed:
-            self._steps[work.model] = 0
-            self._desk.saved(work.model, work.state, work.operation.folder)
+    def answer(self, results: Sequence[OperationResult]) -> None:
+        """Answer the operations of the last command with their results on rank 0."""
+        for one, result in zip(self._running, results, strict=True):
+            if isinstance(result, Failure) and isinstance(one.operation, Create):
+                self._forget(one.model)
+                _LOGGER.error("%s: %s", one.model, result.message)
+            if one.request:
+                self._desk.answer(one.request, result)
+            elif isinstance(one.operation, Save) and not isinstance(result, Failure):
+                self._steps[one.model] = 0
+                self._desk.saved(one.model, one.number, one.operation.folder)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 
@@ -164,29 +153,31 @@ class Scheduler:
         for known in (self._loaded, self._used, self._steps):
             known.pop(model, None)
 
-    def _create(self, model: str, queue: deque[Ticket]) -> _Work:
+    def _create(self, model: str, queue: deque[Ticket]) -> Ticket:
         self._loaded[model] = self._clock()
         if isinstance(queue[0].operation, Create):
-            ticket = queue.popleft()
-            return _Work(model, ticket.operation, ticket)
+            return queue.popleft()
         origin = self._desk.origin(model)
         if isinstance(origin, str):
             origin = Create("", 1, 1.0, (), 0, folder=origin, optimizer=True)
-        return _Work(model, origin)
+        return Ticket("", model, 0, origin)
 
-    def _new_state(self, work: _Work, *, of_weights: bool) -> Iterator[_Work]:
-        """Yield the save of a state after a client's operation, if it is due, or `of_weights` that may be deleted."""
-        self._steps[work.model] += isinstance(work.operation, Step)
-        if work.ticket is not None and (of_weights or self._steps[work.model] >= self._state_steps):
-            folder = str(self._desk.state_folder(work.model, work.ticket.number))
-            yield _Work(work.model, Save(folder, optimizer=True), state=work.ticket.number)
+    def _new_state(self, after: Ticket) -> Iterator[Ticket]:
+        """Yield the save of a state, if it is due, or if a client's operation has read weights that may be deleted."""
+        operation, model = after.operation, after.model
+        self._steps[model] += isinstance(operation, Step)
+        reads = isinstance(operation, Create | Load) and operation.folder != ""
+        if after.request and (reads or self._steps[model] >= self._state_steps):
+            folder = str(self._desk.state_folder(model, after.number))
+            yield Ticket("", model, after.number, Save(folder, optimizer=True))
 
     # Operations ------------------------------------------------------------------------------------------------------
 
-    def _passes(self, model: str, queue: deque[Ticket], before: list[_Work]) -> Iterator[_Work]:
+    def _passes(self, queue: deque[Ticket], before: list[Ticket]) -> Iterator[Ticket]:
         """Yield a model's next passes of the kind of those `before`, which other models have in the command."""
-        tokens = sum(sum(work.operation.lengths) for work in before)
-        backward, found = before[0].operation.backward if before else None, 0
+        others: list[Any] = [one.operation for one in before]
+        tokens = sum(sum(one.lengths) for one in others)
+        backward, found = others[0].backward if others else None, 0
         while queue and isinstance(one := queue[0].operation, Pass):
             size = sum(one.lengths)
             if backward not in (None, one.backward) or (tokens and tokens + size > self._round_tokens):
@@ -194,24 +185,26 @@ class Scheduler:
             if found and queue[0].fresh:  # gradients are dropped before all passes of a command
                 return
             backward, tokens, found = one.backward, tokens + size, found + 1
-            yield _Work(model, one, queue.popleft())
+            yield queue.popleft()
 
-    def _others(self, model: str, queue: deque[Ticket]) -> Iterator[_Work]:
+    def _others(self, queue: deque[Ticket]) -> Iterator[Ticket]:
         """Yield a model's next operations up to its next pass, and saves of its state."""
-        while queue and not isinstance(operation := queue[0].operation, Pass):
-            work = _Work(model, operation, queue.popleft())
-            yield work
-            if isinstance(operation, Step | Load):
-                yield from self._new_state(work, of_weights=isinstance(operation, Load))
+        while queue and not isinstance(queue[0].operation, Pass):
+            yield (one := queue.popleft())
+            if isinstance(one.operation, Step | Load):
+                yield from self._new_state(one)
 
-    def _some_samples(self) -> Iterator[_Work]:
-        """Yield the samples that waited longest, as many as are computed at once."""
-        rows = prompt = new = 0
+    def _some_samples(self) -> list[Ticket]:
+        """Return as many samples as are computed at once, those from different weights in turns."""
+        found, rows, prompt, new = list[Ticket](), 0, 0, 0
         while self._samples:
-            one = self._samples[0].operation
-            assert isinstance(one, Sample)
-            before, rows = rows, rows + one.num_samples
-            prompt, new = max(prompt, len(one.prompt)), max(new, one.max_tokens)
-            if before and (rows > self._round_rows or rows * (prompt + new) > self._cache_tokens):
-                return
-            yield _Work("", one, self._samples.popleft())
+            folder, queue = next(iter(self._samples.items()))
+            one: Any = queue[0].operation
+            rows, prompt, new = rows + one.num_samples, max(prompt, len(one.prompt)), max(new, one.max_tokens)
+            if found and (rows > self._round_rows or rows * (prompt + new) > self._cache_tokens):
+                break
+            found.append(queue.popleft())
+            del self._samples[folder]
+            if queue:  # to the end
+                self._samples[folder] = queue
+        return found

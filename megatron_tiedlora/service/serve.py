@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import psutil
 import torch
@@ -31,14 +30,13 @@ from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.service.batches import Division
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.facts import ServiceFacts
 from megatron_tiedlora.service.futures import Limits
-from megatron_tiedlora.service.http import make_app
+from megatron_tiedlora.service.http import make_app, serving
+from megatron_tiedlora.service.operations import ServiceFacts
+from megatron_tiedlora.service.sampler import Sampler
 from megatron_tiedlora.service.scheduler import Scheduler
-from megatron_tiedlora.service.server import serving
-from megatron_tiedlora.service.snapshots import Sampler
 from megatron_tiedlora.service.tokens import TokenFile
-from megatron_tiedlora.service.worker import Command, Worker
+from megatron_tiedlora.service.worker import Worker, WorkerCommand
 from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.throughput import choose_kernels
 
@@ -59,7 +57,7 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
     width = find_model(settings.model, weights=False).shape.hidden_size
     plan = plan_run(settings.train(world_size, width=width), rank=rank, world_size=world_size)
     check_clipping(plan)
-    folder = plan.source.weights_folder()
+    folder, grid = plan.source.weights_folder(), plan.grid
     tokenizer = load_tokenizer(settings.tokenizer or folder)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
@@ -68,35 +66,40 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
     decided_by_rank_0(partial(front.open, settings, max_rank, end))
     kernels = choose_kernels(plan, device, ranks=range(1, max_rank + 1))
     built = build_model({_PLAN: plan}, device, kernels=kernels.kernels, empty=True)
-    room = _room(settings, plan, max_rank, device)
-    decode = partial(_text, tokenizer)
+    room, to_fill = _room(settings, plan, max_rank, device), inputs_to_fill(grid.pp_size)
+    division = Division(
+        capacity=micro_batch_capacity({_PLAN: plan}, shares=True),
+        dp_size=grid.dp_size,
+        per_rank=to_fill,
+        multiple=plan.layout.pad_multiple,
+        shares=settings.share_micro_batches,
+    )
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+
     sampler = Sampler(plan, built, decode=decode, agree=stop.agree, cache_bytes=room.cache_bytes)
-    worker = Worker(plan, built, _division(settings, plan), sampler)
+    worker = Worker(plan, built, division, sampler)
     scheduler: Scheduler | None = None
     serves: AbstractContextManager[None] = nullcontext()
     if front.desk is not None:
-        round_tokens = worker.division.capacity * plan.grid.dp_size * inputs_to_fill(plan.grid.pp_size)
         scheduler = Scheduler(
             front.desk,
-            round_tokens=round_tokens,
+            round_tokens=division.capacity * grid.dp_size * to_fill,
             round_rows=sampler.most_rows,
             cache_tokens=sampler.cache_tokens,
             most_models=room.num_models,
             state_steps=settings.state_steps,
         )
         ends = end_ids(tokenizer, folder, vocab_size=plan.source.shape.vocab_size)
-        serves = front.serving(settings, _facts(settings, plan, max_rank, tuple(sorted(ends))), room)
+        serves = front.serving(settings, plan, room, max_rank=max_rank, stop_tokens=tuple(sorted(ends)))
     with stop.deferred(), serves:
         while True:
             stop.agree(True)
-            command = decided_by_rank_0(scheduler.next if scheduler else Command, kind=Command)
-            outcome = worker.run(command)
+            command = decided_by_rank_0(scheduler.next if scheduler else WorkerCommand, kind=WorkerCommand)
+            results = worker.run(command)
             if scheduler is not None:
-                scheduler.answer(outcome)
-
-
-def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+                scheduler.answer(results)
 
 
 @dataclass(frozen=True)
@@ -133,32 +136,6 @@ def _room(settings: ServiceSettings, plan: RunPlan, max_rank: int, device: torch
     return _Room(wanted, of_model, int(_FOR_CACHES * least))
 
 
-def _division(settings: ServiceSettings, plan: RunPlan) -> Division:
-    return Division(
-        capacity=micro_batch_capacity({_PLAN: plan}, shares=True),
-        dp_size=plan.grid.dp_size,
-        per_rank=inputs_to_fill(plan.grid.pp_size),
-        multiple=plan.layout.pad_multiple,
-        shares=settings.share_micro_batches,
-    )
-
-
-def _facts(settings: ServiceSettings, plan: RunPlan, max_rank: int, stop_tokens: tuple[int, ...]) -> ServiceFacts:
-    folder = plan.source.weights_folder()
-    return ServiceFacts(
-        model_name=settings.model_name or settings.model,
-        tokenizer_id=settings.tokenizer or settings.model_name or str(folder),
-        architecture=str(read_json_object(folder / "config.json", kind="a model's config").get("model_type")),
-        vocab_size=plan.source.shape.vocab_size,
-        max_length=plan.settings.max_length,
-        stop_tokens=stop_tokens,
-        method=settings.method,
-        alpha=settings.alpha,
-        seed=DEFAULT_SEED,
-        max_rank=max_rank,
-    )
-
-
 class _Front:
     """What only rank 0 has: the desk, the tokens and the HTTP server."""
 
@@ -167,20 +144,30 @@ class _Front:
     def open(self, settings: ServiceSettings, max_rank: int, end: End) -> None:
         """Open the files of the service. `end` closes them. Raise UserError if one cannot be used."""
         assert settings.state is not None
-        self._tokens = TokenFile(user_path(settings.token_file))
-        limits = Limits(
-            models=settings.owner_models,
-            rank=max_rank,
-            tokens=settings.request_tokens,
-            disk_bytes=int(settings.owner_disk_gb * 1e9),
-        )
+        self._tokens, disk = TokenFile(user_path(settings.token_file)), int(settings.owner_disk_gb * 1e9)
+        limits = Limits(models=settings.owner_models, rank=max_rank, tokens=settings.request_tokens, disk_bytes=disk)
         self.desk = Desk.open(user_path(settings.state), limits)
         end.held.callback(self.desk.close)
 
     @contextmanager
-    def serving(self, settings: ServiceSettings, facts: ServiceFacts, room: _Room) -> Iterator[None]:
+    def serving(
+        self, settings: ServiceSettings, plan: RunPlan, room: _Room, *, max_rank: int, stop_tokens: tuple[int, ...]
+    ) -> Iterator[None]:
         """Serve HTTP inside the block, and say where."""
         assert self.desk is not None
+        folder = plan.source.weights_folder()
+        facts = ServiceFacts(
+            model_name=settings.model_name or settings.model,
+            tokenizer_id=settings.tokenizer or settings.model_name or str(folder),
+            architecture=str(read_json_object(folder / "config.json", kind="a model's config").get("model_type")),
+            vocab_size=plan.source.shape.vocab_size,
+            max_length=plan.settings.max_length,
+            stop_tokens=stop_tokens,
+            method=settings.method,
+            alpha=settings.alpha,
+            seed=DEFAULT_SEED,
+            max_rank=max_rank,
+        )
         with serving(make_app(self.desk, self._tokens, facts), settings.host, settings.port) as url:
             fits = f"{count_text(room.num_models, 'model')} in memory ({bytes_in_words(room.model_bytes)} each at most)"
             show(f"serving {facts.model_name} at {url}: {fits}. Stop with Ctrl-C")

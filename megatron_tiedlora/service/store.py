@@ -24,7 +24,7 @@ from megatron_tiedlora.parallel.agreement import packed
 from megatron_tiedlora.service.futures import Future, Limits, Refused, used_segments
 from megatron_tiedlora.service.journal import Journal
 from megatron_tiedlora.service.model_queue import ModelQueue
-from megatron_tiedlora.service.operations import Failure, Operation, Result
+from megatron_tiedlora.service.operations import Failure, Operation, OperationResult
 from megatron_tiedlora.service.registry import Registry, SessionInfo, folder_size
 
 _SWEEP_SECONDS = 5.0  # between two looks for what has expired
@@ -139,7 +139,7 @@ class Store:
         self.counts[future.kind] += 1
         return future
 
-    def settle(self, future: Future, result: Result) -> None:
+    def settle(self, future: Future, result: OperationResult) -> None:
         """Answer an operation. The answer to one that is repeated changes nothing, unless it fails now."""
         queue = self.models.get(future.model)
         if future.answered:

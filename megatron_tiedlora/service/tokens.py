@@ -90,16 +90,12 @@ def _read(file: Path) -> dict[str, str]:
     if not stat.S_ISREG(found.st_mode) or found.st_uid not in (os.geteuid(), 0):
         raise UserError(f"{file}: is not a file of this user, so its tokens are not trusted; give another file")
     if found.st_mode & 0o077:
-        raise UserError(
-            f"{file}: other users can read or change it (mode {stat.S_IMODE(found.st_mode):04o}). Run: chmod 600 {file}"
-        )
+        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+        raise UserError(f"{file}: other users can read or change it (mode {mode}). Run: chmod 600 {file}")
     owners = {}
     for number, line in enumerate(raw.decode(errors="replace").splitlines(), 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        parts = _LINE.fullmatch(text)
-        if parts is None:
-            raise UserError(f"{file}: line {number} is not OWNER SHA256; remove it")
-        owners[parts[2]] = parts[1]
+        if text := line.partition("#")[0].strip():
+            if (parts := _LINE.fullmatch(text)) is None:
+                raise UserError(f"{file}: line {number} is not OWNER SHA256; remove it")
+            owners[parts[2]] = parts[1]
     return owners

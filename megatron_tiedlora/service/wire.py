@@ -5,7 +5,6 @@ size, and numbers are finite. A body that is rejected gives a UserError that nam
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -15,9 +14,8 @@ from google.protobuf.message import DecodeError
 from megatron_tiedlora.base.messages import UserError, enumerate_names, naming, nearest_name, shown
 from megatron_tiedlora.parallel.objectives import KINDS
 from megatron_tiedlora.service import wire_pb2
-from megatron_tiedlora.service.facts import ServiceFacts
-from megatron_tiedlora.service.operations import Pass, PassResult, SampleResult, Top
-from megatron_tiedlora.service.wire_pb2 import Chunk, Datum, ForwardBackwardRequest, Tensor, TopkLogprobs
+from megatron_tiedlora.service.operations import Pass, PassResult, SampleResult, ServiceFacts, Top
+from megatron_tiedlora.service.wire_pb2 import Datum, ForwardBackwardRequest, Tensor, TopkLogprobs
 
 Sent = TypeVar("Sent", ForwardBackwardRequest, Datum)
 
@@ -25,46 +23,36 @@ _TARGETS = "target_tokens"
 _FLOAT32, _BFLOAT16 = 1, 4
 _DTYPES: Mapping[int, str] = {_FLOAT32: "<f4", 2: "<i8", 3: "<i4", _BFLOAT16: "<f2"}  # bfloat16: of the same size
 _MOST_DATA = 2**16
-_EMPTY_LOGPROB = -99999.0  # in a cell without a token
+_EMPTY = (0, -99999.0)  # a cell without a token
 
 
-@dataclass(frozen=True)
-class SentPass:
-    """The body of forward_backward, before its data are read. `seq_id` is the operation's number in its model."""
-
-    model_id: str
-    seq_id: int
-    message: ForwardBackwardRequest
-
-    def operation(self, facts: ServiceFacts) -> Pass:
-        """Return the operation. Raise UserError if the body is inconsistent or asks for what this service cannot do."""
-        objective = self.message.loss_fn
-        if objective not in KINDS:
-            use = f"{nearest_name(objective, KINDS)}. Use {enumerate_names(tuple(KINDS))}"
-            raise UserError(f"loss_fn {shown(objective)}: is not supported by this server{use}")
-        if not 0 < (count := len(self.message.data)) <= _MOST_DATA:
-            raise UserError(f"data: has {count:,} items; send 1 to {_MOST_DATA:,}")
-        rows = []
-        for index, sent in enumerate(self.message.data):
-            with naming(f"data[{index}]"):
-                rows.append(_row(_parsed(Datum, sent), objective, facts))
-        tokens, targets, *inputs = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*rows, strict=True))
-        inputs += [torch.zeros(len(tokens))] * (2 - len(inputs))
-        lengths = tuple(len(row[0]) for row in rows)
-        settings, backward = _settings(self.message), not self.message.forward_only
-        return Pass(lengths, tokens, targets, torch.stack(inputs), objective, settings, backward)
-
-
-def read_pass(body: bytes) -> SentPass:
+def read_pass(body: bytes) -> ForwardBackwardRequest:
     """Return the body of forward_backward. Raise UserError if it does not name its model and number."""
     sent = _parsed(ForwardBackwardRequest, body)
     if not sent.model_id or sent.seq_id < 1:
         raise UserError(f"model_id {shown(sent.model_id)} or seq_id {sent.seq_id}: is missing; numbers begin with 1")
-    return SentPass(sent.model_id, sent.seq_id, sent)
+    return sent
+
+
+def pass_of(sent: ForwardBackwardRequest, facts: ServiceFacts) -> Pass:
+    """Return the operation. Raise UserError if the body is inconsistent or asks for what this service cannot do."""
+    if sent.loss_fn not in KINDS:
+        use = f"{nearest_name(sent.loss_fn, KINDS)}. Use {enumerate_names(tuple(KINDS))}"
+        raise UserError(f"loss_fn {shown(sent.loss_fn)}: is not supported by this server{use}")
+    if not 0 < (count := len(sent.data)) <= _MOST_DATA:
+        raise UserError(f"data: has {count:,} items; send 1 to {_MOST_DATA:,}")
+    rows = []
+    for index, raw in enumerate(sent.data):
+        with naming(f"data[{index}]"):
+            rows.append(_row(_parsed(Datum, raw), sent.loss_fn, facts))
+    tokens, targets, *inputs = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*rows, strict=True))
+    inputs += [torch.zeros(len(tokens))] * (2 - len(inputs))
+    lengths = tuple(len(row[0]) for row in rows)
+    settings, backward = _settings(sent), not sent.forward_only
+    return Pass(lengths, tokens, targets, torch.stack(inputs), sent.loss_fn, settings, backward)
 
 
 def _parsed(kind: type[Sent], raw: bytes) -> Sent:
-    """Return the message in `raw`. Raise UserError if it is not one of this kind."""
     try:
         return kind.FromString(raw)
     except DecodeError:
@@ -89,49 +77,28 @@ def _settings(sent: ForwardBackwardRequest) -> dict[str, float]:
 
 def _row(datum: Datum, objective: str, facts: ServiceFacts) -> list[np.ndarray]:
     """Return the checked arrays of a datum, (n,) each: tokens and targets in int64, the inputs of the loss in fp32."""
-    tokens = _row_tokens(datum.model_input, facts)
+    for chunk in datum.model_input:
+        kind = chunk.WhichOneof("chunk")
+        if kind != "encoded_text":
+            raise UserError(f"model_input: a chunk of type {kind} is not supported by this server; send encoded_text")
+        if len(chunk.encoded_text.tokens) % 4:
+            raise UserError("model_input: the tokens of a chunk are not int32")
+    tokens = np.frombuffer(b"".join(chunk.encoded_text.tokens for chunk in datum.model_input), dtype="<i4")
+    facts.check_tokens(tokens, "model_input")
     sent, wanted = datum.loss_fn_inputs, KINDS[objective].inputs
     for name in sent:
         if name not in (_TARGETS, *wanted):
             takes = f"{objective} takes {enumerate_names((_TARGETS, *wanted))}"
             raise UserError(f"loss_fn_inputs: {shown(name)} is unknown; {takes}")
     targets = _values(sent, _TARGETS, len(tokens), "<i8")
-    check_ids((targets.min(), targets.max()), _TARGETS, facts)
-    row = [tokens, targets]
+    facts.check_tokens(targets, _TARGETS)
+    row = [tokens.astype(np.int64), targets]
     for name in wanted:
         if name == "weights" and name not in sent:  # as the service that the protocol comes from
             row.append(np.ones(len(tokens), dtype=np.float32))
         else:
             row.append(_values(sent, name, len(tokens), "<f4"))
     return row
-
-
-def _row_tokens(chunks: Sequence[Chunk], facts: ServiceFacts) -> np.ndarray:
-    """Return the tokens (n,) int64 of a row, which is sent in chunks. Raise UserError if one of them is not text."""
-    for chunk in chunks:
-        kind = chunk.WhichOneof("chunk")
-        if kind != "encoded_text":
-            raise UserError(f"model_input: a chunk of type {kind} is not supported by this server; send encoded_text")
-        if len(chunk.encoded_text.tokens) % 4:
-            raise UserError("model_input: the tokens of a chunk are not int32")
-    raw = b"".join(chunk.encoded_text.tokens for chunk in chunks)
-    check_length(len(raw) // 4, "model_input", facts)
-    tokens = np.frombuffer(raw, dtype="<i4").astype(np.int64)
-    check_ids((tokens.min(), tokens.max()), "model_input", facts)
-    return tokens
-
-
-def check_length(count: int, what: str, facts: ServiceFacts) -> None:
-    """Raise UserError if a row of `count` tokens is empty or too long."""
-    if not 0 < count <= facts.max_length:
-        raise UserError(f"{what}: has {count:,} tokens; send 1 to {facts.max_length:,}")
-
-
-def check_ids(ids: Sequence[int], what: str, facts: ServiceFacts) -> None:
-    """Raise UserError if one of the token ids is not in the vocabulary."""
-    for found in ids:
-        if not 0 <= found < facts.vocab_size:
-            raise UserError(f"{what}: {found} is not a token of {facts.model_name}, which has {facts.vocab_size:,}")
 
 
 def _values(inputs: Mapping[str, Tensor], name: str, count: int, dtype: str) -> np.ndarray:
@@ -191,12 +158,7 @@ def sample_bytes(result: SampleResult) -> bytes:
 
 def _write_top(table: TopkLogprobs, rows: Sequence[Top]) -> None:
     """Write the most likely tokens of some positions as a table, whose width is the largest number at a position."""
-    width = max(map(len, rows), default=0)
-    if not width:
-        return
-    ids = np.zeros((len(rows), width), dtype="<i4")
-    logprobs = np.full((len(rows), width), _EMPTY_LOGPROB, dtype="<f4")
-    for index, row in enumerate(rows):
-        for cell, (token, logprob) in enumerate(row):
-            ids[index, cell], logprobs[index, cell] = token, logprob
-    table.token_ids, table.logprobs, table.k, table.length = ids.tobytes(), logprobs.tobytes(), width, len(rows)
+    if width := max(map(len, rows), default=0):
+        cells = np.array([[*row, *[_EMPTY] * (width - len(row))] for row in rows])  # fp64, which has all token ids
+        table.token_ids, table.logprobs = cells[..., 0].astype("<i4").tobytes(), cells[..., 1].astype("<f4").tobytes()
+        table.k, table.length = width, len(rows)

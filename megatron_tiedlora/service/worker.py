@@ -6,17 +6,18 @@ order of additions does not depend on other models.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.files import new_folder
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,
     Progress,
@@ -34,9 +35,10 @@ from megatron_tiedlora.service.operations import (
     Done,
     Failure,
     Load,
+    Operation,
+    OperationResult,
     Pass,
     PassResult,
-    Result,
     Sample,
     Save,
     Step,
@@ -45,45 +47,31 @@ from megatron_tiedlora.service.operations import (
 from megatron_tiedlora.training.build import BuiltModel, make_adapter, own_optimizer, restore_moments
 from megatron_tiedlora.training.step import AdapterStep, StepChecks, require_finite, take_steps
 
-Sampler = Callable[[Sequence[Sample]], list[Result]]
+_SampleAll = Callable[[Sequence[Sample]], list[OperationResult]]
 _ABSENT = Failure("the model is not in memory, because it could not be created or loaded", by_user=False)
 CHECKED_STEPS = 2  # the first steps of a model after which the replicas of its tensors are compared
 
 
 @dataclass(frozen=True)
-class Command:
-    """What all ranks do next, in the order of these lists. Operations are given with their models.
+class WorkerCommand:
+    """What all ranks do next, in this order.
 
     Attributes:
         unload: the models whose tensors are freed.
-        creates: the models that are added.
         fresh: the models whose gradients are dropped.
-        passes: passes that share micro-batches, those of a model in their order, all with or all without backward.
-        others: operations that run one after the other.
+        operations: operations with their models. Passes in a row share micro-batches, those of a model in their order;
+            all of them have a backward pass, or none. Samples in a row share batches.
     """
 
     unload: tuple[str, ...] = ()
-    creates: tuple[tuple[str, Create], ...] = ()
     fresh: tuple[str, ...] = ()
-    passes: tuple[tuple[str, Pass], ...] = ()
-    others: tuple[tuple[str, Step | Save | Load], ...] = ()
-    samples: tuple[Sample, ...] = ()
-
-
-@dataclass
-class Outcome:
-    """The results of a command on rank 0, in the order of its lists. They are not complete on other ranks."""
-
-    creates: list[Result] = field(default_factory=list)
-    passes: list[Result] = field(default_factory=list)
-    others: list[Result] = field(default_factory=list)
-    samples: list[Result] = field(default_factory=list)
+    operations: tuple[tuple[str, Operation], ...] = ()
 
 
 class Worker:
     """The models of a service on one rank."""
 
-    def __init__(self, plan: RunPlan, built: BuiltModel, division: Division, sampler: Sampler) -> None:
+    def __init__(self, plan: RunPlan, built: BuiltModel, division: Division, sampler: _SampleAll) -> None:
         """Take over a model that was built without adapters.
 
         Args:
@@ -95,28 +83,28 @@ class Worker:
         self._steps = dict[str, int]()  # the number of finished steps of each model
         self._checks = dict[str, StepChecks]()
 
-    def run(self, command: Command) -> Outcome:
-        """Run a command. All ranks must call this method with the same command."""
-        found = Outcome()
+    def run(self, command: WorkerCommand) -> list[OperationResult]:
+        """Run a command. All ranks must call this method with the same command. Return the results of its operations on
+        rank 0; those of other ranks are not complete."""
         for model in command.unload:
             self._remove(model)
-        found.creates = [self._alone(model, create) for model, create in command.creates]
         self.runner.optimizers.clear(model for model in command.fresh if model in self._steps)
-        found.passes = self._passes(command.passes)
-        found.others = [self._alone(model, operation) for model, operation in command.others]
-        if command.samples:
-            found.samples = self._sampler(command.samples)
-        return found
+        results = list[OperationResult]()
+        for kind, some in groupby(command.operations, key=lambda given: type(given[1])):
+            if kind is Pass:
+                results += self._passes([(model, one) for model, one in some if isinstance(one, Pass)])
+            elif kind is Sample:
+                results += self._sampler([one for _, one in some if isinstance(one, Sample)])
+            else:
+                results += [self._alone(model, operation) for model, operation in some]
+        return results
 
-    def _passes(self, passes: Sequence[tuple[str, Pass]]) -> list[Result]:
-        """Run the passes of models that are in memory. Return the results of all passes on rank 0."""
-        there = [(model, one) for model, one in passes if model in self._steps]
-        results = iter(self._run_passes(there) if there else [])
-        return [next(results, Done()) if model in self._steps else _ABSENT for model, _ in passes]
-
-    def _run_passes(self, passes: Sequence[tuple[str, Pass]]) -> list[Result]:
-        """Run passes, all with or all without backward passes. The gradients of a model whose loss is not finite are
-        dropped. Return the results on rank 0."""
+    def _passes(self, given: Sequence[tuple[str, Pass]]) -> list[OperationResult]:
+        """Run passes of models in memory. The gradients of a model whose loss is not finite are dropped. Return the
+        results of all passes on rank 0."""
+        passes = [(model, one) for model, one in given if model in self._steps]
+        if not passes:
+            return [_ABSENT] * len(given)
         batches, backward, grid = Batches(self.division, passes), passes[0][1].backward, self.plan.grid
         inputs, tokens = [shared_micro_batch(some) for some in batches.on_rank(grid.dp_rank)], list[torch.Tensor]()
         if backward:
@@ -125,79 +113,66 @@ class Worker:
             self.runner.evaluate(inputs, tokens=tokens)
         mine = [torch.cat(tokens).float().cpu()] if self.runner.counts_loss else []
         by_rank = gather_on_rank_0(mine, kind=list[SentTensor])
-        results = list[Result]()
+        results = list[OperationResult]()
         if by_rank is not None:
             # Ranks are numbered by stage, then data-parallel rank. Only the last stage has numbers.
             logprobs = batches.by_pass([-one for own in by_rank for one in own])
             results = [_result_of(one, own) for (_, one), own in zip(passes, logprobs, strict=True)]
         failed = [model for (model, _), own in zip(passes, results, strict=False) if isinstance(own, Failure)]
         self.runner.optimizers.clear(decided_by_rank_0(lambda: failed, kind=list[str]) if backward else [])
-        return results
+        left = iter(results)
+        return [next(left, Done()) if model in self._steps else _ABSENT for model, _ in given]
 
-    def _alone(self, model: str, operation: Create | Step | Save | Load) -> Result:
+    def _alone(self, model: str, operation: Operation) -> OperationResult:
+        if model not in self._steps and not isinstance(operation, Create):
+            return _ABSENT
         try:
-            if isinstance(operation, Create):
-                self._create(model, operation)
-            elif model not in self._steps:
-                return _ABSENT
-            elif isinstance(operation, Step):
+            if isinstance(operation, Step):
                 return self._step(model, operation)
-            elif isinstance(operation, Load):
-                self._add(model, operation.folder, with_optimizer=operation.optimizer)
-            else:
+            if isinstance(operation, Save):
                 self._save(model, operation)
+            elif isinstance(operation, Create | Load):
+                self._start(model, operation)
         except UserError as error:  # raised on every rank
             return Failure(str(error), by_user=not isinstance(operation, Save))
         return Done()
 
     # Models ----------------------------------------------------------------------------------------------------------
 
-    def _create(self, model: str, given: Create) -> None:
+    def _start(self, model: str, given: Create | Load) -> None:
+        """Add a model, or replace its weights. Rank 0 reads a checkpoint, without whose optimizer steps start at 0."""
+        found, state = None, None
         if given.folder:
-            self._add(model, given.folder, with_optimizer=given.optimizer)
-            return
-        config = make_adapter_config(
-            given.method,
-            rank=given.rank,
-            alpha=given.alpha,
-            layers=self.plan.adapter.layers,
-            targets=targets_of(self.plan.source.shape, given.targets),
-            seed=given.seed,
-        )
-        self._hold(model, config, None)
-
-    def _add(self, model: str, folder: str, *, with_optimizer: bool) -> None:
-        """Add a model from a checkpoint, which rank 0 reads, or replace it. Without its optimizer, steps start at 0."""
-        found = decided_by_rank_0(lambda: load_checkpoint(Path(folder)), kind=Checkpoint)
-        self._check_base(found.adapter, folder)
-        self._hold(model, found.adapter.config, found.adapter.state)
-        if with_optimizer:
-            restore_moments(self.runner.optimizers, model, found)
-            self._steps[model] = found.progress.step
-
-    def _check_base(self, adapter: NativeAdapter, folder: str) -> None:
-        check_same_base(adapter.base_identity, self._identity, source=folder, differs=False)
-
-    def _hold(self, model: str, config: AdapterConfig, state: Mapping[str, torch.Tensor] | None) -> None:
+            found = decided_by_rank_0(lambda: load_checkpoint(Path(given.folder)), kind=Checkpoint)
+            check_same_base(found.adapter.base_identity, self._identity, source=given.folder, differs=False)
+            config, state = found.adapter.config, found.adapter.state
+        else:
+            assert isinstance(given, Create)
+            layers, targets = self.plan.adapter.layers, targets_of(self.plan.source.shape, given.targets)
+            config = make_adapter_config(
+                given.method, rank=given.rank, alpha=given.alpha, layers=layers, targets=targets, seed=given.seed
+            )
         adapter = make_adapter(self.plan, config, state, self.runner.device)
         self.runner.adapters[model] = adapter
         self.runner.optimizers.own[model] = own_optimizer(self.plan.settings, adapter)
         self._checks[model] = StepChecks(self.runner, model, check_steps=CHECKED_STEPS, guards=False)
         self._steps[model] = 0
+        if found is not None and given.optimizer:
+            restore_moments(self.runner.optimizers, model, found)
+            self._steps[model] = found.progress.step
 
     def _remove(self, model: str) -> None:
         for held in (self.runner.adapters, self.runner.optimizers.own, self._checks, self._steps):
             held.pop(model)
 
-    def _step(self, model: str, given: Step) -> Result:
+    def _step(self, model: str, given: Step) -> OperationResult:
         optimizers, number = self.runner.optimizers, self._steps[model] + 1
         numbers = {"lr": given.learning_rate, "betas": (given.beta1, given.beta2), "eps": given.eps}
         optimizers.set_numbers(model, max_norm=given.max_norm, weight_decay=given.weight_decay, **numbers)
         missing = optimizers.sum_gradients([model])
         (ranks_missing,) = sum_over_ranks([float(bool(missing.get(model)))])
-        reports = {model: AdapterStep(number, 0.0, given.learning_rate)}
-        of = {model: self._checks[model]}
-        report = take_steps(self.runner, of, reports, missing, {model: ranks_missing}, {}, {})[model]
+        checks, reports = {model: self._checks[model]}, {model: AdapterStep(number, 0.0, given.learning_rate)}
+        report = take_steps(self.runner, checks, reports, missing, {model: ranks_missing}, {}, {})[model]
         optimizers.clear([model])
         if report.failure is not None:
             return Failure(str(report.failure), by_user=True)
@@ -205,9 +180,9 @@ class Worker:
         return StepResult(number, report.grad_norm)
 
     def _save(self, model: str, given: Save) -> None:
-        step = self._steps[model]
+        step, config = self._steps[model], self.runner.adapters[model].config
         self._checks[model].before_save(step)
-        layout, config = self.plan.layout_of(self.runner.adapters[model].config), self.runner.adapters[model].config
+        layout = self.plan.layout_of(config)
         state = self.runner.full_state(model, layout)
         moments = stored_moments(self.runner.full_moments(model, layout)) if given.optimizer else {}
 
@@ -224,7 +199,7 @@ class Worker:
         decided_by_rank_0(write)
 
 
-def _result_of(one: Pass, logprobs: torch.Tensor) -> Result:
+def _result_of(one: Pass, logprobs: torch.Tensor) -> OperationResult:
     losses = Objective(one.objective, one.settings).losses(logprobs.double(), one.inputs.double())
     loss = float(losses.sum())
     if not math.isfinite(loss):

@@ -20,7 +20,7 @@ from megatron_tiedlora.config.settings import DEFAULT_TASK, make_settings
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.service.batches import Division
 from megatron_tiedlora.service.operations import Create, Pass, PassResult, Step, StepResult
-from megatron_tiedlora.service.worker import Command, Worker
+from megatron_tiedlora.service.worker import Worker, WorkerCommand
 from megatron_tiedlora.training.build import build_model
 
 CUSTOM = "custom"  # squares of the distances of log-probabilities from -2, which the client differentiates
@@ -61,7 +61,7 @@ def serve(kinds: list[str], settings: dict[str, Any], state: dict[str, torch.Ten
     device, found = join_as_launched(folder), []
     plan = plan_run(make_settings(settings), rank=0, world_size=1)
     worker = Worker(plan, build_model({"largest": plan}, device, empty=True), Division(64), lambda _: [])
-    worker.run(Command(creates=tuple((kind, Create("lora", RANK, ALPHA, TARGETS, seed=1)) for kind in kinds)))
+    worker.run(WorkerCommand(operations=tuple((kind, Create("lora", RANK, ALPHA, TARGETS, seed=1)) for kind in kinds)))
     for kind in kinds:
         worker.runner.adapters[kind].load_full(state)
     results: dict[str, list[Any]] = {kind: [] for kind in kinds}
@@ -71,12 +71,12 @@ def serve(kinds: list[str], settings: dict[str, Any], state: dict[str, torch.Ten
             numbers = torch.cat([row[2] for row in rows(step)], dim=1)
             if kind == CUSTOM:
                 forward = a_pass(kind, step, torch.zeros_like(numbers), backward=False)
-                (result,) = worker.run(Command(passes=((kind, forward),))).passes
+                (result,) = worker.run(WorkerCommand(operations=((kind, forward),)))
                 assert isinstance(result, PassResult)
                 numbers = torch.stack((-2 * (result.logprobs + 2), torch.zeros_like(result.logprobs)))
             passes[kind] = a_pass(kind, step, numbers)
-        of_passes = worker.run(Command(passes=tuple(passes.items()))).passes
-        of_steps = worker.run(Command(others=tuple((kind, NUMBERS) for kind in kinds))).others
+        of_passes = worker.run(WorkerCommand(operations=tuple(passes.items())))
+        of_steps = worker.run(WorkerCommand(operations=tuple((kind, NUMBERS) for kind in kinds)))
         for kind, own, taken in zip(kinds, of_passes, of_steps, strict=True):
             assert isinstance(own, PassResult) and isinstance(taken, StepResult)
             results[kind].append((own.loss, own.logprobs, taken.grad_norm))

@@ -23,7 +23,7 @@ from megatron_tiedlora.config.settings import DEFAULT_TASK, make_settings
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.service.batches import Division
 from megatron_tiedlora.service.operations import Create, Failure, Load, Pass, PassResult, Save, Step, StepResult
-from megatron_tiedlora.service.worker import Command, Worker
+from megatron_tiedlora.service.worker import Worker, WorkerCommand
 from megatron_tiedlora.training.build import build_model
 
 MODELS = {
@@ -96,10 +96,8 @@ def _serve(case: Case, device: torch.device) -> Found:
         passes = tuple(one for one in some if isinstance(one[1], Pass))
         creates = tuple(one for one in some if isinstance(one[1], Create))
         others = tuple(one for one in some if not isinstance(one[1], Create | Pass))
-        outcome = worker.run(Command(creates=creates, passes=passes, others=others))
-        lists = ((creates, outcome.creates), (passes, outcome.passes), (others, outcome.others))
-        found = [pair for operations, of in lists for pair in zip(operations, of, strict=True)]
-        for (model, _), result in found:
+        operations = (*creates, *passes, *others)
+        for (model, _), result in zip(operations, worker.run(WorkerCommand(operations=operations)), strict=True):
             results.setdefault(model, []).append(result)
     runner = worker.runner
     states = {name: runner.full_state(name, plan.layout_of(own.config)) for name, own in runner.adapters.items()}
@@ -114,10 +112,10 @@ def run_trained(layouts: list[tuple[int, int, int]], settings: dict[str, Any], f
         worker = Worker(plan, build_model({"largest": plan}, device, empty=True), division, lambda _: [])
         adapter = plan.adapter
         create = Create(adapter.method, adapter.rank, adapter.alpha, TARGETS, seed=5)
-        worker.run(Command(creates=(("it", create),)))
+        worker.run(WorkerCommand(operations=(("it", create),)))
         for of_step in full_passes():
-            worker.run(Command(passes=tuple(("it", one) for one in of_step)))
-            worker.run(Command(others=(("it", Step(1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)),)))
+            worker.run(WorkerCommand(operations=tuple(("it", one) for one in of_step)))
+            worker.run(WorkerCommand(operations=(("it", Step(1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)),)))
         state, initial = worker.runner.full_state("it", plan.layout_of(adapter)), initial_values(adapter)
         found.append(all(torch.equal(value, expected[name]) for name, value in state.items()))
         assert plan.grid.rank or any(not torch.equal(value, initial[name]) for name, value in state.items())

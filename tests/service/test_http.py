@@ -28,7 +28,7 @@ from megatron_tiedlora.service.wire_pb2 import Datum, ForwardBackwardOutput, For
 pytest.importorskip("uvicorn")
 zstandard = pytest.importorskip("zstandard")
 make_app = pytest.importorskip("megatron_tiedlora.service.http").make_app
-serving = pytest.importorskip("megatron_tiedlora.service.server").serving
+serving = pytest.importorskip("megatron_tiedlora.service.http").serving
 
 API, PROTOBUF = "/api/v1/", "application/x-protobuf"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -16,9 +17,17 @@ from support.desk_engine import BAD_TOKEN, CREATE, SAMPLE, HashEngine, digest, o
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.futures import Answer, Limits
-from megatron_tiedlora.service.operations import Create, Done, Failure, Load, Result, Save
+from megatron_tiedlora.service.operations import Create, Done, Failure, Load, OperationResult, Pass, Sample, Save
 from megatron_tiedlora.service.scheduler import IDLE_SECONDS, TURN_SECONDS, Scheduler
-from megatron_tiedlora.service.worker import Command, Outcome
+from megatron_tiedlora.service.worker import WorkerCommand
+
+
+def passes_of(command: WorkerCommand) -> list[tuple[str, Pass]]:
+    return [(model, one) for model, one in command.operations if isinstance(one, Pass)]
+
+
+def samples_of(command: WorkerCommand) -> list[Sample]:
+    return [one for _, one in command.operations if isinstance(one, Sample)]
 
 
 class Worker:
@@ -27,35 +36,36 @@ class Worker:
     def __init__(self, most: int) -> None:
         self.models: dict[str, dict[str, Any]] = {}
         self.most, self.num_loads = most, 0
-        self.commands: list[Command] = []
+        self.commands: list[WorkerCommand] = []
 
-    def run(self, command: Command) -> Outcome:
+    def run(self, command: WorkerCommand) -> list[OperationResult]:
         self.commands.append(command)
-        outcome = Outcome()
+        results: list[OperationResult] = []
         for model in command.unload:
             del self.models[model]
-        for model, given in command.creates:
-            assert model not in self.models
-            self.num_loads += 1
-            outcome.creates.append(self._create(model, given))
-        assert len(self.models) <= self.most
         for model in command.fresh:
-            self.models[model]["gradients"] = []
-        assert len({one.backward for _, one in command.passes}) <= 1
-        for model, one in command.passes:
-            outcome.passes.append(self._run(model, one))
-        for model, one in command.others:
-            outcome.others.append(self._run(model, one))
-        outcome.samples = [Failure("not here", by_user=False) for _ in command.samples]
-        return outcome
+            self.models.get(model, {})["gradients"] = []  # a model of this command has none
+        assert len({one.backward for _, one in passes_of(command)}) <= 1
+        kinds = [kind for kind, _ in itertools.groupby(type(one) for _, one in command.operations)]
+        assert kinds.count(Create) <= 1 and kinds.count(Pass) <= 1 and kinds.count(Sample) <= 1
+        for model, one in command.operations:
+            if isinstance(one, Create):
+                assert model not in self.models
+                self.num_loads += 1
+                results.append(self._create(model, one))
+                assert len(self.models) <= self.most
+            else:
+                failed = Failure("not here", by_user=False)
+                results.append(failed if isinstance(one, Sample) else self._run(model, one))
+        return results
 
-    def _create(self, model: str, given: Create) -> Result:
+    def _create(self, model: str, given: Create) -> OperationResult:
         if given.method == "bad":
             return Failure("no such method", by_user=True)
         self.models[model] = {"weights": digest(given.seed), "gradients": []}
         return self._run(model, Load(given.folder, optimizer=given.optimizer)) if given.folder else Done()
 
-    def _run(self, model: str, one: Any) -> Result:
+    def _run(self, model: str, one: Any) -> OperationResult:
         if model not in self.models:
             return Failure("not in memory", by_user=False)
         engine = HashEngine.__new__(HashEngine)
@@ -83,7 +93,7 @@ class Service:
         """A model and the request of its creation."""
         return f"{self.session}:train:{number}", self.desk.create("ann", self.session, number, create, info={})
 
-    def turn(self) -> Command:
+    def turn(self) -> WorkerCommand:
         command = self.scheduler.next()
         self.scheduler.answer(self.worker.run(command))
         return command
@@ -155,7 +165,7 @@ def test_the_longest_unserved_model_comes_first(tmp_path: Path) -> None:
         requests[models[0]].append(service.desk.submit("ann", models[0], number, one_pass(30, 31, number)))
     for model in models[1:]:
         requests[model].append(service.desk.submit("ann", model, 1, one_pass(40, 41)))
-    served = [[model for model, _ in service.turn().passes] for _ in range(3)]
+    served = [[model for model, _ in passes_of(service.turn())] for _ in range(3)]
     assert served == [[models[0]], [models[1], models[2]], [models[0]]]
 
 
@@ -165,7 +175,7 @@ def test_a_larger_operation_is_alone_and_kinds_are_not_mixed(tmp_path: Path) -> 
     service.turn()
     service.desk.submit("ann", one, 1, one_pass(*range(30, 39)))
     service.desk.submit("ann", other, 1, one_pass(50, backward=False))
-    assert [[model for model, _ in service.turn().passes] for _ in range(2)] == [[one], [other]]
+    assert [[model for model, _ in passes_of(service.turn())] for _ in range(2)] == [[one], [other]]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,20 @@ def test_samples_share_a_command_up_to_its_limits(tmp_path: Path, samples: list[
     sampler = service.desk.open_sampler("ann", service.session, 0, path=None)
     for number, sample in enumerate(samples):
         service.desk.sample("ann", sampler, number, sample)
-    assert [len(service.turn().samples) for _ in sizes] == sizes
+    assert [len(samples_of(service.turn())) for _ in sizes] == sizes
+
+
+def test_samples_of_different_weights_take_turns(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 1)
+    model, _ = service.create(0)
+    service.desk.save("ann", model, 1, "first", kind="sampler_weights")
+    service.turn(), service.turn()
+    path = f"tinker://{model}/sampler_weights/first"
+    base, other = (service.desk.open_sampler("ann", service.session, n, path=p) for n, p in enumerate((None, path)))
+    for number in range(5):
+        service.desk.sample("ann", base, number, SAMPLE)
+    service.desk.sample("ann", other, 0, SAMPLE)
+    assert [bool(sample.folder) for sample in samples_of(service.turn())] == [False, True]
 
 
 def test_the_first_sample_waits_for_those_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +220,7 @@ def test_the_first_sample_waits_for_those_behind_it(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "TICK_SECONDS", 10.0)
     sender = threading.Thread(target=send)
     sender.start()
-    assert len(service.turn().samples) == 2
+    assert len(samples_of(service.turn())) == 2
     sender.join()
 
 
@@ -209,8 +232,20 @@ def test_a_state_is_saved_after_some_steps(tmp_path: Path) -> None:
         service.desk.submit("ann", model, number + 1, step())
         for _ in range(3):
             service.turn()
-    saves = [one for command in service.worker.commands for _, one in command.others if isinstance(one, Save)]
+    saves = [one for command in service.worker.commands for _, one in command.operations if isinstance(one, Save)]
     assert [Path(one.folder).name for one in saves] == ["4", "8"] and service.desk.origin(model) == saves[-1].folder
+
+
+def test_a_state_is_saved_after_a_load(tmp_path: Path) -> None:
+    """The weights that it read may be deleted."""
+    service = Service(tmp_path / "service", 1, state_steps=100)
+    model, _ = service.create(0)
+    service.desk.save("ann", model, 1, "first", kind="weights")
+    service.turn(), service.turn()
+    service.desk.load("ann", model, 2, f"tinker://{model}/weights/first", optimizer=True)
+    service.turn(), service.turn()
+    *_, state = (one for command in service.worker.commands for _, one in command.operations)
+    assert isinstance(state, Save) and Path(state.folder).name == "2" and service.desk.origin(model) == state.folder
 
 
 def test_a_model_that_cannot_be_created_leaves_its_place(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from megatron_tiedlora.service.tokens import TokenFile, new_token
 PYTHON = os.environ.get("TINKER_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="TINKER_PYTHON names no Python with the tinker SDK")
 make_app = pytest.importorskip("megatron_tiedlora.service.http").make_app
-serving = pytest.importorskip("megatron_tiedlora.service.server").serving
+serving = pytest.importorskip("megatron_tiedlora.service.http").serving
 
 
 def test_the_sdk_trains_saves_loads_and_samples(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from support.service_facts import FACTS
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.service.operations import Pass, PassResult, Sampled, SampleResult
-from megatron_tiedlora.service.wire import pass_bytes, read_pass, sample_bytes
+from megatron_tiedlora.service.wire import pass_bytes, pass_of, read_pass, sample_bytes
 from megatron_tiedlora.service.wire_pb2 import Datum, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
 
 # The output of tests/support/sdk_messages.py with tinker 0.38.0, in pieces.
@@ -72,12 +72,12 @@ def recorded(name: str) -> bytes:
 
 
 def operation_in(body: bytes) -> Pass:
-    return read_pass(body).operation(FACTS)
+    return pass_of(read_pass(body), FACTS)
 
 
 def test_a_pass_of_the_client_has_its_rows_in_order() -> None:
     sent = read_pass(recorded("cross_entropy"))
-    found = sent.operation(FACTS)
+    found = pass_of(sent, FACTS)
     assert (sent.model_id, sent.seq_id) == ("s1:train:0", 7)
     assert found.lengths == (3, 1) and found.backward and found.objective == "cross_entropy" and not found.settings
     assert found.tokens.tolist() == [5, 6, 7, 1] and found.targets.tolist() == [6, 7, 8, 2]  # row 1 is sent in chunks

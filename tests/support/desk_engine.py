@@ -15,9 +15,9 @@ from megatron_tiedlora.service.operations import (
     Done,
     Failure,
     Load,
+    OperationResult,
     Pass,
     PassResult,
-    Result,
     Sample,
     Sampled,
     SampleResult,
@@ -68,7 +68,7 @@ class HashEngine:
             self.desk.answer(ticket.request, self.run(ticket))
         return bool(tickets)
 
-    def run(self, ticket: Ticket) -> Result:
+    def run(self, ticket: Ticket) -> OperationResult:
         """The result of one operation."""
         self.ran.append(ticket)
         model, operation = ticket.model, ticket.operation
@@ -88,7 +88,7 @@ class HashEngine:
             self.gradients[model] = []
         return self._run(model, operation)
 
-    def _run(self, model: str, operation: object) -> Result:
+    def _run(self, model: str, operation: object) -> OperationResult:
         weights = self.weights.get(model, "")
         if isinstance(operation, Create):
             if operation.method == "bad":

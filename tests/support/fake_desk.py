@@ -15,9 +15,9 @@ from megatron_tiedlora.service.operations import (
     Done,
     Failure,
     Operation,
+    OperationResult,
     Pass,
     PassResult,
-    Result,
     Sample,
     Sampled,
     SampleResult,
@@ -57,7 +57,7 @@ def logprobs_of(operation: Pass) -> torch.Tensor:
     return -operation.targets.float() / 100
 
 
-def result_of(operation: Operation) -> Result:
+def result_of(operation: Operation) -> OperationResult:
     """The result of an operation."""
     if isinstance(operation, Pass):
         logprobs = logprobs_of(operation)
@@ -188,7 +188,13 @@ class FakeDesk:
         self.waiting.clear()
 
     def _add(
-        self, owner: str, model: str, number: int, operation: Operation, result: Result | None = None, **extra: Any
+        self,
+        owner: str,
+        model: str,
+        number: int,
+        operation: Operation,
+        result: OperationResult | None = None,
+        **extra: Any,
     ) -> str:
         request = f"request{next(self._ids)}"
         self.operations.append((model, number, operation))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.step_graphs import MOST_GRAPHS, CapturedStep, Step, StepGraphs
+from megatron_tiedlora.evaluation.step_graphs import MOST_GRAPHS, CapturedStep, DecodeStep, StepGraphs
 
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::lift_fresh", "aten::is_nonzero")
 
@@ -93,10 +93,10 @@ class RecordedSteps(StepGraphs):
         """Of all graphs."""
         return sum(found.graph.num_replays for found in self.captured)
 
-    def _warm_up(self, step: Step, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _warm_up(self, step: DecodeStep, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return step(*inputs)
 
-    def _capture(self, step: Step, inputs: tuple[torch.Tensor, ...]) -> CapturedStep:
+    def _capture(self, step: DecodeStep, inputs: tuple[torch.Tensor, ...]) -> CapturedStep:
         assert not self._messages, "stages that capture at the same time would wait for each other"
         graph = RecordedGraph()
         with graph:

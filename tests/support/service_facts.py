@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_tiedlora.service.facts import ServiceFacts
+from megatron_tiedlora.service.operations import ServiceFacts
 
 FACTS = ServiceFacts(
     model_name="org/base", tokenizer_id="org/base", architecture="llama", vocab_size=100, max_length=64,
