@@ -13,8 +13,8 @@ from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS
 from megatron_tiedlora.service import bodies
 from megatron_tiedlora.service.bodies import read_body, read_name
 from megatron_tiedlora.service.facts import ServiceFacts
-from megatron_tiedlora.service.futures import Refused
 from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Save, Step
+from megatron_tiedlora.service.records import Refused
 from megatron_tiedlora.service.wire import read_pass
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.service.bodies import read_name
 from megatron_tiedlora.service.endpoints import Endpoints, Fields, status_of
 from megatron_tiedlora.service.facts import ServiceFacts
-from megatron_tiedlora.service.futures import Answer, Pending
 from megatron_tiedlora.service.operations import Failure, Pass, PassResult, SampleResult, StepResult
+from megatron_tiedlora.service.records import Answer, Pending
 from megatron_tiedlora.service.tokens import TokenFile
 from megatron_tiedlora.service.wire import pass_bytes, sample_bytes
 

@@ -32,8 +32,8 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.service.batches import Division
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.facts import ServiceFacts
-from megatron_tiedlora.service.futures import Limits
 from megatron_tiedlora.service.http import make_app
+from megatron_tiedlora.service.records import Limits
 from megatron_tiedlora.service.scheduler import Scheduler
 from megatron_tiedlora.service.server import serving
 from megatron_tiedlora.service.snapshots import Sampler

@@ -10,23 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, HashEngine, one_pass, step
+from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, Clock, HashEngine, one_pass, step
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.futures import Answer, Limits, Pending, Refused
 from megatron_tiedlora.service.operations import Failure, Pass, PassResult, Save, StepResult
-
-
-class Clock:
-    """A clock that tests set."""
-
-    def __init__(self) -> None:
-        self.now = 1e9
-
-    def __call__(self) -> float:
-        return self.now
+from megatron_tiedlora.service.records import Answer, Limits, Pending, Refused
 
 
 @dataclass
@@ -40,11 +30,6 @@ class Service:
     def __post_init__(self) -> None:
         self.desk = Desk.open(self.folder, self.limits, clock=self.clock)
         self.engine = HashEngine(self.desk)
-
-    def again(self) -> Service:
-        """The service after a restart."""
-        self.desk.close()
-        return Service(self.folder, self.limits, self.clock)
 
     def session(self, owner: str = "ann") -> str:
         return self.desk.open_session(owner, metadata={})

@@ -6,21 +6,21 @@ import itertools
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, HashEngine, one_pass, step
+from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, Clock, HashEngine, one_pass, step
 
 from megatron_tiedlora.base import files
-from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.service import journal as journal_module
-from megatron_tiedlora.service import store
+from megatron_tiedlora.service import desk as desk_module
+from megatron_tiedlora.service import weights as weights_module
+from megatron_tiedlora.service.database import DATABASE_FILE, Database
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.futures import Answer, Limits, Refused
-from megatron_tiedlora.service.journal import Journal
 from megatron_tiedlora.service.operations import Failure, Operation, Pass, PassResult, Step
+from megatron_tiedlora.service.records import Answer, Limits, Refused
 
 OWNERS = ("ann", "bob")
 
@@ -29,30 +29,60 @@ class Crash(BaseException):
     """The end of the process at this point."""
 
 
-@dataclass
-class Clock:
-    now: float = 1e9
-
-    def __call__(self) -> float:
-        return self.now
+PAGE = 4096
+Mark = tuple[bytes, int]
 
 
-def journals(desk: Desk) -> list[Journal]:
-    return [desk._store.registry.journal, *(queue.journal for queue in desk._store.models.values())]
+def written(database: Database) -> Mark:
+    """The salts of the database's log, and the end of the frames that have them."""
+    log = database.file.with_name(f"{DATABASE_FILE}-wal")
+    raw, end = log.read_bytes() if log.exists() else b"", 32
+    salts = raw[16:24]
+    while salts and raw[end + 8 : end + 16] == salts:
+        end += 24 + PAGE
+    return salts, end
 
 
-def crashed(desk: Desk, folder: Path, draw: random.Random | None = None) -> None:
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> dict[Database, Mark]:
+    """Up to where the logs of databases were synced. Only the test moves what is in them to the database."""
+    marks: dict[Database, Mark] = {}
+    opened, transaction, run = Database._open, Database.transaction, Database.run
+
+    def run_without_fsync(self: Database, sql: str, *values: Any) -> Any:
+        return run(self, "PRAGMA synchronous = OFF" if sql.startswith("PRAGMA synchronous") else sql, *values)
+
+    def open_without_checkpoints(self: Database, create: bool) -> None:
+        self.run("PRAGMA synchronous = OFF")
+        self.run("PRAGMA wal_autocheckpoint = 0")
+        opened(self, create)
+
+    @contextmanager
+    def marking(self: Database, *, durable: bool = True) -> Iterator[None]:
+        with transaction(self, durable=durable):
+            yield
+        if durable:
+            marks[self] = written(self)
+
+    monkeypatch.setattr(files, "sync_path", lambda path: None)
+    monkeypatch.setattr(Database, "run", run_without_fsync)
+    monkeypatch.setattr(Database, "_open", open_without_checkpoints)
+    monkeypatch.setattr(Database, "transaction", marking)
+    return marks
+
+
+def crashed(
+    desk: Desk, folder: Path, draw: random.Random | None = None, synced: dict[Database, Mark] | None = None
+) -> None:
     """Copy the folder of a desk as a crash leaves it, and close the desk. With `draw`, the power failed: of what was
     not synced there is a part of random length, perhaps with rubbish behind it."""
-    shutil.copytree(desk._store.folder, folder, ignore=shutil.ignore_patterns(".owner*"))
-    for journal in journals(desk) if draw else ():
-        file = folder / journal._path(journal._segment).relative_to(desk._store.folder)
-        if file.exists():
-            kept = draw.randint(journal._synced, journal.size)
-            with file.open("r+b") as stream:
-                stream.truncate(kept)
-                stream.seek(kept)
-                stream.write(draw.choice((b"", bytes(50), b"\xf1TLJ rubbish")))
+    shutil.copytree(desk._folder, folder, ignore=shutil.ignore_patterns(".owner*"))
+    log = folder / f"{DATABASE_FILE}-wal"
+    if draw and synced and log.exists():
+        salts, end = written(desk._database)
+        old_salts, old_end = synced[desk._database]
+        kept = draw.randint(old_end if old_salts == salts else 0, end)
+        log.write_bytes(log.read_bytes()[:kept] + draw.choice((b"", bytes(50), b"rubbish" * 1000)))
     desk.close()
 
 
@@ -64,6 +94,7 @@ class Restarts:
     """A desk that can be restarted in a new folder each time."""
 
     tmp_path: Path
+    synced: dict[Database, Mark]
     clock: Clock = field(default_factory=Clock)
     count: int = 0
 
@@ -76,7 +107,7 @@ class Restarts:
 
     def crash(self, draw: random.Random | None = None) -> None:
         self.count += 1
-        crashed(self.desk, self.tmp_path / str(self.count), draw)
+        crashed(self.desk, self.tmp_path / str(self.count), draw, self.synced)
         self._open()
 
     def run(self) -> None:
@@ -95,8 +126,8 @@ class Restarts:
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Restarts]:
-    made = Restarts(tmp_path)
+def service(tmp_path: Path, synced: dict[Database, Mark]) -> Iterator[Restarts]:
+    made = Restarts(tmp_path, synced)
     yield made
     made.desk.close()
 
@@ -107,6 +138,12 @@ def model(service: Restarts) -> str:
     service.desk.create("ann", session, 0, CREATE, info={})
     service.run()
     return f"{session}:train:0"
+
+
+def kept(service: Restarts, model: str) -> list[int]:
+    """The numbers of the operations that the desk has."""
+    found = "SELECT number FROM operations WHERE queue = ? ORDER BY number"
+    return service.desk._database.column(found, model)
 
 
 def numbers(service: Restarts) -> list[int]:
@@ -156,22 +193,21 @@ def test_operations_behind_the_saved_state_run_again_and_answers_stay(service: R
     assert not isinstance(service.result(path), Failure)
 
 
-def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, model: str) -> None:
-    folder = service.desk._store.models[model].journal.folder
+def test_old_operations_go_when_their_answers_are_forgotten(service: Restarts, model: str) -> None:
     requests = []
     for number in range(1, 7, 2):
         requests += [service.desk.submit("ann", model, number, one_pass(1))]
         requests += [service.desk.submit("ann", model, number + 1, step())]
         service.run()
         service.engine.save(model)
-    assert len(list(folder.iterdir())) == 4
-    assert [path.name for path in (folder.parent / "state").iterdir()] == ["6"]
-    create = service.desk._store.models[model].futures[0].request
+    assert kept(service, model) == list(range(7))
+    assert [path.name for path in service.desk.state_folder(model, 6).parent.iterdir()] == ["6"]
+    create = service.desk._queues[model].at(0)["request"]
     for request in (create, *requests[:4]):
         service.desk.taken("ann", request)
     service.clock.now += 601
     service.desk.ready(0)
-    assert len(list(folder.iterdir())) == 2
+    assert kept(service, model) == [5, 6]
     service.crash()
     for request in requests[4:]:
         assert not isinstance(service.result(request), Failure)
@@ -181,10 +217,7 @@ def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, mod
     assert numbers(service) == []
 
 
-def test_what_changes_no_weights_joins_the_saved_state(
-    service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "_SEGMENT_BYTES", 0)
+def test_what_changes_no_weights_joins_the_saved_state(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1))
     service.engine.save(model)
     forward = one_pass(2, backward=False)
@@ -195,13 +228,11 @@ def test_what_changes_no_weights_joins_the_saved_state(
     for seconds in (601, 10):
         service.clock.now += seconds
         service.desk.ready(0)
-    queue = service.desk._store.models[model]
-    assert (queue.known.saved, sorted(queue.futures)) == (9, [0, 1, 10, 11])
+    assert (service.desk._queues[model].saved, kept(service, model)) == (9, [0, 1, 8, 10, 11])
     service.crash()
     service.engine.ran.clear()
     (result,) = service.windows(model, step(), begin=12)
     assert numbers(service) == [10, 12]
-    monkeypatch.undo()
     session = model.split(":")[0]
     request = service.desk.create("ann", session, 1, CREATE, info={})
     service.result(request)
@@ -260,10 +291,7 @@ def test_a_state_may_be_older_than_the_last_answer(service: Restarts, model: str
     assert service.engine.weights[model] == after
 
 
-def test_a_model_that_left_the_memory_may_join_its_saved_state(
-    service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "_SEGMENT_BYTES", 0)
+def test_a_model_that_left_the_memory_may_join_its_saved_state(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1))
     service.engine.save(model)
     forward = one_pass(2, backward=False)
@@ -297,38 +325,27 @@ def test_weights_of_a_crashed_save_or_deletion_go(service: Restarts, model: str)
     service.desk.save("ann", model, 1, "w", kind="weights")
     service.run()
     service.desk.save("ann", model, 2, "waits", kind="weights")
-    folder = service.desk._store.folder / service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w").folder
+    folder = service.desk._folder / service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w").folder
     for name in ("orphan", "waits"):
         (folder.parent / name).mkdir()
     service.crash()
     service.clock.now += 10
     service.desk.ready(0)
-    found = (service.desk._store.folder / folder.relative_to(folder.parents[3])).parent.iterdir()
+    found = (service.desk._folder / folder.relative_to(folder.parents[3])).parent.iterdir()
     assert sorted(path.name for path in found) == ["w", "waits"]
 
 
-def test_a_damaged_journal_stops_the_start(service: Restarts, model: str) -> None:
-    journal = service.desk._store.models[model].journal
-    place = service.desk._store.futures[service.desk.submit("ann", model, 1, one_pass(1))].place
-    service.desk.submit("ann", model, 2, one_pass(1))
-    assert place is not None
-    file = journal._path(place.segment)
-    raw = bytearray(file.read_bytes())
-    raw[place.offset + 5] ^= 1
-    file.write_bytes(raw)
-    service.desk.close()
-    with pytest.raises(UserError, match=f"{file}: the record at byte {place.offset - 20} is damaged"):
-        Desk.open(service.desk._store.folder, Limits())
-
-
-def test_a_disk_that_fails_refuses_with_503(service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(journal_module, "sync_path", broken)
-    with pytest.raises(Refused, match="No space left") as caught:
-        service.desk.submit("ann", model, 1, one_pass(1))
+def test_a_full_disk_refuses_with_503_and_changes_nothing(service: Restarts, model: str) -> None:
+    database = service.desk._database
+    database.run("PRAGMA max_page_count = 1")
+    with pytest.raises(Refused, match="disk is full") as caught:
+        for number in range(1, 30):
+            service.desk.submit("ann", model, number, one_pass(*range(20, 200)))
     assert caught.value.status == 503
+    database.run("PRAGMA max_page_count = 100000")
+    found = len(kept(service, model))
+    assert isinstance(service.result(service.desk.submit("ann", model, found, one_pass(1))), PassResult)
+    assert kept(service, model) == list(range(found + 1))
 
 
 # Many crashes ---------------------------------------------------------------------------------------------------------
@@ -440,33 +457,48 @@ def windowed(draw: random.Random, number: int) -> tuple:
     return number, "submit", one_pass(token, backward=draw.random() < 0.85)
 
 
-def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch) -> dict[tuple, Any]:
+def played(
+    folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch, synced: dict[Database, Mark]
+) -> dict[tuple, Any]:
     """The results of two clients."""
     draw = random.Random(seed)
     clients = [Client(owner, draw, plans(random.Random(f"{seed} {owner}"))) for owner in OWNERS]
     clock, count = Clock(), 0
     fuse = [0]
 
+    def burn() -> None:
+        fuse[0] -= 1
+        if fuse[0] == 0:
+            raise Crash
+
     def burning(call: Callable) -> Callable:
-        def burn(*args: Any) -> Any:
-            fuse[0] -= 1
-            if fuse[0] == 0 and draw.random() < 0.5:
-                raise Crash
-            result = call(*args)
-            if fuse[0] == 0:
-                raise Crash
+        def burnt(*args: Any, **more: Any) -> Any:
+            burn()
+            result = call(*args, **more)
+            burn()
             return result
 
-        return burn
+        return burnt
+
+    transaction = Database.transaction
+
+    @contextmanager
+    def burning_transaction(self: Database, *, durable: bool = True) -> Iterator[None]:
+        burn()
+        with transaction(self, durable=durable):
+            yield
+            burn()
+        burn()
 
     with patch.context() as here:
-        for name in ("append", "cut", "sync", "drop"):
-            here.setattr(Journal, name, burning(getattr(Journal, name)))
-        desk, engine = Desk.open(folder / "0", Limits(), clock=clock), None
+        here.setattr(Database, "transaction", burning_transaction)
+        for module in (desk_module, weights_module):
+            here.setattr(module, "discard", burning(module.discard))
+        desk = Desk.open(folder / "0", Limits(), clock=clock)
         engine = HashEngine(desk)
         while not all(client.done for client in clients):
             if crashes and fuse[0] <= 0 and draw.random() < 0.01:
-                fuse[0] = draw.randint(1, 30)
+                fuse[0] = draw.randint(1, 60)
             try:
                 for client in clients:
                     if client.session:
@@ -484,11 +516,14 @@ def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch)
                 elif action < 0.98:
                     clock.now += draw.choice((5, 100, 601))
                     engine.unload()
+                elif action < 0.985:
+                    desk._database.run("PRAGMA wal_checkpoint").fetchall()
+                    synced[desk._database] = written(desk._database)
                 elif crashes and draw.random() < 0.3:
                     raise Crash
             except Crash:
                 fuse[0], count = 0, count + 1
-                crashed(desk, folder / str(count), draw if draw.random() < 0.5 else None)
+                crashed(desk, folder / str(count), draw if draw.random() < 0.5 else None, synced)
                 shutil.rmtree(folder / str(count - 1))
                 desk = Desk.open(folder / str(count), Limits(), clock=clock)
                 engine = HashEngine(desk)
@@ -499,14 +534,14 @@ def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "begin", [0, 15, 30, *(pytest.param(begin, marks=pytest.mark.slow) for begin in range(45, 405, 15))]
 )
-def test_any_crashes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
-    for module in (files, journal_module):
-        monkeypatch.setattr(module, "sync_path", lambda path: None)
+def test_any_crashes_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: dict[Database, Mark], begin: int
+) -> None:
     for seed in range(begin, begin + 15):
         folder = tmp_path / str(seed)
         (folder / "alone").mkdir(parents=True)
         (folder / "crashing").mkdir()
-        wanted = played(folder / "alone", seed, crashes=False, patch=monkeypatch)
-        found = played(folder / "crashing", seed, crashes=True, patch=monkeypatch)
+        wanted = played(folder / "alone", seed, crashes=False, patch=monkeypatch, synced=synced)
+        found = played(folder / "crashing", seed, crashes=True, patch=monkeypatch, synced=synced)
         assert found == wanted, f"seed {seed}"
         shutil.rmtree(folder)

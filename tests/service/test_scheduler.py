@@ -12,8 +12,8 @@ from support.desk_engine import BAD_TOKEN, CREATE, HashEngine, digest, one_pass,
 
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.futures import Answer, Limits
 from megatron_tiedlora.service.operations import Create, Done, Failure, Load, Result, Save
+from megatron_tiedlora.service.records import Answer, Limits
 from megatron_tiedlora.service.scheduler import IDLE_SECONDS, TURN_SECONDS, Scheduler
 from megatron_tiedlora.service.worker import Command, Outcome
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.service.futures import Answer, Pending, Refused
 from megatron_tiedlora.service.operations import (
     Create,
     Done,
@@ -24,6 +23,7 @@ from megatron_tiedlora.service.operations import (
     Step,
     StepResult,
 )
+from megatron_tiedlora.service.records import Answer, Pending, Refused
 
 
 @dataclass

@@ -1,0 +1,163 @@
+"""The SQLite database of a training service: its tables, and transactions that survive a crash.
+
+SQLite's exclusive mode needs no shared memory, so the file can be on a network file system. A transaction that is not
+`durable` is atomic too. Only a power failure can undo it, until the next durable one, which syncs the whole log.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from sqlite3 import Row
+from typing import Any
+
+from megatron_tiedlora.base.files import Guard, sync_path
+from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.parallel.agreement import packed, unpacked
+from megatron_tiedlora.service import operations
+from megatron_tiedlora.service.operations import Operation, Result
+
+DATABASE_FILE = "desk.sqlite"
+_FORMAT = 1  # version of the schema, stored as SQLite's `user_version`
+_APPLICATION = 0x544C6465  # stored as SQLite's `application_id`
+_LOG_BYTES = 2**26  # size to which the log's file shrinks after a large transaction
+_FREED_PAGES = 4096  # free pages that `shrink` gives back at once
+
+_SCHEMA = """
+CREATE TABLE sessions(key TEXT PRIMARY KEY, owner TEXT, metadata TEXT,
+    created REAL, seen REAL, -- a heartbeat, or when the service was started
+    ended REAL, -- when it was finished or had lapsed; a lapsed session goes on with its next call
+    finished INTEGER DEFAULT 0);
+CREATE TABLE models(model TEXT PRIMARY KEY, owner TEXT, session TEXT REFERENCES sessions, "create" BLOB, info TEXT,
+    created REAL,
+    saved INTEGER DEFAULT -1, folder TEXT DEFAULT '' -- of the saved state: the number of its last operation, its folder
+    );
+CREATE TABLE samplers(key TEXT PRIMARY KEY, owner TEXT, session TEXT REFERENCES sessions, number INTEGER, path TEXT,
+    folder TEXT, used REAL);
+CREATE INDEX sampler_numbers ON samplers(session, number);
+CREATE TABLE weights(key TEXT PRIMARY KEY, owner TEXT, model TEXT, folder TEXT, size INTEGER, created REAL,
+    expires REAL, sampler TEXT, "create" BLOB, info TEXT);
+CREATE TABLE operations(request TEXT PRIMARY KEY, owner TEXT,
+    queue TEXT, -- the model, or the sampler of a sample
+    number INTEGER, kind TEXT, -- name of the operation's type
+    backward INTEGER, -- whether it is a pass that adds gradients
+    folder TEXT, -- which it reads or writes
+    size INTEGER, -- bytes that count against the owner's queue
+    extra TEXT, -- what the client is told with the result, in JSON
+    result_kind TEXT DEFAULT '', taken REAL, -- when the client fetched the answer
+    UNIQUE(queue, number));
+CREATE INDEX waiting ON operations(owner, size) WHERE result_kind = '';
+CREATE TABLE bodies(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CASCADE, value BLOB);
+CREATE TABLE results(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CASCADE, value BLOB);
+"""  # an answer does not write the body again, because that has its own table; folders are relative to the service's
+
+
+def unusable(file: Path, why: object) -> UserError:
+    """Return the error for a database that cannot be used."""
+    return UserError(f"{file}: {why}; restore it from a copy, or give another folder")
+
+
+class Database:
+    """The database in `file`. Only one thread at a time may call a method."""
+
+    def __init__(self, file: Path, guard: Guard, *, create: bool) -> None:
+        """Open the database. With `create`, it is created if there is none. `guard` is called before each commit.
+
+        Raises:
+            UserError: the file is missing, or not a database of this version.
+            sqlite3.Error: the file cannot be used; see `unusable`. Most methods can raise this.
+        """
+        self.file, self._guard = file, guard
+        self._connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+        self._connection.row_factory = Row
+        try:
+            self._open(create)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, create: bool) -> None:
+        self.run("PRAGMA locking_mode = EXCLUSIVE")
+        known = self.value("PRAGMA application_id"), self.value("PRAGMA user_version")
+        new = not self.value("SELECT COUNT(*) FROM sqlite_master")
+        if new and not create:
+            raise unusable(self.file, "is missing or empty")
+        if not new and known != (_APPLICATION, _FORMAT):
+            why = f"has format {known[1]}, not {_FORMAT}"
+            raise unusable(self.file, why if known[0] == _APPLICATION else "is not of a training service")
+        self.run("PRAGMA auto_vacuum = INCREMENTAL")  # has an effect on a new file only
+        self.run("PRAGMA journal_mode = WAL")
+        self.run("PRAGMA foreign_keys = ON")
+        self.run(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
+        if new:
+            with self.transaction():
+                for statement in (*_SCHEMA.split(";\n"), f"PRAGMA application_id = {_APPLICATION}"):
+                    self.run(statement)
+                self.run(f"PRAGMA user_version = {_FORMAT}")
+            sync_path(self.file.parent)
+
+    def close(self) -> None:
+        """Close the file. A second call has no effect."""
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[None]:
+        """Commit all changes in the block, or none if it raises an error. `durable` ones are synced to the disk."""
+        self.run(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        self.run("BEGIN")
+        try:
+            yield
+            self._guard()
+            self.run("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self.run("ROLLBACK")
+            raise
+
+    def shrink(self) -> None:
+        """Give pages that became free back to the file system."""
+        self.run(f"PRAGMA incremental_vacuum({_FREED_PAGES})").fetchall()
+
+    def run(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        """Run a statement."""
+        return self._connection.execute(sql, values)
+
+    def row(self, sql: str, *values: Any) -> Row | None:
+        """Return the first row of a query, or None."""
+        found: list[Row] = self.run(f"{sql} LIMIT 1", *values).fetchall()
+        return found[0] if found else None
+
+    def value(self, sql: str, *values: Any) -> Any:
+        """Return the first value of a query."""
+        return self.run(sql, *values).fetchone()[0]
+
+    def column(self, sql: str, *values: Any) -> list[Any]:
+        """Return the first value of each row of a query."""
+        return [row[0] for row in self.run(sql, *values).fetchall()]
+
+    def put(self, table: str, **values: Any) -> None:
+        """Insert a row, or replace the one with its key."""
+        names, marks = ", ".join(f'"{name}"' for name in values), ", ".join("?" * len(values))
+        self.run(f"REPLACE INTO {table}({names}) VALUES ({marks})", *values.values())
+
+    def answer(self, request: str, result: Result) -> None:
+        """Add the result of an operation."""
+        self.run("UPDATE operations SET result_kind = ? WHERE request = ?", type(result).__name__, request)
+        self.put("results", request=request, value=packed(result))
+
+    def operation(self, future: Row) -> Operation | None:
+        """Return the operation of a row, or None if it was rejected."""
+        rejected = "rejected" in json.loads(future["extra"])
+        return None if rejected else self._content("bodies", future["request"], future["kind"])
+
+    def result(self, future: Row) -> Result:
+        """Return the result of the operation of a row, which is answered."""
+        return self._content("results", future["request"], future["result_kind"])
+
+    def _content(self, table: str, request: str, kind: str) -> Any:
+        value = self.value(f"SELECT value FROM {table} WHERE request = ?", request)
+        try:
+            return unpacked(getattr(operations, kind), value, sender=0)
+        except UserError:
+            raise unusable(self.file, f"the row {request} of {table} is damaged") from None

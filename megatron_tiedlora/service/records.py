@@ -1,0 +1,127 @@
+"""What clients may use, what they are told, and what refuses a request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.service.operations import Create, Operation, Result
+
+
+class Refused(UserError):
+    """A request that is not accepted. `status` is the HTTP status to answer with."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What each owner may use.
+
+    Attributes:
+        models: models of sessions that are alive.
+        rank: the rank of a model.
+        tokens: tokens of a request, with those that it may generate.
+        queued_bytes: the size of requests that have no answer yet.
+        disk_bytes: the size of saved weights.
+        sessions: sessions that are alive.
+        idle_seconds: time without a heartbeat after which a session has lapsed, and its models may leave the memory.
+        answer_seconds: time for which an answer is kept after the client has fetched it, and the temporary weights of a
+            session after its end.
+        model_seconds: time after which the models of a lapsed session are forgotten. Saved weights stay.
+    """
+
+    models: int = 64
+    rank: int = 512
+    tokens: int = 2**20
+    queued_bytes: int = 256 * 10**6
+    disk_bytes: int = 100 * 10**9
+    sessions: int = 64
+    idle_seconds: float = 600.0
+    answer_seconds: float = 600.0
+    model_seconds: float = 7 * 86400.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of an operation, and what else the client is told (`model_id`, `path`, `sampling_session_id`). The
+    operation is None if it was rejected."""
+
+    operation: Operation | None
+    result: Result
+    extra: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An operation without a result: "active", or "paused_capacity" if it waits for memory or in a full queue."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a client may know of a model. `state` is "waiting" until it is created, then "active", or "failed"."""
+
+    model: str
+    session: str
+    create: Create
+    info: Mapping[str, str]
+    state: str
+    created: float
+
+
+@dataclass(frozen=True)
+class SamplerInfo:
+    """Weights to sample from: their tinker:// path and their folder below that of the service, or "" for the base.
+    `number` is the client's number of the sampler in its session."""
+
+    key: str
+    owner: str
+    session: str
+    number: int
+    path: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Weights that a model has saved.
+
+    Attributes:
+        key: their tinker:// path.
+        size: bytes of their files.
+        expires: when they are removed, or None.
+        sampler: the sampler that they were saved for if they have no name, else "".
+        info: what the client said about the model.
+    """
+
+    key: str
+    owner: str
+    model: str
+    folder: str
+    size: int
+    created: float
+    expires: float | None
+    sampler: str
+    create: Create
+    info: Mapping[str, str]
+
+
+Value = TypeVar("Value")
+
+
+def known(value: Value | None, what: str, name: str) -> Value:
+    """Return `value`. Raise Refused if it is None: there is none with the name, or another owner has it, which must not
+    be found out."""
+    if value is None:
+        raise Refused(404, f"the {what} {shown(name)} is unknown")
+    return value
+
+
+def check_limit(what: str, value: int, limit: int, fix: str) -> None:
+    """Raise Refused if a value is above a limit of its owner."""
+    if value > limit:
+        raise Refused(400, f"{what}: {value:,} is above the limit of {limit:,}; {fix}")
