@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from sqlite3 import Row
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_tiedlora.base.files import discard, remove_leftovers
 from megatron_tiedlora.base.messages import bytes_in_words, os_errors, shown
@@ -33,17 +33,7 @@ from megatron_tiedlora.parallel.agreement import packed, unpacked
 from megatron_tiedlora.service.database import DATABASE_FILE, Database, unusable
 from megatron_tiedlora.service.model_queue import NEEDLESS, ModelQueue
 from megatron_tiedlora.service.operations import Create, Failure, Load, Operation, Pass, Result, Sample, Save, Ticket
-from megatron_tiedlora.service.records import (
-    Answer,
-    Limits,
-    ModelInfo,
-    Pending,
-    Refused,
-    SamplerInfo,
-    SavedWeights,
-    check_limit,
-    known,
-)
+from megatron_tiedlora.service.records import Answer, Limits, ModelInfo, Pending, Refused, SamplerInfo, SavedWeights
 from megatron_tiedlora.service.weights import Weights
 
 _SWEEP_SECONDS = 5.0  # between two looks for what has expired
@@ -56,14 +46,15 @@ _GAUGES = {
     "models": "COUNT(*) FROM models",
     "samplers": "COUNT(*) FROM samplers",
     "requests_waiting": f"COUNT(*) {_WAITING}",
-    "answers_kept": "COUNT(*) FROM operations WHERE result_kind != ''",
+    "answers_kept": "COUNT(*) FROM operations WHERE result_kind != '' AND COALESCE(taken, ?1) >= ?1",
     "queued_bytes": f"COALESCE(SUM(size), 0) {_WAITING}",
     "saved_weights": "COUNT(*) FROM weights",
     "saved_weights_bytes": "COALESCE(SUM(size), 0) FROM weights",
-}
+}  # ?1 is the time up to which fetched answers are forgotten
 
 # An operation, or the type of one that is rejected, and what the client is told with its result
 Making = tuple[Operation | type[Operation], dict[str, Any]]
+Value = TypeVar("Value")
 
 
 class Desk:
@@ -127,7 +118,7 @@ class Desk:
         with self._writing():
             now = self._clock()
             alive = self._database.value("SELECT COUNT(*) FROM sessions WHERE owner = ? AND ended IS NULL", owner)
-            check_limit("living sessions", alive + 1, self._limits.sessions, "finish one, or wait until one has lapsed")
+            _check_limit("living sessions", alive + 1, self._limits.sessions, "finish one, or wait until one has lapsed")
             key = secrets.token_hex(16)
             told = json.dumps(dict(metadata))
             self._database.put("sessions", key=key, owner=owner, metadata=told, created=now, seen=now)
@@ -147,7 +138,7 @@ class Desk:
 
     def _session(self, owner: str, session: str) -> Row:
         find = "SELECT * FROM sessions WHERE key = ? AND owner = ?"
-        return known(self._database.row(find, session, owner), "session", session)
+        return _known(self._database.row(find, session, owner), "session", session)
 
     def _touch(self, owner: str, session: str) -> None:
         """Keep a session alive, or bring it back. Raise Refused if it is unknown or was finished."""
@@ -163,24 +154,26 @@ class Desk:
         with self._changed:
             with self._writing():
                 self._session(owner, session)
-                queue = self._queues.get(name) or self._new_model(owner, session, name, create, info)
-                request = self._accept(queue, 0, lambda queue: (_create(queue), {"model_id": name}))
-            self._queues[name] = queue
+                if name not in self._queues:
+                    create = self._new_model(owner, session, name, create, info)
+                request = self._accept(owner, name, 0, session, lambda: (create, {"model_id": name}))
+            if name not in self._queues:
+                (row,) = self._database.run("SELECT * FROM models WHERE model = ?", name)
+                self._queues[name] = ModelQueue(self._database, row)
         return request
 
-    def _new_model(self, owner: str, session: str, name: str, create: Create, info: Mapping[str, str]) -> ModelQueue:
-        self._touch(owner, session)
+    def _new_model(self, owner: str, session: str, name: str, create: Create, info: Mapping[str, str]) -> Create:
+        """Add a model, and return how it is created."""
         now, limits = self._clock(), self._limits
         count = f"SELECT COUNT(*) FROM models JOIN sessions ON key = session WHERE models.owner = ? AND {_LIVES}"
         alive = self._database.value(count, owner, limits.idle_seconds, now)
-        check_limit("models of living sessions", alive + 1, limits.models, "finish a session")
-        check_limit("rank", create.rank, limits.rank, "use a smaller one")
+        _check_limit("models of living sessions", alive + 1, limits.models, "finish a session")
+        _check_limit("rank", create.rank, limits.rank, "use a smaller one")
         if create.folder:
             create = replace(create, folder=self._weights.at(create.folder, owner, optimizer=create.optimizer).folder)
         fields = {"create": packed(create), "info": json.dumps(dict(info)), "created": now}
         self._database.put("models", model=name, owner=owner, session=session, **fields)
-        row = self._database.row("SELECT * FROM models WHERE model = ?", name)
-        return ModelQueue(self._database, known(row, "model", name))
+        return create
 
     def submit(self, owner: str, model: str, number: int, operation: Operation, *, size: int = 0) -> str:
         """Queue operation `number` (from 1) of a model and return its request. A number seen before returns the same.
@@ -188,20 +181,12 @@ class Desk:
         Args:
             size: bytes of the request's body.
         """
-        return self._submit(owner, model, number, lambda _: (operation, {}), size=size)
+        return self._submit(owner, model, number, lambda: (operation, {}), size=size)
 
     def save(
-        self,
-        owner: str,
-        model: str,
-        number: int,
-        name: str | None,
-        *,
-        kind: str,
-        session_number: int | None = None,
-        overwrite: bool = False,
-        ttl_seconds: float | None = None,
-    ) -> str:
+        self, owner: str, model: str, number: int, name: str | None, *, kind: str, session_number: int | None = None,
+        overwrite: bool = False, ttl_seconds: float | None = None,
+    ) -> str:  # fmt: skip
         """Queue a save of a model's weights and return its request.
 
         Args:
@@ -212,7 +197,7 @@ class Desk:
             ttl_seconds: when the weights are removed, counted from the save.
         """
 
-        def make(queue: ModelQueue) -> Making:
+        def make() -> Making:
             if name is not None and not _NAME.fullmatch(name):
                 use = "use 1 to 64 of A-Z a-z 0-9 . _ - and no dot first"
                 raise Refused(400, f"the name {shown(name)} is rejected; {use}")
@@ -238,7 +223,7 @@ class Desk:
     def load(self, owner: str, model: str, number: int, path: str, *, optimizer: bool) -> str:
         """Queue that a model takes the weights at a tinker:// path, and return the request."""
 
-        def make(queue: ModelQueue) -> Making:
+        def make() -> Making:
             return Load(self._weights.at(path, owner, optimizer=optimizer).folder, optimizer), {"path": path}
 
         return self._submit(owner, model, number, make)
@@ -246,68 +231,53 @@ class Desk:
     def reject(self, owner: str, model: str, number: int, kind: type[Operation], message: str) -> str:
         """Use up the number of an operation of type `kind` that cannot be accepted, so that later ones do not wait for
         it. Return its request, whose result is a Failure. For a `Pass` the next step fails too."""
-        return self._submit(owner, model, number, lambda _: (kind, {"rejected": message}))
+        return self._submit(owner, model, number, lambda: (kind, {"rejected": message}))
 
-    def _submit(
-        self, owner: str, model: str, number: int, make: Callable[[ModelQueue], Making], *, size: int = 0
-    ) -> str:
+    def _submit(self, owner: str, model: str, number: int, make: Callable[[], Making], *, size: int = 0) -> str:
         if number < 1:
             raise Refused(400, f"the number {number} of an operation is rejected; count from 1")
         with self._writing():
-            return self._accept(self._model(owner, model), number, make, size=size)
+            session = self._model(owner, model).known["session"]
+            return self._accept(owner, model, number, session, make, size=size)
 
     def _accept(
-        self, queue: ModelQueue, number: int, make: Callable[[ModelQueue], Making], *, size: int = 0
+        self, owner: str, name: str, number: int, session: str, make: Callable[[], Making], *, size: int = 0
     ) -> str:
-        future, model = queue.at(number), queue.known["model"]
-        if future is not None and not (number <= queue.saved and self._is_gone(future)):
+        """Add an operation to the queue `name` unless it has the number already. Return the request of that number."""
+        queue, future = self._queues.get(name), self._at(name, number)
+        is_old = queue is not None and number <= queue.saved
+        if future is not None and not (is_old and self._is_gone(future)):
             return str(future["request"])
-        self._touch(queue.known["owner"], queue.known["session"])
-        if number <= queue.saved:
-            raise Refused(410, f"operation {number} of {model} was answered long ago; use the next number")
-        operation, extra = make(queue)
-        if isinstance(operation, Pass):
-            tokens = sum(operation.lengths)
-            check_limit("tokens of a request", tokens, self._limits.tokens, "send fewer rows")
-        self._awake[model] = None
-        return self._add(
-            operation, queue.known["owner"], model, number, extra, size, must=lambda: queue.fills_gap(number)
-        )
-
-    def _add(
-        self,
-        operation: Operation | type[Operation],
-        owner: str,
-        queue: str,
-        number: int,
-        extra: dict[str, Any],
-        size: int,
-        *,
-        must: Callable[[], bool],
-    ) -> str:
-        """Add an operation and return its request.
-
-        Args:
-            size: bytes of the request's body.
-            must: whether it is accepted into a full queue, because later operations there wait for it.
-        """
-        kind = operation if isinstance(operation, type) else type(operation)
-        body = bytearray() if isinstance(operation, type) else packed(operation)
+        self._touch(owner, session)
+        if is_old:
+            raise Refused(410, f"operation {number} of {name} was answered long ago; use the next number")
+        operation, extra = make()
+        kind, body = (operation, b"") if isinstance(operation, type) else (type(operation), packed(operation))
+        tokens = sum(operation.lengths) if isinstance(operation, Pass) else 0
+        if isinstance(operation, Sample):
+            tokens = len(operation.prompt) + operation.num_samples * operation.max_tokens
+        _check_limit("tokens of a request", tokens, self._limits.tokens, "send fewer rows, or ask for fewer tokens")
         size, limit = max(size, len(body), _LEAST_BYTES), self._limits.queued_bytes
         if size > limit:
             raise Refused(413, f"{bytes_in_words(size)} are above the limit of {bytes_in_words(limit)} in a queue")
         total = self._queued(owner) + size
-        if total > limit and not must():
+        if total > limit and not (queue is not None and queue.fills_gap(number)):
             said = f"{bytes_in_words(total)} would wait, above the limit of {bytes_in_words(limit)}"
             raise Refused(429, f"the queue is full ({said}); wait for answers")
-        backward, folder = getattr(operation, "backward", operation is Pass), getattr(operation, "folder", "")
-        fields = {"owner": owner, "queue": queue, "number": number, "kind": kind.__name__, "backward": backward}
-        fields |= {"folder": folder, "size": size, "extra": json.dumps(extra)}
-        request = secrets.token_hex(16)
+        request, backward = secrets.token_hex(16), getattr(operation, "backward", operation is Pass)
+        fields = {"owner": owner, "queue": name, "number": number, "kind": kind.__name__, "backward": backward}
+        fields |= {"folder": getattr(operation, "folder", ""), "size": size, "extra": json.dumps(extra)}
         self._database.put("operations", request=request, **fields)
         self._database.put("bodies", request=request, value=body)
         self._counts[kind.__name__] += 1
+        if kind is Sample:
+            self._samples.append(request)
+        else:
+            self._awake[name] = None
         return request
+
+    def _at(self, name: str, number: int) -> Row | None:
+        return self._database.row("SELECT * FROM operations WHERE queue = ? AND number = ?", name, number)
 
     def _queued(self, owner: str) -> int:
         """Return the bytes that wait for answers."""
@@ -315,7 +285,7 @@ class Desk:
 
     def _model(self, owner: str, model: str) -> ModelQueue:
         queue = self._queues.get(model)
-        return known(queue if queue is not None and queue.known["owner"] == owner else None, "model", model)
+        return _known(queue if queue is not None and queue.known["owner"] == owner else None, "model", model)
 
     def model_of(self, owner: str, model: str) -> ModelInfo:
         """Return what the client may know of a model. Raise Refused if it is unknown."""
@@ -363,24 +333,17 @@ class Desk:
         """Return what is known of a sampler. Raise Refused if it is unknown."""
         find = "SELECT key, owner, session, number, path, folder FROM samplers WHERE key = ? AND owner = ?"
         with self._reading():
-            return SamplerInfo(*known(self._database.row(find, sampler, owner), "sampler", sampler))
+            return SamplerInfo(*_known(self._database.row(find, sampler, owner), "sampler", sampler))
 
     def sample(self, owner: str, sampler: str, number: int, sample: Sample) -> tuple[str, list[str]]:
         """Queue a sample from the weights of a sampler. Return its request and the ids of its sequences."""
-        with self._changed:
-            with self._writing():
-                info = self.sampler_of(owner, sampler)
-                find = "SELECT * FROM operations WHERE queue = ? AND number = ?"
-                if (future := self._database.row(find, sampler, number)) is not None:
-                    return _with_sequences(future["request"], json.loads(future["extra"])["num_samples"])
-                self._touch(owner, info.session)
-                tokens = len(sample.prompt) + sample.num_samples * sample.max_tokens
-                check_limit("tokens of a request", tokens, self._limits.tokens, "ask for fewer samples or tokens")
-                sample, extra = replace(sample, folder=info.folder), {"num_samples": sample.num_samples}
-                request = self._add(sample, owner, sampler, number, extra, 0, must=lambda: False)
-                self._database.run("UPDATE samplers SET used = ? WHERE key = ?", self._clock(), sampler)
-            self._samples.append(request)
-        return _with_sequences(request, sample.num_samples)
+        with self._writing():
+            info = self.sampler_of(owner, sampler)
+            made = replace(sample, folder=info.folder), {"num_samples": sample.num_samples}
+            request = self._accept(owner, sampler, number, info.session, lambda: made)
+            self._database.run("UPDATE samplers SET used = ? WHERE key = ?", self._clock(), sampler)
+            extra = json.loads(self._database.value("SELECT extra FROM operations WHERE request = ?", request))
+        return request, [f"{request}-{index}" for index in range(extra["num_samples"])]
 
     # Answers ----------------------------------------------------------------------------------------------------------
 
@@ -416,7 +379,7 @@ class Desk:
     def _future(self, owner: str, request: str) -> Row:
         future = self._find(request)
         is_there = future is not None and future["owner"] == owner and not self._is_gone(future)
-        return known(future if is_there else None, "request", request)
+        return _known(future if is_there else None, "request", request)
 
     def _is_gone(self, future: Row) -> bool:
         return future["taken"] is not None and bool(future["taken"] <= self._answers_from())
@@ -448,8 +411,8 @@ class Desk:
                 yield self._ticket(sample, fresh=False)
         awake, self._awake = self._awake, {}
         for model in awake:
-            queue = self._queues[model]
-            while (turn := queue.next()) is not None:
+            queue = self._queues.get(model)  # None if its creation could not be written
+            while queue is not None and (turn := queue.next()) is not None:
                 future, fresh = turn
                 failure = queue.refusal(future)
                 if failure is None:
@@ -541,9 +504,10 @@ class Desk:
     def numbers(self) -> dict[str, float]:
         """Return gauges and counters (`*_total`) by name."""
         with self._reading():
-            gauges: dict[str, float] = {
-                name: self._database.value(f"SELECT {what}") for name, what in _GAUGES.items()
-            }
+            from_then = self._answers_from()
+            gauges: dict[str, float] = {}
+            for name, what in _GAUGES.items():
+                gauges[name] = self._database.value(f"SELECT {what}", *[from_then] * ("?1" in what))
             return gauges | {f"{kind.lower()}_total": count for kind, count in self._counts.items()}
 
     # What expires -----------------------------------------------------------------------------------------------------
@@ -625,5 +589,15 @@ def _create(queue: ModelQueue) -> Create:
     return unpacked(Create, queue.known["create"], sender=0)
 
 
-def _with_sequences(request: str, count: int) -> tuple[str, list[str]]:
-    return request, [f"{request}-{index}" for index in range(count)]
+def _known(value: Value | None, what: str, name: str) -> Value:
+    """Return `value`. Raise Refused if it is None: there is none with the name, or another owner has it, which must not
+    be found out."""
+    if value is None:
+        raise Refused(404, f"the {what} {shown(name)} is unknown")
+    return value
+
+
+def _check_limit(what: str, value: int, limit: int, fix: str) -> None:
+    """Raise Refused if a value is above a limit of its owner."""
+    if value > limit:
+        raise Refused(400, f"{what}: {value:,} is above the limit of {limit:,}; {fix}")

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.service.operations import Create, Operation, Result
 
 
@@ -18,30 +18,17 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What each owner may use.
+    """What each owner may use, and how long it is remembered."""
 
-    Attributes:
-        models: models of sessions that are alive.
-        rank: the rank of a model.
-        tokens: tokens of a request, with those that it may generate.
-        queued_bytes: the size of requests that have no answer yet.
-        disk_bytes: the size of saved weights.
-        sessions: sessions that are alive.
-        idle_seconds: time without a heartbeat after which a session has lapsed, and its models may leave the memory.
-        answer_seconds: time for which an answer is kept after the client has fetched it, and the temporary weights of a
-            session after its end.
-        model_seconds: time after which the models of a lapsed session are forgotten. Saved weights stay.
-    """
-
-    models: int = 64
-    rank: int = 512
-    tokens: int = 2**20
-    queued_bytes: int = 256 * 10**6
-    disk_bytes: int = 100 * 10**9
-    sessions: int = 64
-    idle_seconds: float = 600.0
-    answer_seconds: float = 600.0
-    model_seconds: float = 7 * 86400.0
+    models: int = 64  # of sessions that are alive
+    rank: int = 512  # of a model
+    tokens: int = 2**20  # of a request, with those that it may generate
+    queued_bytes: int = 256 * 10**6  # of requests that have no answer yet
+    disk_bytes: int = 100 * 10**9  # of saved weights
+    sessions: int = 64  # that are alive
+    idle_seconds: float = 600.0  # without a heartbeat until a session has lapsed, and its models may leave the memory
+    answer_seconds: float = 600.0  # for answers after they were fetched, and temporary weights after their session
+    model_seconds: float = 7 * 86400.0  # for models of a lapsed session; saved weights stay
 
 
 @dataclass(frozen=True)
@@ -88,40 +75,15 @@ class SamplerInfo:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """Weights that a model has saved.
+    """Weights that a model has saved."""
 
-    Attributes:
-        key: their tinker:// path.
-        size: bytes of their files.
-        expires: when they are removed, or None.
-        sampler: the sampler that they were saved for if they have no name, else "".
-        info: what the client said about the model.
-    """
-
-    key: str
+    key: str  # their tinker:// path
     owner: str
     model: str
-    folder: str
-    size: int
+    folder: str  # relative to the folder of the service
+    size: int  # bytes of their files
     created: float
-    expires: float | None
-    sampler: str
+    expires: float | None  # when they are removed
+    sampler: str  # that they were saved for if they have no name, else ""
     create: Create
-    info: Mapping[str, str]
-
-
-Value = TypeVar("Value")
-
-
-def known(value: Value | None, what: str, name: str) -> Value:
-    """Return `value`. Raise Refused if it is None: there is none with the name, or another owner has it, which must not
-    be found out."""
-    if value is None:
-        raise Refused(404, f"the {what} {shown(name)} is unknown")
-    return value
-
-
-def check_limit(what: str, value: int, limit: int, fix: str) -> None:
-    """Raise Refused if a value is above a limit of its owner."""
-    if value > limit:
-        raise Refused(400, f"{what}: {value:,} is above the limit of {limit:,}; {fix}")
+    info: Mapping[str, str]  # what the client said about the model
