@@ -6,7 +6,7 @@ SQLite's exclusive mode needs no shared memory, so the file can be on a network 
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from sqlite3 import Row
@@ -17,12 +17,12 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.parallel.agreement import packed, unpacked
 from megatron_tiedlora.service import operations
 from megatron_tiedlora.service.operations import Operation, Result
+from megatron_tiedlora.service.records import Limits
 
 DATABASE_FILE = "desk.sqlite"
 _FORMAT = 1  # version of the schema, stored as SQLite's `user_version`
 _APPLICATION = 0x544C6465  # stored as SQLite's `application_id`
 _LOG_BYTES = 2**26  # size to which the log's file shrinks after a large transaction
-_FREED_PAGES = 4096  # free pages that `shrink` gives back at once
 
 _SCHEMA = """
 CREATE TABLE sessions(key TEXT PRIMARY KEY, owner TEXT, metadata TEXT,
@@ -52,6 +52,24 @@ CREATE TABLE bodies(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CAS
 CREATE TABLE results(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CASCADE, value BLOB);
 """  # an answer does not write the body again, because that has its own table; folders are relative to the service's
 
+ENDS_WINDOW = "kind IN ('Step', 'Load')"  # of backward passes, see `model_queue`
+_OVER = "SELECT key FROM sessions WHERE ended <= ?1 AND (finished OR ended <= ?2)"
+# Operations that are part of their model's saved state, and not of its window
+_NEEDLESS = f"""number <= (SELECT saved FROM models WHERE model = queue) AND NOT ((backward OR {ENDS_WINDOW})
+    AND number >= COALESCE((SELECT number FROM operations AS ends WHERE ends.queue = operations.queue AND {ENDS_WINDOW}
+        AND number <= (SELECT saved FROM models WHERE model = ends.queue) ORDER BY number DESC LIMIT 1), 0))"""
+_WAITING = "FROM operations WHERE result_kind = ''"
+_GAUGES = {
+    "sessions": "COUNT(*) FROM sessions WHERE ended IS NULL",
+    "models": "COUNT(*) FROM models",
+    "samplers": "COUNT(*) FROM samplers",
+    "requests_waiting": f"COUNT(*) {_WAITING}",
+    "answers_kept": "COUNT(*) FROM operations WHERE result_kind != '' AND COALESCE(taken > :gone, 1)",
+    "queued_bytes": f"COALESCE(SUM(size), 0) {_WAITING}",
+    "saved_weights": "COUNT(*) FROM weights",
+    "saved_weights_bytes": "COALESCE(SUM(size), 0) FROM weights",
+}
+
 
 def unusable(file: Path, why: object) -> UserError:
     """Return the error for a database that cannot be used."""
@@ -59,34 +77,33 @@ def unusable(file: Path, why: object) -> UserError:
 
 
 class Database:
-    """The database in `file`. Only one thread at a time may call a method."""
+    """The database of a service. Only one thread at a time may call a method."""
 
-    def __init__(self, file: Path, guard: Guard, *, create: bool) -> None:
-        """Open the database. With `create`, it is created if there is none. `guard` is called before each commit.
+    def __init__(self, folder: Path, guard: Guard) -> None:
+        """Open the database in a folder, or create it if the folder is new. `guard` is called before each commit.
 
         Raises:
             UserError: the file is missing, or not a database of this version.
             sqlite3.Error: the file cannot be used; see `unusable`. Most methods can raise this.
         """
-        self.file, self._guard = file, guard
-        self._connection = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+        self.file, self._guard = folder / DATABASE_FILE, guard
+        self._connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = Row
         try:
-            self._open(create)
+            self._open()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, create: bool) -> None:
+    def _open(self) -> None:
         self.run("PRAGMA locking_mode = EXCLUSIVE")
         known = self.value("PRAGMA application_id"), self.value("PRAGMA user_version")
         new = not self.value("SELECT COUNT(*) FROM sqlite_master")
-        if new and not create:
+        if new and any(self.file.parent.glob("models/*")):
             raise unusable(self.file, "is missing or empty")
         if not new and known != (_APPLICATION, _FORMAT):
             why = f"has format {known[1]}, not {_FORMAT}"
             raise unusable(self.file, why if known[0] == _APPLICATION else "is not of a training service")
-        self.run("PRAGMA auto_vacuum = INCREMENTAL")  # has an effect on a new file only
         self.run("PRAGMA journal_mode = WAL")
         self.run("PRAGMA foreign_keys = ON")
         self.run(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
@@ -115,10 +132,6 @@ class Database:
                 self.run("ROLLBACK")
             raise
 
-    def shrink(self) -> None:
-        """Give pages that became free back to the file system."""
-        self.run(f"PRAGMA incremental_vacuum({_FREED_PAGES})").fetchall()
-
     def run(self, sql: str, *values: Any) -> sqlite3.Cursor:
         """Run a statement."""
         return self._connection.execute(sql, values)
@@ -140,6 +153,35 @@ class Database:
         """Insert a row, or replace the one with its key."""
         names, marks = ", ".join(f'"{name}"' for name in values), ", ".join("?" * len(values))
         self.run(f"REPLACE INTO {table}({names}) VALUES ({marks})", *values.values())
+
+    def queued(self, owner: str) -> int:
+        """Return the bytes of an owner's operations that have no answer."""
+        return int(self.value(f"SELECT COALESCE(SUM(size), 0) {_WAITING} AND owner = ?", owner))
+
+    def gauges(self, gone: float) -> dict[str, float]:
+        """Return numbers about the service by name. `gone` is the time up to which fetched answers are forgotten."""
+        return {
+            name: self._connection.execute(f"SELECT {what}", {"gone": gone}).fetchone()[0]
+            for name, what in _GAUGES.items()
+        }
+
+    def forget(self, limits: Limits, now: float, is_busy: Callable[[str], bool]) -> list[str]:
+        """Forget answers, sessions whose time is over, and their models unless one is busy. Return these models."""
+        times = now - limits.answer_seconds, now - limits.model_seconds
+        lapse = "UPDATE sessions SET ended = seen + ?1 WHERE ended IS NULL AND seen + ?1 <= ?2"
+        self.run(lapse, limits.idle_seconds, now)
+        over = self.column(f"SELECT model FROM models WHERE session IN ({_OVER})", *times)
+        gone = [model for model in over if not is_busy(model)]
+        for model in gone:
+            self.run("DELETE FROM operations WHERE queue = ?", model)
+            self.run("DELETE FROM models WHERE model = ?", model)
+        for table, column in (("samplers", "session"), ("sessions", "key")):
+            empty = f"{column} IN ({_OVER} EXCEPT SELECT session FROM models)"
+            self.run(f"DELETE FROM {table} WHERE {empty}", *times)
+        self.run(f"DELETE FROM operations WHERE taken <= ? AND (kind = 'Sample' OR {_NEEDLESS})", times[0])
+        orphans = "kind = 'Sample' AND result_kind != '' AND queue NOT IN (SELECT key FROM samplers)"
+        self.run(f"DELETE FROM operations WHERE {orphans}")
+        return gone
 
     def answer(self, request: str, result: Result) -> None:
         """Add the result of an operation."""

@@ -12,49 +12,44 @@ Below the folder of the service, which can be moved while the service is stopped
 """
 
 import json
-import re
 import secrets
 import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from sqlite3 import Row
-from typing import Any, TypeVar
+from typing import Any
 
-from megatron_tiedlora.base.files import discard, remove_leftovers
+from megatron_tiedlora.base.files import discard
 from megatron_tiedlora.base.messages import bytes_in_words, os_errors, shown
 from megatron_tiedlora.base.output_folder import make_private_folder
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
-from megatron_tiedlora.parallel.agreement import packed, unpacked
+from megatron_tiedlora.parallel.agreement import packed
 from megatron_tiedlora.service.database import DATABASE_FILE, Database, unusable
-from megatron_tiedlora.service.model_queue import NEEDLESS, ModelQueue
+from megatron_tiedlora.service.model_queue import ModelQueue
 from megatron_tiedlora.service.operations import Create, Failure, Load, Operation, Pass, Result, Sample, Save, Ticket
-from megatron_tiedlora.service.records import Answer, Limits, ModelInfo, Pending, Refused, SamplerInfo, SavedWeights
-from megatron_tiedlora.service.weights import Weights
+from megatron_tiedlora.service.records import (
+    Answer,
+    Limits,
+    ModelInfo,
+    Pending,
+    Refused,
+    SamplerInfo,
+    SavedWeights,
+    check_limit,
+    known,
+)
+from megatron_tiedlora.service.weights import Weights, model_folder
 
 _SWEEP_SECONDS = 5.0  # between two looks for what has expired
 _LEAST_BYTES = 1024  # of an operation in a queue: what remembering it takes
 _LIVES = "ended IS NULL AND seen + ? > ?"  # a session with a heartbeat in so many seconds before a time
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # no dot at the start: temporary files have one
-_WAITING = "FROM operations WHERE result_kind = ''"
-_GAUGES = {
-    "sessions": "COUNT(*) FROM sessions WHERE ended IS NULL",
-    "models": "COUNT(*) FROM models",
-    "samplers": "COUNT(*) FROM samplers",
-    "requests_waiting": f"COUNT(*) {_WAITING}",
-    "answers_kept": "COUNT(*) FROM operations WHERE result_kind != '' AND COALESCE(taken, ?1) >= ?1",
-    "queued_bytes": f"COALESCE(SUM(size), 0) {_WAITING}",
-    "saved_weights": "COUNT(*) FROM weights",
-    "saved_weights_bytes": "COALESCE(SUM(size), 0) FROM weights",
-}  # ?1 is the time up to which fetched answers are forgotten
-
 # An operation, or the type of one that is rejected, and what the client is told with its result
 Making = tuple[Operation | type[Operation], dict[str, Any]]
-Value = TypeVar("Value")
 
 
 class Desk:
@@ -64,23 +59,20 @@ class Desk:
         """Read the database. Use `open` instead."""
         self._folder, self._limits, self._clock, self._lock = folder, limits, clock, lock
         self._guard = lock.owner.check
-        found = sorted(folder.glob("models/*"))
-        self._database = Database(folder / DATABASE_FILE, self._guard, create=not found)
+        self._database = Database(folder, self._guard)
         self._weights = Weights(self._database, folder, self._guard)
         with self._database.transaction():
             self._database.run("UPDATE sessions SET seen = ?", clock())
         models = self._database.run("SELECT * FROM models").fetchall()
         self._queues = {row["model"]: ModelQueue(self._database, row) for row in models}
         self._awake = dict.fromkeys(self._queues)  # models whose next operation may have its turn
-        samples = f"SELECT request {_WAITING} AND kind = 'Sample' ORDER BY rowid"
+        samples = "SELECT request FROM operations WHERE result_kind = '' AND kind = 'Sample' ORDER BY rowid"
         self._samples = self._database.column(samples)  # to be handed out
         self._waiting = dict[str, list[Callable[[], None]]]()  # who is to be told of an answer, by request
         self._calls: list[Callable[[], None]] = []  # those who are told without the lock
         self._counts = Counter[str]()  # operations by kind, and failures, since the start
         self._swept = clock()
         self._changed, self._closed = threading.Condition(), False
-        for path in set(found) - {folder / _model_folder(model) for model in self._queues}:
-            self._remove_model(path)  # it was being forgotten
 
     @classmethod
     def open(cls, folder: Path, limits: Limits, *, clock: Callable[[], float] = time.time) -> "Desk":
@@ -118,9 +110,8 @@ class Desk:
         with self._writing():
             now = self._clock()
             alive = self._database.value("SELECT COUNT(*) FROM sessions WHERE owner = ? AND ended IS NULL", owner)
-            _check_limit("living sessions", alive + 1, self._limits.sessions, "finish one, or wait until one has lapsed")
-            key = secrets.token_hex(16)
-            told = json.dumps(dict(metadata))
+            check_limit("living sessions", alive + 1, self._limits.sessions, "finish one, or wait until one has lapsed")
+            key, told = secrets.token_hex(16), json.dumps(dict(metadata))
             self._database.put("sessions", key=key, owner=owner, metadata=told, created=now, seen=now)
             return key
 
@@ -138,7 +129,7 @@ class Desk:
 
     def _session(self, owner: str, session: str) -> Row:
         find = "SELECT * FROM sessions WHERE key = ? AND owner = ?"
-        return _known(self._database.row(find, session, owner), "session", session)
+        return known(self._database.row(find, session, owner), "session", session)
 
     def _touch(self, owner: str, session: str) -> None:
         """Keep a session alive, or bring it back. Raise Refused if it is unknown or was finished."""
@@ -167,8 +158,8 @@ class Desk:
         now, limits = self._clock(), self._limits
         count = f"SELECT COUNT(*) FROM models JOIN sessions ON key = session WHERE models.owner = ? AND {_LIVES}"
         alive = self._database.value(count, owner, limits.idle_seconds, now)
-        _check_limit("models of living sessions", alive + 1, limits.models, "finish a session")
-        _check_limit("rank", create.rank, limits.rank, "use a smaller one")
+        check_limit("models of living sessions", alive + 1, limits.models, "finish a session")
+        check_limit("rank", create.rank, limits.rank, "use a smaller one")
         if create.folder:
             create = replace(create, folder=self._weights.at(create.folder, owner, optimizer=create.optimizer).folder)
         fields = {"create": packed(create), "info": json.dumps(dict(info)), "created": now}
@@ -177,10 +168,7 @@ class Desk:
 
     def submit(self, owner: str, model: str, number: int, operation: Operation, *, size: int = 0) -> str:
         """Queue operation `number` (from 1) of a model and return its request. A number seen before returns the same.
-
-        Args:
-            size: bytes of the request's body.
-        """
+        `size` is the bytes of the request's body."""
         return self._submit(owner, model, number, lambda: (operation, {}), size=size)
 
     def save(
@@ -198,20 +186,8 @@ class Desk:
         """
 
         def make() -> Making:
-            if name is not None and not _NAME.fullmatch(name):
-                use = "use 1 to 64 of A-Z a-z 0-9 . _ - and no dot first"
-                raise Refused(400, f"the name {shown(name)} is rejected; {use}")
-            chosen = f"temporary-{secrets.token_hex(8)}" if name is None else name
-            path = f"tinker://{model}/{kind}/{chosen}"
-            saves = self._database.column(f"SELECT extra {_WAITING} AND queue = ? AND kind = 'Save'", model)
-            waits = any(json.loads(extra).get("path") == path for extra in saves)
-            exists = waits or bool(self._weights.where("key = ?", path))
-            if exists and not overwrite:
-                raise Refused(409, f"{path} exists; choose another name, or overwrite it")
+            path, folder = self._weights.new(model, kind, name, overwrite=overwrite)
             self._weights.make_room(owner, self._limits, self._clock())
-            folder = f"{_model_folder(model)}/{kind}/{chosen}"
-            if exists or (self._folder / folder).exists():
-                folder += f"~{secrets.token_hex(4)}"  # what has the old weights goes on with them, also in a replay
             extra: dict[str, Any] = {"path": path, "ttl_seconds": ttl_seconds}
             if name is None:
                 number_of_sampler = -1 if session_number is None else session_number
@@ -244,7 +220,7 @@ class Desk:
         self, owner: str, name: str, number: int, session: str, make: Callable[[], Making], *, size: int = 0
     ) -> str:
         """Add an operation to the queue `name` unless it has the number already. Return the request of that number."""
-        queue, future = self._queues.get(name), self._at(name, number)
+        queue, future = self._queues.get(name), self._find("queue = ? AND number = ?", name, number)
         is_old = queue is not None and number <= queue.saved
         if future is not None and not (is_old and self._is_gone(future)):
             return str(future["request"])
@@ -256,11 +232,11 @@ class Desk:
         tokens = sum(operation.lengths) if isinstance(operation, Pass) else 0
         if isinstance(operation, Sample):
             tokens = len(operation.prompt) + operation.num_samples * operation.max_tokens
-        _check_limit("tokens of a request", tokens, self._limits.tokens, "send fewer rows, or ask for fewer tokens")
+        check_limit("tokens of a request", tokens, self._limits.tokens, "send fewer rows, or ask for fewer tokens")
         size, limit = max(size, len(body), _LEAST_BYTES), self._limits.queued_bytes
         if size > limit:
             raise Refused(413, f"{bytes_in_words(size)} are above the limit of {bytes_in_words(limit)} in a queue")
-        total = self._queued(owner) + size
+        total = self._database.queued(owner) + size
         if total > limit and not (queue is not None and queue.fills_gap(number)):
             said = f"{bytes_in_words(total)} would wait, above the limit of {bytes_in_words(limit)}"
             raise Refused(429, f"the queue is full ({said}); wait for answers")
@@ -276,26 +252,16 @@ class Desk:
             self._awake[name] = None
         return request
 
-    def _at(self, name: str, number: int) -> Row | None:
-        return self._database.row("SELECT * FROM operations WHERE queue = ? AND number = ?", name, number)
-
-    def _queued(self, owner: str) -> int:
-        """Return the bytes that wait for answers."""
-        return int(self._database.value(f"SELECT COALESCE(SUM(size), 0) {_WAITING} AND owner = ?", owner))
-
     def _model(self, owner: str, model: str) -> ModelQueue:
         queue = self._queues.get(model)
-        return _known(queue if queue is not None and queue.known["owner"] == owner else None, "model", model)
+        return known(queue if queue is not None and queue.known["owner"] == owner else None, "model", model)
 
     def model_of(self, owner: str, model: str) -> ModelInfo:
         """Return what the client may know of a model. Raise Refused if it is unknown."""
         with self._changed:
-            queue = self._model(owner, model)
-            state = "failed" if queue.broken else "waiting" if queue.folded < 0 else "active"
-            row, create = queue.known, _create(queue)
-            return ModelInfo(model, row["session"], create, json.loads(row["info"]), state, row["created"])
+            return self._model(owner, model).info
 
-    # Saved weights ----------------------------------------------------------------------------------------------------
+    # Saved weights and samplers ---------------------------------------------------------------------------------------
 
     def checkpoints(self, owner: str, model: str | None = None) -> list[SavedWeights]:
         """Return the named weights of an owner, or of one model, in the order in which they were saved."""
@@ -312,8 +278,6 @@ class Desk:
         """Remove the weights at a tinker:// path. Operations and samplers that have them go on."""
         with self._writing():
             self._weights.forget(self._weights.at(path, owner))
-
-    # Sampling ---------------------------------------------------------------------------------------------------------
 
     def open_sampler(self, owner: str, session: str, number: int, *, path: str | None) -> str:
         """Return the id of a sampler for the weights at a tinker:// path, or for the base. A number seen before in the
@@ -333,7 +297,7 @@ class Desk:
         """Return what is known of a sampler. Raise Refused if it is unknown."""
         find = "SELECT key, owner, session, number, path, folder FROM samplers WHERE key = ? AND owner = ?"
         with self._reading():
-            return SamplerInfo(*_known(self._database.row(find, sampler, owner), "sampler", sampler))
+            return SamplerInfo(*known(self._database.row(find, sampler, owner), "sampler", sampler))
 
     def sample(self, owner: str, sampler: str, number: int, sample: Sample) -> tuple[str, list[str]]:
         """Queue a sample from the weights of a sampler. Return its request and the ids of its sequences."""
@@ -354,13 +318,13 @@ class Desk:
             if future["result_kind"]:
                 operation, result = self._database.operation(future), self._database.result(future)
                 return Answer(operation, result, json.loads(future["extra"]))
-            full = self._queued(owner) > self._limits.queued_bytes / 2
+            full = self._database.queued(owner) > self._limits.queued_bytes / 2
             return Pending("paused_capacity" if full or future["kind"] == "Create" else "active")
 
     def when_done(self, request: str, call: Callable[[], None]) -> None:
         """Call `call` once when the request has an answer: in the engine's thread, or at once."""
         with self._reading():
-            future = self._find(request)
+            future = self._find("request = ?", request)
             if future is not None and not future["result_kind"]:
                 self._waiting.setdefault(request, []).append(call)
                 return
@@ -373,13 +337,13 @@ class Desk:
             take = "UPDATE operations SET taken = ? WHERE request = ? AND taken IS NULL"
             self._database.run(take, self._clock(), request)
 
-    def _find(self, request: str) -> Row | None:
-        return self._database.row("SELECT * FROM operations WHERE request = ?", request)
+    def _find(self, condition: str, *values: Any) -> Row | None:
+        return self._database.row(f"SELECT * FROM operations WHERE {condition}", *values)
 
     def _future(self, owner: str, request: str) -> Row:
-        future = self._find(request)
+        future = self._find("request = ?", request)
         is_there = future is not None and future["owner"] == owner and not self._is_gone(future)
-        return _known(future if is_there else None, "request", request)
+        return known(future if is_there else None, "request", request)
 
     def _is_gone(self, future: Row) -> bool:
         return future["taken"] is not None and bool(future["taken"] <= self._answers_from())
@@ -407,7 +371,7 @@ class Desk:
     def _tickets(self) -> Iterator[Ticket]:
         samples, self._samples = self._samples, []
         for request in samples:
-            if (sample := self._find(request)) is not None:
+            if (sample := self._find("request = ?", request)) is not None:
                 yield self._ticket(sample, fresh=False)
         awake, self._awake = self._awake, {}
         for model in awake:
@@ -430,7 +394,7 @@ class Desk:
     def answer(self, request: str, result: Result) -> None:
         """Record the result of an operation that `ready` returned."""
         with self._reading():
-            if (future := self._find(request)) is not None:
+            if (future := self._find("request = ?", request)) is not None:
                 self._settle(future, result)
         self._run_calls()
 
@@ -461,9 +425,9 @@ class Desk:
         """Record that the state after operation `number` of a model is in `folder`, and remove the state before it."""
         with self._reading():
             queue = self._queues.get(model)
-            if queue is None or queue.broken is not None:  # its weights are not those that the client knows
-                return
-            if number < queue.saved:  # `absorb` found that the state on the disk is as good
+            # The weights of a broken model are not those that the client knows. And `absorb` may have found that the
+            # state on the disk is that after a later operation.
+            if queue is None or queue.broken is not None or number < queue.saved:
                 return
             path = Path(folder).resolve()
             queue.save(number, str(path.relative_to(self._folder)))
@@ -473,17 +437,16 @@ class Desk:
 
     def state_folder(self, model: str, number: int) -> Path:
         """Return the folder for the state of a model after operation `number`."""
-        return self._folder / _model_folder(model) / "state" / str(number)
+        return self._folder / model_folder(model) / "state" / str(number)
 
     def rewind(self, model: str) -> None:
         """Record that a model has left the memory. The operations behind its last saved state are handed out again
         together with its next operation."""
         with self._reading():
             self._awake.pop(model, None)
-            if (queue := self._queues.get(model)) is not None:
-                queue.rewind()
-                if queue.busy:
-                    self._awake[model] = None
+            queue = self._queues.get(model)
+            if queue is not None and queue.rewind():
+                self._awake[model] = None
 
     def origin(self, model: str) -> Create | str:
         """Return how a model that is not in memory comes back: the folder of its saved state, or how it is created."""
@@ -491,7 +454,7 @@ class Desk:
             queue = self._queues[model]
             if queue.folder:
                 return str(self._folder / queue.folder)
-            create = _create(queue)
+            create = queue.create
             return replace(create, folder=str(self._folder / create.folder)) if create.folder else create
 
     def lapsed(self) -> list[str]:
@@ -504,57 +467,27 @@ class Desk:
     def numbers(self) -> dict[str, float]:
         """Return gauges and counters (`*_total`) by name."""
         with self._reading():
-            from_then = self._answers_from()
-            gauges: dict[str, float] = {}
-            for name, what in _GAUGES.items():
-                gauges[name] = self._database.value(f"SELECT {what}", *[from_then] * ("?1" in what))
+            gauges = self._database.gauges(self._answers_from())
             return gauges | {f"{kind.lower()}_total": count for kind, count in self._counts.items()}
-
-    # What expires -----------------------------------------------------------------------------------------------------
 
     def _sweep(self) -> None:
         """Forget what has expired, if the last look was some seconds ago."""
-        now, limits, run = self._clock(), self._limits, self._database.run
+        now = self._clock()
         if now < self._swept + _SWEEP_SECONDS:
             return
         self._swept = now
         for queue in self._queues.values():
             queue.absorb()
-        over = "SELECT key FROM sessions WHERE ended <= ? AND (finished OR ended <= ?)"
-        times = self._answers_from(), now - limits.model_seconds
         with self._database.transaction():
-            lapse = "UPDATE sessions SET ended = seen + ? WHERE ended IS NULL AND seen + ? <= ?"
-            run(lapse, limits.idle_seconds, limits.idle_seconds, now)
             self._weights.forget_expired(now, self._answers_from())
-            models = self._database.column(f"SELECT model FROM models WHERE session IN ({over})", *times)
-            gone = [model for model in models if not self._queues[model].busy]
-            for model in gone:
-                run("DELETE FROM operations WHERE queue = ?", model)
-                run("DELETE FROM models WHERE model = ?", model)
-            empty = f"IN ({over} EXCEPT SELECT session FROM models)"
-            run(f"DELETE FROM samplers WHERE session {empty}", *times)
-            run(f"DELETE FROM sessions WHERE key {empty}", *times)
-            run(f"DELETE FROM operations WHERE taken <= ? AND (kind = 'Sample' OR {NEEDLESS})", self._answers_from())
-            orphans = "kind = 'Sample' AND result_kind != '' AND queue NOT IN (SELECT key FROM samplers)"
-            run(f"DELETE FROM operations WHERE {orphans}")
+            gone = self._database.forget(self._limits, now, lambda model: self._queues[model].busy)
         for model in gone:
             del self._queues[model]
             self._awake.pop(model, None)
-            self._remove_model(self._folder / _model_folder(model))
-        for request in [request for request in self._waiting if self._find(request) is None]:
+            self._weights.remove_model(model)
+        for request in [request for request in self._waiting if self._find("request = ?", request) is None]:
             self._calls += self._waiting.pop(request)
         self._weights.remove_unwanted()
-        self._database.shrink()
-
-    def _remove_model(self, folder: Path) -> None:
-        """Remove all but the weights from a model's folder."""
-        remove_leftovers(folder, guard=self._guard)
-        discard(folder / "state", guard=self._guard)
-        for empty in (*folder.glob("*weights"), folder):
-            with suppress(OSError):
-                empty.rmdir()
-
-    # Helpers ----------------------------------------------------------------------------------------------------------
 
     def _run_calls(self) -> None:
         with self._changed:
@@ -578,26 +511,3 @@ class Desk:
         with self._reading(), self._database.transaction(durable=durable):
             yield
             self._changed.notify_all()
-
-
-def _model_folder(model: str) -> str:
-    """Return the folder of a model, relative to the folder of the service."""
-    return f"models/{model.replace(':', '-')}"
-
-
-def _create(queue: ModelQueue) -> Create:
-    return unpacked(Create, queue.known["create"], sender=0)
-
-
-def _known(value: Value | None, what: str, name: str) -> Value:
-    """Return `value`. Raise Refused if it is None: there is none with the name, or another owner has it, which must not
-    be found out."""
-    if value is None:
-        raise Refused(404, f"the {what} {shown(name)} is unknown")
-    return value
-
-
-def _check_limit(what: str, value: int, limit: int, fix: str) -> None:
-    """Raise Refused if a value is above a limit of its owner."""
-    if value > limit:
-        raise Refused(400, f"{what}: {value:,} is above the limit of {limit:,}; {fix}")

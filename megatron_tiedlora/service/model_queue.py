@@ -10,18 +10,15 @@ import json
 from dataclasses import replace
 from sqlite3 import Row
 
-from megatron_tiedlora.service.database import Database
-from megatron_tiedlora.service.operations import Failure
+from megatron_tiedlora.parallel.agreement import unpacked
+from megatron_tiedlora.service.database import ENDS_WINDOW, Database
+from megatron_tiedlora.service.operations import Create, Failure
+from megatron_tiedlora.service.records import ModelInfo
 
-_ENDS_WINDOW = "kind IN ('Step', 'Load')"
-CHANGES = "(backward OR kind IN ('Create', 'Load', 'Step')) AND result_kind != 'Failure'"  # a replay needs these
+_CHANGES = "(backward OR kind IN ('Create', 'Load', 'Step')) AND result_kind != 'Failure'"  # a replay needs these
 _BEFORE = "FROM operations WHERE queue = ?1 AND number < ?2"
 _WINDOW = f"""SELECT * {_BEFORE} AND backward AND number > COALESCE(
-    (SELECT number {_BEFORE} AND {_ENDS_WINDOW} ORDER BY number DESC LIMIT 1), 0) ORDER BY number DESC"""
-NEEDLESS = f"""number <= (SELECT saved FROM models WHERE model = queue) AND NOT ((backward OR {_ENDS_WINDOW})
-    AND number >= (SELECT COALESCE(MAX(number), 0) FROM operations AS ends WHERE ends.queue = operations.queue
-        AND {_ENDS_WINDOW} AND number <= (SELECT saved FROM models WHERE model = ends.queue)))"""
-"""Which operations are part of their model's saved state, and not of its window, in SQL."""
+    (SELECT number {_BEFORE} AND {ENDS_WINDOW} ORDER BY number DESC LIMIT 1), 0) ORDER BY number DESC"""
 
 
 class ModelQueue:
@@ -37,15 +34,21 @@ class ModelQueue:
     """
 
     def __init__(self, database: Database, known: Row) -> None:
-        self._database, self.known = database, known
+        self._database, self.known, self.create = database, known, unpacked(Create, known["create"], sender=0)
         self.saved, self.folder = known["saved"], known["folder"]
         self.folded, self.turn = self.saved, self.saved + 1
         self.broken: Failure | None = None
         self.fold()
 
+    @property
+    def info(self) -> ModelInfo:
+        """Return what a client may know."""
+        state, row = "failed" if self.broken else "waiting" if self.folded < 0 else "active", self.known
+        return ModelInfo(row["model"], row["session"], self.create, json.loads(row["info"]), state, row["created"])
+
     def at(self, number: int) -> Row | None:
         """Return operation `number`, or None if it has not come or was forgotten."""
-        find = f"SELECT *, {CHANGES} AS changes FROM operations WHERE queue = ? AND number = ?"
+        find = f"SELECT *, {_CHANGES} AS changes FROM operations WHERE queue = ? AND number = ?"
         return self._database.row(find, self.known["model"], number)
 
     @property
@@ -104,9 +107,11 @@ class ModelQueue:
         said = f"the optimizer step {future['number']} was not taken: {why}"
         return Failure(said, by_user=True) if why else None
 
-    def rewind(self) -> None:
-        """Hand out the operations behind the saved state again, because the model has left the memory."""
+    def rewind(self) -> bool:
+        """Hand out the operations behind the saved state again, because the model has left the memory. Return whether
+        one of them has no answer yet."""
         self.turn = self.saved + 1
+        return self.busy
 
     def give_up(self, number: int, message: str) -> None:
         """Fail all operations without an answer, because operation `number` failed when it was repeated: the engine
@@ -126,7 +131,7 @@ class ModelQueue:
         """Count answered operations right behind the saved state as part of it if they changed no weights, so that
         they can be forgotten."""
         if self.folder and self.saved < self.folded:
-            first = f"SELECT MIN(number) FROM operations WHERE queue = ? AND number > ? AND {CHANGES}"
+            first = f"SELECT MIN(number) FROM operations WHERE queue = ? AND number > ? AND {_CHANGES}"
             found = self._database.value(first, self.known["model"], self.saved)
             last = self.folded if found is None else min(self.folded, found - 1)
             if last > self.saved:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.service.operations import Create, Operation, Result
 
 
@@ -87,3 +87,19 @@ class SavedWeights:
     sampler: str  # that they were saved for if they have no name, else ""
     create: Create
     info: Mapping[str, str]  # what the client said about the model
+
+
+Value = TypeVar("Value")
+
+
+def known(value: Value | None, what: str, name: str) -> Value:
+    """Return `value`. Raise Refused if it is None: nothing has the name, or another owner, who must not be found out."""
+    if value is None:
+        raise Refused(404, f"the {what} {shown(name)} is unknown")
+    return value
+
+
+def check_limit(what: str, value: int, limit: int, fix: str) -> None:
+    """Raise Refused if a value is above a limit of its owner."""
+    if value > limit:
+        raise Refused(400, f"{what}: {value:,} is above the limit of {limit:,}; {fix}")

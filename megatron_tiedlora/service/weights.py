@@ -1,11 +1,14 @@
 """The saved weights of a service: their rows in the database, and the folders that nothing needs any more."""
 
 import json
+import re
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from sqlite3 import Row
 from typing import Any
 
-from megatron_tiedlora.base.files import Guard, discard
+from megatron_tiedlora.base.files import Guard, discard, remove_leftovers
 from megatron_tiedlora.base.messages import bytes_in_words, nearest_name, shown
 from megatron_tiedlora.parallel.agreement import unpacked
 from megatron_tiedlora.service.database import Database
@@ -17,6 +20,7 @@ SELECT samplers.folder FROM samplers JOIN sessions ON sessions.key = session WHE
 UNION SELECT folder FROM operations WHERE result_kind = ''
 UNION SELECT operations.folder FROM operations JOIN models ON model = queue WHERE number > saved
 """  # folders of weights that can be sampled from, or that an operation or its replay needs
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # no dot at the start: temporary files have one
 _LAST_USED = "COALESCE((SELECT used FROM samplers WHERE samplers.key = sampler), created)"
 
 
@@ -25,6 +29,10 @@ class Weights:
 
     def __init__(self, database: Database, folder: Path, guard: Guard) -> None:
         self._database, self._folder, self._guard = database, folder, guard
+        known = {model_folder(model) for model in database.column("SELECT model FROM models")}
+        for path in folder.glob("models/*"):
+            if str(path.relative_to(folder)) not in known:  # it was being forgotten
+                self._remove(path)
         # Folders to remove when nothing needs them: at the start what a crash may have left.
         self._unwanted = {str(path.relative_to(folder)) for path in folder.glob("models/*/*weights/*")}
 
@@ -42,6 +50,23 @@ class Weights:
         if optimizer and path.split("/")[-2] != "weights":
             raise Refused(400, f"{path} has no optimizer; load it without one, or give a path of /weights/")
         return found[0]
+
+    def new(self, model: str, kind: str, name: str | None, *, overwrite: bool) -> tuple[str, str]:
+        """Return the tinker:// path and the folder of weights that a model will save. `name` None makes temporary ones.
+        Raise Refused if the name cannot be a file's name, or if it exists."""
+        if name is not None and not _NAME.fullmatch(name):
+            use = "use 1 to 64 of A-Z a-z 0-9 . _ - and no dot first"
+            raise Refused(400, f"the name {shown(name)} is rejected; {use}")
+        chosen = f"temporary-{secrets.token_hex(8)}" if name is None else name
+        path, folder = f"tinker://{model}/{kind}/{chosen}", f"{model_folder(model)}/{kind}/{chosen}"
+        waiting = "SELECT extra FROM operations WHERE queue = ? AND kind = 'Save' AND result_kind = ''"
+        exists = any(json.loads(extra).get("path") == path for extra in self._database.column(waiting, model))
+        exists |= bool(self.where("key = ?", path))
+        if exists and not overwrite:
+            raise Refused(409, f"{path} exists; choose another name, or overwrite it")
+        if exists or (self._folder / folder).exists():
+            folder += f"~{secrets.token_hex(4)}"  # what has the old weights goes on with them, also in a replay
+        return path, folder
 
     def keep(self, future: Row, model: Row, now: float) -> None:
         """Add the weights that a `Save` has written, and their sampler if they are temporary."""
@@ -89,6 +114,22 @@ class Weights:
             for folder in self._unwanted - needed:
                 discard(self._folder / folder, guard=self._guard)
             self._unwanted &= needed
+
+    def remove_model(self, model: str) -> None:
+        """Remove all but the weights from a model's folder."""
+        self._remove(self._folder / model_folder(model))
+
+    def _remove(self, folder: Path) -> None:
+        remove_leftovers(folder, guard=self._guard)
+        discard(folder / "state", guard=self._guard)
+        for empty in (*folder.glob("*weights"), folder):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def model_folder(model: str) -> str:
+    """Return the folder of a model, relative to the folder of the service."""
+    return f"models/{model.replace(':', '-')}"
 
 
 def _decoded(row: Row) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_a_file_that_is_no_database(file: Path) -> None:
     assert "file is not a database" in refusal(file)
 
 
-@pytest.mark.parametrize("page", [1, 3])  # the schema, and the sessions
+@pytest.mark.parametrize("page", [1, 2])  # the schema, and the sessions
 def test_damaged_pages(file: Path, page: int) -> None:
     raw = bytearray(file.read_bytes())
     raw[4096 * (page - 1) + 100 : 4096 * page] = b"\xff" * 3996

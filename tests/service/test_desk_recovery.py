@@ -52,10 +52,10 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> dict[Database, Mark]:
     def run_without_fsync(self: Database, sql: str, *values: Any) -> Any:
         return run(self, "PRAGMA synchronous = OFF" if sql.startswith("PRAGMA synchronous") else sql, *values)
 
-    def open_without_checkpoints(self: Database, create: bool) -> None:
+    def open_without_checkpoints(self: Database) -> None:
         self.run("PRAGMA synchronous = OFF")
         self.run("PRAGMA wal_autocheckpoint = 0")
-        opened(self, create)
+        opened(self)
 
     @contextmanager
     def marking(self: Database, *, durable: bool = True) -> Iterator[None]:
