@@ -17,7 +17,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.parallel.agreement import packed, unpacked
 from megatron_tiedlora.service import operations
 from megatron_tiedlora.service.operations import Operation, Result
-from megatron_tiedlora.service.records import Limits
+from megatron_tiedlora.service.records import Limits, Refused, known
 
 DATABASE_FILE = "desk.sqlite"
 _FORMAT = 1  # version of the schema, stored as SQLite's `user_version`
@@ -97,13 +97,13 @@ class Database:
 
     def _open(self) -> None:
         self.run("PRAGMA locking_mode = EXCLUSIVE")
-        known = self.value("PRAGMA application_id"), self.value("PRAGMA user_version")
+        found = self.value("PRAGMA application_id"), self.value("PRAGMA user_version")
         new = not self.value("SELECT COUNT(*) FROM sqlite_master")
         if new and any(self.file.parent.glob("models/*")):
             raise unusable(self.file, "is missing or empty")
-        if not new and known != (_APPLICATION, _FORMAT):
-            why = f"has format {known[1]}, not {_FORMAT}"
-            raise unusable(self.file, why if known[0] == _APPLICATION else "is not of a training service")
+        if not new and found != (_APPLICATION, _FORMAT):
+            why = f"has format {found[1]}, not {_FORMAT}"
+            raise unusable(self.file, why if found[0] == _APPLICATION else "is not of a training service")
         self.run("PRAGMA journal_mode = WAL")
         self.run("PRAGMA foreign_keys = ON")
         self.run(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
@@ -153,6 +153,16 @@ class Database:
         """Insert a row, or replace the one with its key."""
         names, marks = ", ".join(f'"{name}"' for name in values), ", ".join("?" * len(values))
         self.run(f"REPLACE INTO {table}({names}) VALUES ({marks})", *values.values())
+
+    def session(self, owner: str, session: str) -> Row:
+        """Return the row of an owner's session. Raise Refused if it is unknown."""
+        return known(self.row("SELECT * FROM sessions WHERE key = ? AND owner = ?", session, owner), "session", session)
+
+    def touch(self, owner: str, session: str, now: float) -> None:
+        """Keep a session alive, or bring it back. Raise Refused if it is unknown or was finished."""
+        if self.session(owner, session)["finished"]:
+            raise Refused(410, f"the session {session} was finished; open a new one")
+        self.run("UPDATE sessions SET seen = ?, ended = NULL WHERE key = ?", now, session)
 
     def queued(self, owner: str) -> int:
         """Return the bytes of an owner's operations that have no answer."""

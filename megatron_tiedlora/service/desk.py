@@ -25,7 +25,7 @@ from sqlite3 import Row
 from typing import Any
 
 from megatron_tiedlora.base.files import discard
-from megatron_tiedlora.base.messages import bytes_in_words, os_errors, shown
+from megatron_tiedlora.base.messages import bytes_in_words, os_errors
 from megatron_tiedlora.base.output_folder import make_private_folder
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.parallel.agreement import packed
@@ -63,8 +63,8 @@ class Desk:
         self._weights = Weights(self._database, folder, self._guard)
         with self._database.transaction():
             self._database.run("UPDATE sessions SET seen = ?", clock())
-        models = self._database.run("SELECT * FROM models").fetchall()
-        self._queues = {row["model"]: ModelQueue(self._database, row) for row in models}
+        models = self._database.column("SELECT model FROM models")
+        self._queues = {model: ModelQueue(self._database, model) for model in models}
         self._awake = dict.fromkeys(self._queues)  # models whose next operation may have its turn
         samples = "SELECT request FROM operations WHERE result_kind = '' AND kind = 'Sample' ORDER BY rowid"
         self._samples = self._database.column(samples)  # to be handed out
@@ -76,12 +76,8 @@ class Desk:
 
     @classmethod
     def open(cls, folder: Path, limits: Limits, *, clock: Callable[[], float] = time.time) -> "Desk":
-        """Take the folder of a service and read what it holds. The folder is created if it does not exist.
-
-        Raises:
-            FolderTaken: another process owns the folder.
-            UserError: the folder is not private, cannot be written, or has a damaged database.
-        """
+        """Take the folder of a service, or create it, and read what it holds. Raise FolderTaken if another process owns
+        it, or UserError if it is not private, cannot be written, or has a damaged database."""
         with os_errors(f"{folder}: cannot be used", fix="; give another folder"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             make_private_folder(folder)
@@ -118,24 +114,14 @@ class Desk:
     def heartbeat(self, owner: str, session: str) -> None:
         """Keep a session alive. Raise Refused if it is unknown or was finished."""
         with self._writing(durable=False):
-            self._touch(owner, session)
+            self._database.touch(owner, session, self._clock())
 
     def finish_session(self, owner: str, session: str) -> None:
         """End a session for good. A second call has no effect."""
         with self._writing():
-            self._session(owner, session)
+            self._database.session(owner, session)
             end = "UPDATE sessions SET ended = ?, finished = 1 WHERE key = ? AND NOT finished"
             self._database.run(end, self._clock(), session)
-
-    def _session(self, owner: str, session: str) -> Row:
-        find = "SELECT * FROM sessions WHERE key = ? AND owner = ?"
-        return known(self._database.row(find, session, owner), "session", session)
-
-    def _touch(self, owner: str, session: str) -> None:
-        """Keep a session alive, or bring it back. Raise Refused if it is unknown or was finished."""
-        if self._session(owner, session)["finished"]:
-            raise Refused(410, f"the session {session} was finished; open a new one")
-        self._database.run("UPDATE sessions SET seen = ?, ended = NULL WHERE key = ?", self._clock(), session)
 
     # Operations of models ---------------------------------------------------------------------------------------------
 
@@ -144,13 +130,12 @@ class Desk:
         name = f"{session}:train:{number}"
         with self._changed:
             with self._writing():
-                self._session(owner, session)
+                self._database.session(owner, session)
                 if name not in self._queues:
                     create = self._new_model(owner, session, name, create, info)
                 request = self._accept(owner, name, 0, session, lambda: (create, {"model_id": name}))
             if name not in self._queues:
-                (row,) = self._database.run("SELECT * FROM models WHERE model = ?", name)
-                self._queues[name] = ModelQueue(self._database, row)
+                self._queues[name] = ModelQueue(self._database, name)
         return request
 
     def _new_model(self, owner: str, session: str, name: str, create: Create, info: Mapping[str, str]) -> Create:
@@ -224,7 +209,7 @@ class Desk:
         is_old = queue is not None and number <= queue.saved
         if future is not None and not (is_old and self._is_gone(future)):
             return str(future["request"])
-        self._touch(owner, session)
+        self._database.touch(owner, session, self._clock())
         if is_old:
             raise Refused(410, f"operation {number} of {name} was answered long ago; use the next number")
         operation, extra = make()
@@ -283,11 +268,11 @@ class Desk:
         """Return the id of a sampler for the weights at a tinker:// path, or for the base. A number seen before in the
         session returns the same."""
         with self._writing():
-            self._session(owner, session)
+            self._database.session(owner, session)
             find = "SELECT key FROM samplers WHERE session = ? AND number = ?"
             if (row := self._database.row(find, session, number)) is not None:
                 return str(row["key"])
-            self._touch(owner, session)
+            self._database.touch(owner, session, self._clock())
             folder = "" if path is None else self._weights.at(path, owner).folder
             key, fields = secrets.token_hex(16), {"path": path or "", "folder": folder}
             self._database.put("samplers", key=key, owner=owner, session=session, number=number, **fields)

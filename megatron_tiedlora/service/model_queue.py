@@ -33,7 +33,8 @@ class ModelQueue:
         broken: why the model cannot go on, or None.
     """
 
-    def __init__(self, database: Database, known: Row) -> None:
+    def __init__(self, database: Database, model: str) -> None:
+        (known,) = database.run("SELECT * FROM models WHERE model = ?", model)
         self._database, self.known, self.create = database, known, unpacked(Create, known["create"], sender=0)
         self.saved, self.folder = known["saved"], known["folder"]
         self.folded, self.turn = self.saved, self.saved + 1

@@ -93,7 +93,7 @@ Value = TypeVar("Value")
 
 
 def known(value: Value | None, what: str, name: str) -> Value:
-    """Return `value`. Raise Refused if it is None: nothing has the name, or another owner, who must not be found out."""
+    """Return `value`. Raise Refused if it is None: nothing has the name, or others have it, who must not be found."""
     if value is None:
         raise Refused(404, f"the {what} {shown(name)} is unknown")
     return value

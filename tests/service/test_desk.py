@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, Clock, HashEngine, one_pass, step
 
-from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.operations import Failure, Pass, PassResult, Save, StepResult
 from megatron_tiedlora.service.records import Answer, Limits, Pending, Refused
@@ -83,15 +81,6 @@ def status(call: Any, *args: Any, **more: Any) -> int:
         call(*args, **more)
     assert "\n" not in str(caught.value)
     return caught.value.status
-
-
-def test_the_folder_is_private_and_has_one_owner(service: Service, tmp_path: Path) -> None:
-    assert service.folder.stat().st_mode & 0o777 == 0o700
-    with pytest.raises(FolderTaken):
-        Desk.open(service.folder, Limits())
-    (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(UserError, match="not a private folder"):
-        Desk.open(tmp_path / "link", Limits())
 
 
 # Order ----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The desk's database: damage, another program's file and another version are one clear line."""
+"""The desk's folder and database: damage, another program's file and another version are one clear line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from support.desk_engine import CREATE, one_pass
 
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.service.database import DATABASE_FILE
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.records import Limits
@@ -42,6 +43,15 @@ def refusal(file: Path) -> str:
 def changed(file: Path, sql: str) -> None:
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
         database.execute(sql)
+
+
+def test_the_folder_is_private_and_has_one_owner(file: Path, tmp_path: Path) -> None:
+    with closing(Desk.open(file.parent, Limits())), pytest.raises(FolderTaken):
+        Desk.open(file.parent, Limits())
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="not a private folder"):
+        Desk.open(tmp_path / "link", Limits())
 
 
 def test_a_file_that_is_no_database(file: Path) -> None:
