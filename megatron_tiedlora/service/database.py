@@ -47,7 +47,17 @@ CREATE TABLE operations(request TEXT PRIMARY KEY, owner TEXT,
     extra TEXT, -- what the client is told with the result, in JSON
     result_kind TEXT DEFAULT '', taken REAL, -- when the client fetched the answer
     UNIQUE(queue, number));
-CREATE INDEX waiting ON operations(owner, size) WHERE result_kind = '';
+CREATE INDEX waiting ON operations(kind) WHERE result_kind = '';
+CREATE INDEX ends_of_windows ON operations(queue, number) WHERE kind IN ('Step', 'Load');
+CREATE INDEX passes ON operations(queue, number) WHERE backward;
+CREATE TABLE queued(owner TEXT PRIMARY KEY, size INTEGER); -- of operations without a result
+CREATE TRIGGER queues AFTER INSERT ON operations BEGIN
+    INSERT INTO queued SELECT NEW.owner, 0 WHERE NOT EXISTS (SELECT 1 FROM queued WHERE owner = NEW.owner);
+    UPDATE queued SET size = size + NEW.size WHERE owner = NEW.owner; END;
+CREATE TRIGGER answers AFTER UPDATE OF result_kind ON operations
+    BEGIN UPDATE queued SET size = size - NEW.size WHERE owner = NEW.owner; END;
+CREATE TRIGGER drops AFTER DELETE ON operations WHEN OLD.result_kind = ''
+    BEGIN UPDATE queued SET size = size - OLD.size WHERE owner = OLD.owner; END;
 CREATE TABLE bodies(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CASCADE, value BLOB);
 CREATE TABLE results(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CASCADE, value BLOB);
 """  # an answer does not write the body again, because that has its own table; folders are relative to the service's
@@ -65,7 +75,7 @@ _GAUGES = {
     "samplers": "COUNT(*) FROM samplers",
     "requests_waiting": f"COUNT(*) {_WAITING}",
     "answers_kept": "COUNT(*) FROM operations WHERE result_kind != '' AND COALESCE(taken > :gone, 1)",
-    "queued_bytes": f"COALESCE(SUM(size), 0) {_WAITING}",
+    "queued_bytes": "COALESCE(SUM(size), 0) FROM queued",
     "saved_weights": "COUNT(*) FROM weights",
     "saved_weights_bytes": "COALESCE(SUM(size), 0) FROM weights",
 }
@@ -109,8 +119,9 @@ class Database:
         self.run(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
         if new:
             with self.transaction():
-                for statement in (*_SCHEMA.split(";\n"), f"PRAGMA application_id = {_APPLICATION}"):
-                    self.run(statement)
+                for statement in _SCHEMA.split("\nCREATE")[1:]:
+                    self.run(f"CREATE{statement}")
+                self.run(f"PRAGMA application_id = {_APPLICATION}")
                 self.run(f"PRAGMA user_version = {_FORMAT}")
             sync_path(self.file.parent)
 
@@ -166,7 +177,7 @@ class Database:
 
     def queued(self, owner: str) -> int:
         """Return the bytes of an owner's operations that have no answer."""
-        return int(self.value(f"SELECT COALESCE(SUM(size), 0) {_WAITING} AND owner = ?", owner))
+        return int(self.value("SELECT COALESCE(SUM(size), 0) FROM queued WHERE owner = ?", owner))
 
     def gauges(self, gone: float) -> dict[str, float]:
         """Return numbers about the service by name. `gone` is the time up to which fetched answers are forgotten."""

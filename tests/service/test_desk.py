@@ -116,7 +116,7 @@ def test_a_step_waits_for_the_answers_of_its_passes_and_passes_wait_for_nothing(
         service.desk.submit("ann", model, number, one_pass(number))
     service.desk.submit("ann", model, 3, step())
     tickets = service.desk.ready(0)
-    assert [ticket.number for ticket in tickets] == [1, 2]
+    assert [(ticket.number, ticket.fresh) for ticket in tickets] == [(1, True), (2, False)]
     service.desk.answer(tickets[1].request, service.engine.run(tickets[1]))
     assert service.desk.ready(0) == []
     service.engine.last.clear()

@@ -199,6 +199,14 @@ def test_failures_are_not_repeated_and_their_windows_stay_closed(service: Restar
     assert [ticket.number for ticket in service.engine.ran if isinstance(ticket.operation, Step)] == [10]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_failure_stays_after_a_power_failure(service: Restarts, model: str, seed: int) -> None:
+    request = service.desk.submit("ann", model, 1, one_pass(1))
+    service.desk.answer(service.desk.ready(0)[0].request, Failure("out of memory", by_user=False))
+    service.crash(random.Random(seed))
+    assert isinstance(service.result(request), Failure)
+
+
 def test_the_window_is_part_of_the_saved_state(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1))
     service.engine.save(model)

@@ -30,8 +30,7 @@ def written(database: Database) -> Mark:
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[Database, Mark]:
-    """Up to where the logs of databases were synced. No fsync takes place, and only a test moves what is in a log to its
-    database."""
+    """Up to where the logs of databases were synced. No fsync takes place. Only tests move a log into its database."""
     marks: dict[Database, Mark] = {}
     opened, transaction, run = Database._open, Database.transaction, Database.run
 
