@@ -43,7 +43,7 @@ from megatron_tiedlora.service.records import (
     check_limit,
     known,
 )
-from megatron_tiedlora.service.weights import Weights, model_folder
+from megatron_tiedlora.service.weights import WeightFolders, model_folder
 
 _SWEEP_SECONDS = 5.0  # between two looks for what has expired
 _LEAST_BYTES = 1024  # of an operation in a queue: what remembering it takes
@@ -60,7 +60,7 @@ class Desk:
         self._folder, self._limits, self._clock, self._lock = folder, limits, clock, lock
         self._guard = lock.owner.check
         self._database = Database(folder, self._guard)
-        self._weights = Weights(self._database, folder, self._guard)
+        self._weights = WeightFolders(self._database, folder, self._guard)
         with self._database.transaction():
             self._database.run("UPDATE sessions SET seen = ?", clock())
         models = self._database.column("SELECT model FROM models")

@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")  # no dot at the start:
 _LAST_USED = "COALESCE((SELECT used FROM samplers WHERE samplers.key = sampler), created)"
 
 
-class Weights:
+class WeightFolders:
     """The saved weights below the folder of a service."""
 
     def __init__(self, database: Database, folder: Path, guard: Guard) -> None:

@@ -207,6 +207,20 @@ def test_a_failure_stays_after_a_power_failure(service: Restarts, model: str, se
     assert isinstance(service.result(request), Failure)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_whose_files_are_gone_stay_unknown_after_a_power_failure(
+    service: Restarts, model: str, seed: int
+) -> None:
+    service.desk.save("ann", model, 1, "w", kind="weights", ttl_seconds=10)
+    service.run()
+    service.engine.save(model)
+    service.clock.now += 20
+    service.desk.ready(0)
+    service.crash(random.Random(seed))
+    with pytest.raises(Refused):
+        service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w")
+
+
 def test_the_window_is_part_of_the_saved_state(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1))
     service.engine.save(model)
