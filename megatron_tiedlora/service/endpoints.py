@@ -1,4 +1,4 @@
-"""Answer requests for a training service: bodies in, calls of the desk, and the fields of the answer out.
+"""Answered requests for a training service: bodies in, calls of the desk, and the fields of the answer out.
 
 This knows neither HTTP nor the results of operations, which `http` sends when they exist.
 """
@@ -12,8 +12,8 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS
 from megatron_tiedlora.service import bodies
 from megatron_tiedlora.service.bodies import read_body, read_name
-from megatron_tiedlora.service.futures import Refused
 from megatron_tiedlora.service.operations import Create, Load, Operation, Pass, Save, ServiceFacts, Step
+from megatron_tiedlora.service.records import Refused
 from megatron_tiedlora.service.wire import pass_of, read_pass
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.service.bodies import read_name
 from megatron_tiedlora.service.endpoints import Endpoints, Reply, status_of
-from megatron_tiedlora.service.futures import Answer, Pending
 from megatron_tiedlora.service.operations import Failure, Pass, PassResult, SampleResult, ServiceFacts, StepResult
+from megatron_tiedlora.service.records import Answered, Unanswered
 from megatron_tiedlora.service.tokens import TokenFile
 from megatron_tiedlora.service.wire import pass_bytes, sample_bytes
 
@@ -195,11 +195,11 @@ class _Service:
         return bytes(raw) if coding == "identity" else await run_in_threadpool(_decompressed, bytes(raw), most)
 
     async def retrieve_future(self, request: Request) -> Response:
-        """Answer with the result of an operation, or after some time with 408, on which the client asks again."""
+        """Answered with the result of an operation, or after some time with 408, on which the client asks again."""
         owner = self._owner(request)
         future = read_name(await self._body(request, _JSON), "request_id")
         found = await run_in_threadpool(self._desk.answer_of, owner, future)
-        if isinstance(found, Pending):
+        if isinstance(found, Unanswered):
             done, loop = asyncio.Event(), asyncio.get_running_loop()
 
             def wake() -> None:
@@ -210,7 +210,7 @@ class _Service:
             with suppress(TimeoutError):
                 await asyncio.wait_for(done.wait(), self._facts.poll_seconds)
             found = await run_in_threadpool(self._desk.answer_of, owner, future)
-        if isinstance(found, Pending):
+        if isinstance(found, Unanswered):
             again = {"type": "try_again", "request_id": future, "queue_state": found.reason}
             return JSONResponse(again, 408)  # as a 200 it would be a warning for the user
         response = await run_in_threadpool(_response, found)
@@ -218,11 +218,11 @@ class _Service:
         return response
 
     async def health(self, request: Request) -> Response:
-        """Answer that the server lives. This needs no key."""
+        """Answered that the server lives. This needs no key."""
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """Answer with the desk's numbers in the text format of Prometheus."""
+        """Answered with the desk's numbers in the text format of Prometheus."""
         lines = []
         for name, value in sorted((await self._numbers(request)).items()):
             kind = "counter" if name.endswith("_total") else "gauge"
@@ -230,7 +230,7 @@ class _Service:
         return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
 
     async def status(self, request: Request) -> Response:
-        """Answer with what this server is, and the desk's numbers."""
+        """Answered with what this server is, and the desk's numbers."""
         numbers = await self._numbers(request)
         about = {"version": __version__, "model": self._facts.model_name, "seconds": round(time.time() - self._started)}
         return JSONResponse({**about, "numbers": numbers})
@@ -256,7 +256,7 @@ def _decompressed(raw: bytes, most: int) -> bytes:
     return bytes(body)
 
 
-def _response(found: Answer) -> Response:
+def _response(found: Answered) -> Response:
     """Return the answer to a client with the result of its operation."""
     result = found.result
     if isinstance(result, Failure):
@@ -302,5 +302,5 @@ def _told(handler: _Handler, path: str) -> _Handler:
 
 
 def _no_route(request: Request, error: Any) -> Response:
-    """Answer a request for which there is no endpoint."""
+    """Answered a request for which there is no endpoint."""
     return _error(error.status_code, f"{request.method} {shown(request.url.path)}: this server has no such endpoint")

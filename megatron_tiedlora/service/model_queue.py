@@ -1,194 +1,117 @@
-"""The operations of one model in their order, and the journal that brings them back after a crash.
+"""The operations of one model in their order, and how they come back after a crash.
 
 A model's state on disk is a saved state of the engine and the operations behind it. After a restart those that changed
 weights are handed out again, whether they had been answered or not. Only successes are repeated: a failed operation
-changed nothing, and the gradients of a failed pass are dropped with those of its window, which ends at the next step.
+changed nothing. A window is the backward passes since the last step or load. If one of them failed, the next step fails
+too, and the gradients of all are dropped.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import replace
+from sqlite3 import Row
 
-from megatron_tiedlora.parallel.agreement import packed, unpacked
-from megatron_tiedlora.service.futures import (
-    Future,
-    live_futures,
-    live_requests,
-    opened,
-    read_future,
-    record,
-    used_segments,
-)
-from megatron_tiedlora.service.journal import Journal
+from megatron_tiedlora.parallel.agreement import unpacked
+from megatron_tiedlora.service.database import ENDS_WINDOW, Database
 from megatron_tiedlora.service.operations import Create, Failure
+from megatron_tiedlora.service.records import ModelInfo
 
-_ENDS_WINDOW = ("Step", "Load")
-
-
-@dataclass(frozen=True)
-class Window:
-    """The backward passes since the last step or load: how many succeeded, and the message of one that failed."""
-
-    num_passes: int = 0
-    failed: str = ""
-
-
-@dataclass(frozen=True)
-class ModelRecord:
-    """What is known of a model. It begins each segment of the model's journal.
-
-    Attributes:
-        saved: the number of the last operation in the saved state, or -1 if there is none.
-        folder: the folder of that state, relative to the folder of the service.
-        window: the window after that operation.
-    """
-
-    model: str
-    owner: str
-    session: str
-    create: Create
-    info: dict[str, str]
-    created: float
-    saved: int = -1
-    folder: str = ""
-    window: Window = field(default_factory=Window)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a client may know of a model. `state` is "waiting" until it is created, then "active", or "failed"."""
-
-    model: str
-    session: str
-    create: Create
-    info: Mapping[str, str]
-    state: str
-    created: float
+_CHANGES = "(backward OR kind IN ('Create', 'Load', 'Step')) AND result_kind != 'Failure'"  # a replay needs these
+_BEFORE = "FROM operations WHERE queue = ?1 AND number < ?2"
+_WINDOW = f"""SELECT * {_BEFORE} AND backward AND number > COALESCE(
+    (SELECT number {_BEFORE} AND {ENDS_WINDOW} ORDER BY number DESC LIMIT 1), 0) ORDER BY number DESC"""
 
 
 class ModelQueue:
-    """The operations of a model by number.
+    """The operations of a model.
 
     Attributes:
-        futures: operations that are not forgotten, or that are not part of the saved state.
+        known: the row of the model, as it was when the model was created or the service started.
+        saved: the number of the last operation in the saved state, or -1 if there is none.
+        folder: the folder of that state, relative to the folder of the service.
         turn: the number of the next operation to hand out.
         folded: the number up to which all operations are answered.
         broken: why the model cannot go on, or None.
     """
 
-    def __init__(self, known: ModelRecord, journal: Journal, futures: dict[int, Future]) -> None:
-        self.known, self.journal, self.futures = known, journal, futures
-        self.turn, self.folded, self.window = known.saved + 1, known.saved, known.window
+    def __init__(self, database: Database, model: str) -> None:
+        (known,) = database.run("SELECT * FROM models WHERE model = ?", model)
+        self._database, self.known, self.create = database, known, unpacked(Create, known["create"], sender=0)
+        self.saved, self.folder = known["saved"], known["folder"]
+        self.folded, self.turn = self.saved, self.saved + 1
         self.broken: Failure | None = None
-        self._fresh = known.window == Window()
         self.fold()
-
-    @property
-    def owner(self) -> str:
-        """Return the owner of the model."""
-        return self.known.owner
-
-    @classmethod
-    def read(cls, journal: Journal) -> "ModelQueue | None":
-        """Return the queue that a journal describes, or None if a crash prevented its first record."""
-        known, futures = None, dict[str, Future]()
-        for place, payload in journal.records():
-            head, body = opened(payload)
-            if head["record"] == "model":
-                known = unpacked(ModelRecord, body, sender=0)
-                futures = live_futures(futures, head)
-            else:
-                read_future(futures, head, place)
-        if known is None:
-            return None
-        # An operation of the saved state without an answer was forgotten: the segment with its answer is gone.
-        kept = (future for future in futures.values() if future.answered or future.number > known.saved)
-        return cls(known, journal, {future.number: future for future in kept})
-
-    def cut(self) -> None:
-        """Begin a segment of the journal with what is known now."""
-        live = live_requests(self.futures.values())
-        self.journal.cut(record({"record": "model", "live": live}, packed(self.known)))
 
     @property
     def info(self) -> ModelInfo:
         """Return what a client may know."""
-        state = "failed" if self.broken else "waiting" if self.folded < 0 else "active"
-        known = self.known
-        return ModelInfo(known.model, known.session, known.create, known.info, state, known.created)
+        state, row = "failed" if self.broken else "waiting" if self.folded < 0 else "active", self.known
+        return ModelInfo(row["model"], row["session"], self.create, json.loads(row["info"]), state, row["created"])
+
+    def at(self, number: int) -> Row | None:
+        """Return operation `number`, or None if it has not come or was forgotten."""
+        find = f"SELECT *, {_CHANGES} AS changes FROM operations WHERE queue = ? AND number = ?"
+        return self._database.row(find, self.known["model"], number)
 
     @property
     def busy(self) -> bool:
         """Return whether an operation without an answer can run."""
-        return self.folded + 1 in self.futures
+        return self.at(self.folded + 1) is not None
 
     def fills_gap(self, number: int) -> bool:
         """Return whether later operations wait for operation `number` alone."""
-        missing = self.turn
-        while missing in self.futures:
-            missing += 1
-        return number == missing and number < max(self.futures, default=0)
+        count = "SELECT COUNT(*) FROM operations WHERE queue = ? AND number BETWEEN ? AND ?"
+        before = self._database.value(count, self.known["model"], self.turn, number - 1)
+        return bool(before == number - self.turn and self._database.value(count, self.known["model"], number, 2**62))
 
     def fold(self) -> None:
-        """Include answers in the window as far as all earlier operations are answered."""
-        for future in self._answered(self.folded):
-            self.window, self.folded = self._after(self.window, future), future.number
-            if future.kind == "Create" and future.failed:
+        """Advance `folded`."""
+        while (future := self.at(self.folded + 1)) is not None and future["result_kind"]:
+            self.folded += 1
+            if future["kind"] == "Create" and future["result_kind"] == "Failure":
                 failure = self._failure(future)
                 self.broken = replace(failure, message=f"the model was not created: {failure.message}")
 
-    def _answered(self, number: int) -> Iterator[Future]:
-        """Yield the answered operations behind `number`, up to the first one without an answer."""
-        while (future := self.futures.get(number := number + 1)) is not None and future.answered:
-            yield future
-
-    def _after(self, window: Window, future: Future) -> Window:
-        if future.kind in _ENDS_WINDOW:
-            return Window()
-        if not future.backward:
-            return window
-        if future.failed:
-            return replace(window, failed=f"operation {future.number} failed: {self._failure(future).message}")
-        return replace(window, num_passes=window.num_passes + 1)
-
-    def _failure(self, future: Future) -> Failure:
-        result = future.result_in(self.journal)
+    def _failure(self, future: Row) -> Failure:
+        result = self._database.result(future)
         assert isinstance(result, Failure)
         return result
 
-    def next(self) -> tuple[Future, bool] | None:
+    def next(self) -> tuple[Row, bool] | None:
         """Return the operation whose turn has come, and whether earlier gradients are dropped first (`Ticket.fresh`).
 
         A step waits for the answers of all earlier operations, and everything waits for the model's creation.
         """
-        while (future := self.futures.get(self.turn)) is not None:
-            needed = self.turn - 1 if future.kind == "Step" else min(0, self.turn - 1)
-            if not future.answered and self.folded < needed:
+        while (future := self.at(self.turn)) is not None:
+            needed = self.turn - 1 if future["kind"] == "Step" else min(0, self.turn - 1)
+            if not future["result_kind"] and self.folded < needed:
                 return None
             self.turn += 1
-            self._fresh |= future.kind in _ENDS_WINDOW
-            if not future.answered or future.changes:
-                fresh = self._fresh and future.backward
-                self._fresh &= not future.backward
-                return future, fresh
+            if not future["result_kind"] or future["changes"]:
+                before = self._database.row(_WINDOW, self.known["model"], future["number"])
+                return future, bool(future["backward"]) and before is None
         return None
 
-    def refusal(self, future: Future) -> Failure | None:
-        """Return why an operation whose turn has come is not handed out, or None. It depends on the journal alone."""
-        if future.answered:
+    def refusal(self, future: Row) -> Failure | None:
+        """Return why an operation whose turn has come is not handed out, or None. It depends on the database alone."""
+        if future["result_kind"]:
             return None
         if self.broken is not None:
             return self.broken
-        if "rejected" in future.extra:
-            return Failure(future.extra["rejected"], by_user=True)
-        if future.kind != "Step" or (self.window.num_passes and not self.window.failed):
+        if (rejected := json.loads(future["extra"]).get("rejected")) is not None:
+            return Failure(rejected, by_user=True)
+        if future["kind"] != "Step":
             return None
-        why = self.window.failed or "the model has no gradients, because no backward pass came since the last step"
-        return Failure(f"the optimizer step {future.number} was not taken: {why}", by_user=True)
+        passes = self._database.run(_WINDOW, self.known["model"], future["number"]).fetchall()
+        why = "" if passes else "the model has no gradients, because no backward pass came since the last step"
+        for failed in (one for one in passes if one["result_kind"] == "Failure"):
+            why = why or f"operation {failed['number']} failed: {self._failure(failed).message}"
+        said = f"the optimizer step {future['number']} was not taken: {why}"
+        return Failure(said, by_user=True) if why else None
 
     def rewind(self) -> bool:
         """Hand out the operations behind the saved state again, because the model has left the memory. Return whether
         one of them has no answer yet."""
-        self.turn, self._fresh = self.known.saved + 1, self.known.window == Window()
+        self.turn = self.saved + 1
         return self.busy
 
     def give_up(self, number: int, message: str) -> None:
@@ -198,29 +121,20 @@ class ModelQueue:
         self.broken = self.broken or Failure(f"{why}; the server must be started again", by_user=False)
 
     def save(self, number: int, folder: str) -> None:
-        """Record that the state after operation `number` is in `folder`, and drop what leads up to it."""
-        assert self.known.saved <= number <= self.folded, f"{self.known.saved} <= {number} <= {self.folded}"
-        window = self.known.window
-        for future in self._answered(self.known.saved):
-            if future.number <= number:
-                window = self._after(window, future)
-        self.known = replace(self.known, saved=number, folder=folder, window=window)
-        self.cut()
-        self.drop_segments()
+        """Record that the state after operation `number` is in `folder`. All answers up to it are then on the disk."""
+        assert self.saved <= number <= self.folded, f"{self.saved} <= {number} <= {self.folded}"
+        with self._database.transaction():
+            update = "UPDATE models SET saved = ?, folder = ? WHERE model = ?"
+            self._database.run(update, number, folder, self.known["model"])
+        self.saved, self.folder = number, folder
 
-    def absorb(self) -> bool:
-        """Count answered operations right behind the saved state as part of it if they changed no weights. Return
-        whether there were any; then `cut` must follow."""
-        before = known = self.known
-        for future in self._answered(known.saved):
-            if future.changes or not known.folder:
-                break
-            known = replace(known, saved=future.number, window=self._after(known.window, future))
-        self.known = known
-        if self.turn <= known.saved:
-            self.rewind()
-        return known.saved > before.saved
-
-    def drop_segments(self) -> None:
-        """Remove the segments of the journal that nothing needs any more."""
-        self.journal.drop(used_segments(self.futures.values()))
+    def absorb(self) -> None:
+        """Count answered operations right behind the saved state as part of it if they changed no weights, so that
+        they can be forgotten."""
+        if self.folder and self.saved < self.folded:
+            first = f"SELECT MIN(number) FROM operations WHERE queue = ? AND number > ? AND {_CHANGES}"
+            found = self._database.value(first, self.known["model"], self.saved)
+            last = self.folded if found is None else min(self.folded, found - 1)
+            if last > self.saved:
+                self.save(last, self.folder)
+                self.turn = max(self.turn, last + 1)

@@ -30,9 +30,9 @@ from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.service.batches import Division
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.futures import Limits
 from megatron_tiedlora.service.http import make_app, serving
 from megatron_tiedlora.service.operations import ServiceFacts
+from megatron_tiedlora.service.records import Limits
 from megatron_tiedlora.service.sampler import Sampler
 from megatron_tiedlora.service.scheduler import Scheduler
 from megatron_tiedlora.service.tokens import TokenFile

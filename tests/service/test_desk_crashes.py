@@ -1,31 +1,37 @@
-"""The desk after any crashes: results are those of a service that never ended."""
+"""The desk after many crashes at any moments: two clients get what they get from a service that never ends."""
 
 from __future__ import annotations
 
 import itertools
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, HashEngine, one_pass, step
-from support.desk_service import Clock, crashed
+from support.desk_crash import Mark, crashed, watched, written
+from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, Clock, HashEngine, one_pass, step
 
-from megatron_tiedlora.base import files
-from megatron_tiedlora.service import journal as journal_module
+from megatron_tiedlora.service import desk as desk_module
+from megatron_tiedlora.service import weights as weights_module
+from megatron_tiedlora.service.database import Database
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.futures import Answer, Limits
-from megatron_tiedlora.service.journal import Journal
 from megatron_tiedlora.service.operations import Pass, PassResult, Step
+from megatron_tiedlora.service.records import Answered, Limits
 
 OWNERS = ("ann", "bob")
 
 
 class Crash(BaseException):
     """The end of the process at this point."""
+
+
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> dict[Database, Mark]:
+    return watched(monkeypatch)
 
 
 @dataclass
@@ -59,7 +65,7 @@ class Client:
                 assert self.requests.setdefault(name, request) == request, "a retry has a new future"
         elif name not in self.results:
             answer = desk.answer_of(self.owner, self.requests[name])
-            if isinstance(answer, Answer):
+            if isinstance(answer, Answered):
                 self.results[name] = plain(answer.result)
                 if "sampling_session_id" in answer.extra:
                     self.samplers[index, key[0]] = answer.extra["sampling_session_id"]
@@ -134,33 +140,48 @@ def windowed(draw: random.Random, number: int) -> tuple:
     return number, "submit", one_pass(token, backward=draw.random() < 0.85)
 
 
-def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch) -> dict[tuple, Any]:
+def played(
+    folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch, synced: dict[Database, Mark]
+) -> dict[tuple, Any]:
     """The results of two clients."""
     draw = random.Random(seed)
     clients = [Client(owner, draw, plans(random.Random(f"{seed} {owner}"))) for owner in OWNERS]
     clock, count = Clock(), 0
     fuse = [0]
 
+    def burn() -> None:
+        fuse[0] -= 1
+        if fuse[0] == 0:
+            raise Crash
+
     def burning(call: Callable) -> Callable:
-        def burn(*args: Any) -> Any:
-            fuse[0] -= 1
-            if fuse[0] == 0 and draw.random() < 0.5:
-                raise Crash
-            result = call(*args)
-            if fuse[0] == 0:
-                raise Crash
+        def burnt(*args: Any, **more: Any) -> Any:
+            burn()
+            result = call(*args, **more)
+            burn()
             return result
 
-        return burn
+        return burnt
+
+    transaction = Database.transaction
+
+    @contextmanager
+    def burning_transaction(self: Database, *, durable: bool = True) -> Iterator[None]:
+        burn()
+        with transaction(self, durable=durable):
+            yield
+            burn()
+        burn()
 
     with patch.context() as here:
-        for name in ("append", "cut", "sync", "drop"):
-            here.setattr(Journal, name, burning(getattr(Journal, name)))
-        desk, engine = Desk.open(folder / "0", Limits(), clock=clock), None
+        here.setattr(Database, "transaction", burning_transaction)
+        for module in (desk_module, weights_module):
+            here.setattr(module, "discard", burning(module.discard))
+        desk = Desk.open(folder / "0", Limits(), clock=clock)
         engine = HashEngine(desk)
         while not all(client.done for client in clients):
             if crashes and fuse[0] <= 0 and draw.random() < 0.01:
-                fuse[0] = draw.randint(1, 30)
+                fuse[0] = draw.randint(1, 60)
             try:
                 for client in clients:
                     if client.session:
@@ -178,11 +199,14 @@ def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch)
                 elif action < 0.98:
                     clock.now += draw.choice((5, 100, 601))
                     engine.unload()
+                elif action < 0.985:
+                    desk._database.run("PRAGMA wal_checkpoint").fetchall()
+                    synced[desk._database] = written(desk._database)
                 elif crashes and draw.random() < 0.3:
                     raise Crash
             except Crash:
                 fuse[0], count = 0, count + 1
-                crashed(desk, folder / str(count), draw if draw.random() < 0.5 else None)
+                crashed(desk, folder / str(count), draw if draw.random() < 0.5 else None, synced)
                 shutil.rmtree(folder / str(count - 1))
                 desk = Desk.open(folder / str(count), Limits(), clock=clock)
                 engine = HashEngine(desk)
@@ -193,14 +217,14 @@ def played(folder: Path, seed: int, *, crashes: bool, patch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "begin", [0, 15, 30, *(pytest.param(begin, marks=pytest.mark.slow) for begin in range(45, 405, 15))]
 )
-def test_any_crashes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
-    for module in (files, journal_module):
-        monkeypatch.setattr(module, "sync_path", lambda path: None)
+def test_any_crashes_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: dict[Database, Mark], begin: int
+) -> None:
     for seed in range(begin, begin + 15):
         folder = tmp_path / str(seed)
         (folder / "alone").mkdir(parents=True)
         (folder / "crashing").mkdir()
-        wanted = played(folder / "alone", seed, crashes=False, patch=monkeypatch)
-        found = played(folder / "crashing", seed, crashes=True, patch=monkeypatch)
+        wanted = played(folder / "alone", seed, crashes=False, patch=monkeypatch, synced=synced)
+        found = played(folder / "crashing", seed, crashes=True, patch=monkeypatch, synced=synced)
         assert found == wanted, f"seed {seed}"
         shutil.rmtree(folder)

@@ -1,26 +1,26 @@
-"""The desk after crashes: names, answers and weights are those of a service that never ended."""
+"""The desk after a crash: names, answers and weights are those of a service that never ended."""
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, HashEngine, one_pass, step
-from support.desk_service import Clock, crashed
+from support.desk_crash import Mark, crashed, watched
+from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, Clock, HashEngine, one_pass, step
 
-from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.service import journal as journal_module
-from megatron_tiedlora.service import store
+from megatron_tiedlora.service.database import Database
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.futures import Answer, Limits, Refused
 from megatron_tiedlora.service.operations import Failure, Operation, PassResult, Step
+from megatron_tiedlora.service.records import Answered, Limits, Refused
 
-# One crash ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(autouse=True)
+def synced(monkeypatch: pytest.MonkeyPatch) -> dict[Database, Mark]:
+    return watched(monkeypatch)
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Restarts:
     """A desk that can be restarted in a new folder each time."""
 
     tmp_path: Path
+    synced: dict[Database, Mark]
     clock: Clock = field(default_factory=Clock)
     count: int = 0
 
@@ -40,7 +41,7 @@ class Restarts:
 
     def crash(self, draw: random.Random | None = None) -> None:
         self.count += 1
-        crashed(self.desk, self.tmp_path / str(self.count), draw)
+        crashed(self.desk, self.tmp_path / str(self.count), draw, self.synced)
         self._open()
 
     def run(self) -> None:
@@ -50,7 +51,7 @@ class Restarts:
     def result(self, request: str) -> Any:
         self.run()
         answer = self.desk.answer_of("ann", request)
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Answered)
         return answer.result
 
     def windows(self, model: str, *operations: Operation, begin: int = 1) -> list[Any]:
@@ -59,8 +60,8 @@ class Restarts:
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Restarts]:
-    made = Restarts(tmp_path)
+def service(tmp_path: Path, synced: dict[Database, Mark]) -> Iterator[Restarts]:
+    made = Restarts(tmp_path, synced)
     yield made
     made.desk.close()
 
@@ -71,6 +72,12 @@ def model(service: Restarts) -> str:
     service.desk.create("ann", session, 0, CREATE, info={})
     service.run()
     return f"{session}:train:0"
+
+
+def kept(service: Restarts, model: str) -> list[int]:
+    """The numbers of the operations that the desk has."""
+    found = "SELECT number FROM operations WHERE queue = ? ORDER BY number"
+    return service.desk._database.column(found, model)
 
 
 def numbers(service: Restarts) -> list[int]:
@@ -120,22 +127,21 @@ def test_operations_behind_the_saved_state_run_again_and_answers_stay(service: R
     assert not isinstance(service.result(path), Failure)
 
 
-def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, model: str) -> None:
-    folder = service.desk._store.models[model].journal.folder
+def test_old_operations_go_when_their_answers_are_forgotten(service: Restarts, model: str) -> None:
     requests = []
     for number in range(1, 7, 2):
         requests += [service.desk.submit("ann", model, number, one_pass(1))]
         requests += [service.desk.submit("ann", model, number + 1, step())]
         service.run()
         service.engine.save(model)
-    assert len(list(folder.iterdir())) == 4
-    assert [path.name for path in (folder.parent / "state").iterdir()] == ["6"]
-    create = service.desk._store.models[model].futures[0].request
+    assert kept(service, model) == list(range(7))
+    assert [path.name for path in service.desk.state_folder(model, 6).parent.iterdir()] == ["6"]
+    create = service.desk._queues[model].at(0)["request"]
     for request in (create, *requests[:4]):
         service.desk.taken("ann", request)
     service.clock.now += 601
     service.desk.ready(0)
-    assert len(list(folder.iterdir())) == 2
+    assert kept(service, model) == [5, 6]
     service.crash()
     for request in requests[4:]:
         assert not isinstance(service.result(request), Failure)
@@ -145,10 +151,7 @@ def test_old_segments_go_when_their_answers_are_forgotten(service: Restarts, mod
     assert numbers(service) == []
 
 
-def test_what_changes_no_weights_joins_the_saved_state(
-    service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "_SEGMENT_BYTES", 0)
+def test_what_changes_no_weights_joins_the_saved_state(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1))
     service.engine.save(model)
     forward = one_pass(2, backward=False)
@@ -159,13 +162,11 @@ def test_what_changes_no_weights_joins_the_saved_state(
     for seconds in (601, 10):
         service.clock.now += seconds
         service.desk.ready(0)
-    queue = service.desk._store.models[model]
-    assert (queue.known.saved, sorted(queue.futures)) == (9, [0, 1, 10, 11])
+    assert (service.desk._queues[model].saved, kept(service, model)) == (9, [0, 1, 8, 10, 11])
     service.crash()
     service.engine.ran.clear()
     (result,) = service.windows(model, step(), begin=12)
     assert numbers(service) == [10, 12]
-    monkeypatch.undo()
     session = model.split(":")[0]
     request = service.desk.create("ann", session, 1, CREATE, info={})
     service.result(request)
@@ -198,6 +199,28 @@ def test_failures_are_not_repeated_and_their_windows_stay_closed(service: Restar
     assert [ticket.number for ticket in service.engine.ran if isinstance(ticket.operation, Step)] == [10]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_failure_stays_after_a_power_failure(service: Restarts, model: str, seed: int) -> None:
+    request = service.desk.submit("ann", model, 1, one_pass(1))
+    service.desk.answer(service.desk.ready(0)[0].request, Failure("out of memory", by_user=False))
+    service.crash(random.Random(seed))
+    assert isinstance(service.result(request), Failure)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_whose_files_are_gone_stay_unknown_after_a_power_failure(
+    service: Restarts, model: str, seed: int
+) -> None:
+    service.desk.save("ann", model, 1, "w", kind="weights", ttl_seconds=10)
+    service.run()
+    service.engine.save(model)
+    service.clock.now += 20
+    service.desk.ready(0)
+    service.crash(random.Random(seed))
+    with pytest.raises(Refused):
+        service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w")
+
+
 def test_the_window_is_part_of_the_saved_state(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1))
     service.engine.save(model)
@@ -224,10 +247,7 @@ def test_a_state_may_be_older_than_the_last_answer(service: Restarts, model: str
     assert service.engine.weights[model] == after
 
 
-def test_a_model_that_left_the_memory_may_join_its_saved_state(
-    service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store, "_SEGMENT_BYTES", 0)
+def test_a_model_that_left_the_memory_may_join_its_saved_state(service: Restarts, model: str) -> None:
     service.windows(model, one_pass(1))
     service.engine.save(model)
     forward = one_pass(2, backward=False)
@@ -261,43 +281,24 @@ def test_weights_of_a_crashed_save_or_deletion_go(service: Restarts, model: str)
     service.desk.save("ann", model, 1, "w", kind="weights")
     service.run()
     service.desk.save("ann", model, 2, "waits", kind="weights")
-    folder = service.desk._store.folder / service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w").folder
+    folder = service.desk._folder / service.desk.checkpoint_of("ann", f"tinker://{model}/weights/w").folder
     for name in ("orphan", "waits"):
         (folder.parent / name).mkdir()
     service.crash()
     service.clock.now += 10
     service.desk.ready(0)
-    found = (service.desk._store.folder / folder.relative_to(folder.parents[3])).parent.iterdir()
+    found = (service.desk._folder / folder.relative_to(folder.parents[3])).parent.iterdir()
     assert sorted(path.name for path in found) == ["w", "waits"]
 
 
-def test_a_damaged_journal_stops_the_start(service: Restarts, model: str) -> None:
-    journal = service.desk._store.models[model].journal
-    place = service.desk._store.futures[service.desk.submit("ann", model, 1, one_pass(1))].place
-    service.desk.submit("ann", model, 2, one_pass(1))
-    assert place is not None
-    file = journal._path(place.segment)
-    raw = bytearray(file.read_bytes())
-    raw[place.offset + 5] ^= 1
-    file.write_bytes(raw)
-    service.desk.close()
-    with pytest.raises(UserError, match=f"{file}: the record at byte {place.offset - 20} is damaged"):
-        Desk.open(service.desk._store.folder, Limits())
-
-
-def test_a_lost_journal_of_the_desk_does_not_lose_the_weights(service: Restarts, model: str) -> None:
-    service.desk.close()
-    folder = service.desk._store.folder
-    shutil.rmtree(folder / "desk")
-    with pytest.raises(UserError, match="desk: the journal is missing; restore it"):
-        Desk.open(folder, Limits())
-
-
-def test_a_disk_that_fails_refuses_with_503(service: Restarts, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(journal_module, "sync_path", broken)
-    with pytest.raises(Refused, match="No space left") as caught:
-        service.desk.submit("ann", model, 1, one_pass(1))
+def test_a_full_disk_refuses_with_503_and_changes_nothing(service: Restarts, model: str) -> None:
+    database = service.desk._database
+    database.run("PRAGMA max_page_count = 1")
+    with pytest.raises(Refused, match="disk is full") as caught:
+        for number in range(1, 30):
+            service.desk.submit("ann", model, number, one_pass(*range(20, 200)))
     assert caught.value.status == 503
+    database.run("PRAGMA max_page_count = 100000")
+    found = len(kept(service, model))
+    assert isinstance(service.result(service.desk.submit("ann", model, found, one_pass(1))), PassResult)
+    assert kept(service, model) == list(range(found + 1))

@@ -16,8 +16,8 @@ from support.desk_engine import BAD_TOKEN, CREATE, SAMPLE, HashEngine, digest, o
 
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.futures import Answer, Limits
 from megatron_tiedlora.service.operations import Create, Done, Failure, Load, OperationResult, Pass, Sample, Save
+from megatron_tiedlora.service.records import Answered, Limits
 from megatron_tiedlora.service.scheduler import IDLE_SECONDS, TURN_SECONDS, Scheduler
 from megatron_tiedlora.service.worker import WorkerCommand
 
@@ -100,7 +100,7 @@ class Service:
 
     def result(self, request: str) -> Any:
         answer = self.desk.answer_of("ann", request)
-        return answer.result if isinstance(answer, Answer) else None
+        return answer.result if isinstance(answer, Answered) else None
 
 
 def operations(seed: int) -> list[Any]:

@@ -27,6 +27,17 @@ from megatron_tiedlora.service.operations import (
     Ticket,
 )
 
+
+class Clock:
+    """A clock that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
 BAD_TOKEN = 13  # a pass with it fails
 BAD_RATE = 0.5  # a step with it fails
 

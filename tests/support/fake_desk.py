@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.service.futures import Answer, Pending, Refused
 from megatron_tiedlora.service.operations import (
     Create,
     Done,
@@ -24,6 +23,7 @@ from megatron_tiedlora.service.operations import (
     Step,
     StepResult,
 )
+from megatron_tiedlora.service.records import Answered, Refused, Unanswered
 
 
 @dataclass
@@ -82,9 +82,9 @@ class FakeDesk:
     weights: dict[str, FakeWeights] = field(default_factory=dict)
     samplers: dict[str, FakeWeights] = field(default_factory=dict)
     operations: list[tuple[str, int, Operation]] = field(default_factory=list)
-    answers: dict[str, tuple[str, Answer | None, list[Callable[[], None]]]] = field(default_factory=dict)
+    answers: dict[str, tuple[str, Answered | None, list[Callable[[], None]]]] = field(default_factory=dict)
     events: list[tuple[str, ...]] = field(default_factory=list)
-    waiting: list[tuple[str, Answer]] = field(default_factory=list)
+    waiting: list[tuple[str, Answered]] = field(default_factory=list)
     numbers_: dict[str, float] = field(default_factory=lambda: {"models": 2.0, "operations_total": 12345678.0})
     _ids: Any = field(default_factory=itertools.count)
 
@@ -113,7 +113,7 @@ class FakeDesk:
         self.model_of(owner, model)
         request = f"request{next(self._ids)}"
         self.events.append(("reject", owner, model, str(number), message))
-        self.answers[request] = (owner, Answer(Step(0, 0, 0, 0, 0, 0), Failure(message, True), {}), [])
+        self.answers[request] = (owner, Answered(Step(0, 0, 0, 0, 0, 0), Failure(message, True), {}), [])
         return request
 
     def save(
@@ -159,13 +159,13 @@ class FakeDesk:
         self.checkpoint_of(owner, path)
         del self.weights[path]
 
-    def answer_of(self, owner: str, request: str) -> Answer | Pending:
+    def answer_of(self, owner: str, request: str) -> Answered | Unanswered:
         if request == "broken":
             raise RuntimeError("secret-of-the-request")
         found = self.answers.get(request)
         if found is None or found[0] != owner:
             raise Refused(404, f"the request '{request}' is unknown")
-        return found[1] or Pending("paused_capacity")
+        return found[1] or Unanswered("paused_capacity")
 
     def when_done(self, request: str, call: Callable[[], None]) -> None:
         self.answers[request][2].append(call)
@@ -198,7 +198,7 @@ class FakeDesk:
     ) -> str:
         request = f"request{next(self._ids)}"
         self.operations.append((model, number, operation))
-        answer = Answer(operation, result or result_of(operation), extra)
+        answer = Answered(operation, result or result_of(operation), extra)
         self.answers[request] = (owner, None if self.holds else answer, [])
         if self.holds:
             self.waiting.append((request, answer))
