@@ -2,6 +2,12 @@
 
 SQLite's exclusive mode needs no shared memory, so the file can be on a network file system. A transaction that is not
 `durable` is atomic too. Only a power failure can undo it, until the next durable one, which syncs the whole log.
+
+Below the folder of the service, which can be moved while the service is stopped:
+
+    desk.sqlite                               all that the desk remembers
+    models/MODEL/state/NUMBER                 a state that the engine has saved
+    models/MODEL/weights/NAME, sampler_weights/NAME
 """
 
 import json

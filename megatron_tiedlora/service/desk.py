@@ -3,12 +3,6 @@
 HTTP threads submit operations and ask for answers. The engine takes operations whose turn has come, and answers them.
 What is accepted is on the disk before the call returns. After a restart all names are known, and each model goes on
 from its last saved state (`model_queue`). Decisions are functions of the database, so they are the same then.
-
-Below the folder of the service, which can be moved while the service is stopped:
-
-    desk.sqlite                               all that the desk remembers (`database`)
-    models/MODEL/state/NUMBER                 a state that the engine has saved
-    models/MODEL/weights/NAME, sampler_weights/NAME
 """
 
 import json
@@ -21,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from sqlite3 import Row
 from typing import Any
 
 from megatron_tiedlora.base.files import discard
@@ -332,15 +325,15 @@ class Desk:
             take = "UPDATE operations SET taken = ? WHERE request = ? AND taken IS NULL"
             self._database.run(take, self._clock(), request)
 
-    def _find(self, condition: str, *values: Any) -> Row | None:
+    def _find(self, condition: str, *values: Any) -> sqlite3.Row | None:
         return self._database.row(f"SELECT * FROM operations WHERE {condition}", *values)
 
-    def _future(self, owner: str, request: str) -> Row:
+    def _future(self, owner: str, request: str) -> sqlite3.Row:
         future = self._find("request = ?", request)
         is_there = future is not None and future["owner"] == owner and not self._is_gone(future)
         return known(future if is_there else None, "request", request)
 
-    def _is_gone(self, future: Row) -> bool:
+    def _is_gone(self, future: sqlite3.Row) -> bool:
         return future["taken"] is not None and bool(future["taken"] <= self._answers_from())
 
     def _answers_from(self) -> float:
@@ -379,7 +372,7 @@ class Desk:
                 else:
                     self._settle(future, failure)
 
-    def _ticket(self, future: Row, *, fresh: bool) -> Ticket:
+    def _ticket(self, future: sqlite3.Row, *, fresh: bool) -> Ticket:
         operation: Any = self._database.operation(future)
         if future["folder"]:
             operation = replace(operation, folder=str(self._folder / future["folder"]))
@@ -393,7 +386,7 @@ class Desk:
                 self._settle(future, result)
         self._run_calls()
 
-    def _settle(self, future: Row, result: OperationResult) -> None:
+    def _settle(self, future: sqlite3.Row, result: OperationResult) -> None:
         """Answered an operation. The answer to one that is repeated changes nothing, unless it fails now."""
         model = future["queue"]
         queue, failed = self._queues.get(model), isinstance(result, Failure)

@@ -41,6 +41,7 @@ def weights(service: Service, model: str, name: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.cpu_seconds(20, reason="three starts of two ranks")
 def test_a_client_goes_on_after_all_ranks_were_killed(
     service_base: Path, tmp_path: Path, services: list[Service]
 ) -> None:
