@@ -61,8 +61,7 @@ class Desk:
     def __init__(self, folder: Path, limits: Limits, clock: Callable[[], float], lock: FolderLock) -> None:
         """Read the database. Use `open` instead."""
         self._folder, self._limits, self._clock, self._lock = folder, limits, clock, lock
-        self._guard = lock.owner.check
-        self._database = Database(folder, self._guard)
+        self._guard, self._database = lock.owner.check, Database(folder, lock.owner.check)
         self._weights = WeightFolders(self._database, folder, self._guard)
         with self._database.transaction():
             self._database.run("UPDATE sessions SET seen = ?", clock())
