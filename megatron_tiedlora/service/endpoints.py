@@ -3,6 +3,7 @@
 This knows neither HTTP nor the results of operations, which `http` sends when they exist.
 """
 
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Reply = dict[str, Any]
 
-TESTED_CLIENT = "0.38."  # the releases of the `tinker` SDK that were tried
+TESTED_CLIENTS = (25, 38)  # the first and the last minor release of the `tinker` SDK that were tried
 _CHECKPOINT_TYPES = {"weights": "training", "sampler_weights": "sampler"}
 
 
@@ -52,8 +53,9 @@ class Endpoints:
         sent = read_body(raw, bodies.CreateSession)
         session = self._desk.open_session(owner, metadata=bodies.described(sent.user_metadata))
         warning = "This server does not train the unembedding: train_unembed has no effect."
-        if not sent.sdk_version.startswith(TESTED_CLIENT):
-            warning += f" It was tested with tinker {TESTED_CLIENT}x, and this is {sent.sdk_version or 'unknown'}."
+        (first, last), release = TESTED_CLIENTS, re.match(r"0\.(\d{1,4})(\.|$)", sent.sdk_version)
+        if release is None or not first <= int(release[1]) <= last:
+            warning += f" It was tested with tinker 0.{first} to 0.{last}, and this is {sent.sdk_version or 'unknown'}."
         return {"session_id": session, "warning_message": warning}
 
     def heartbeat(self, owner: str, raw: bytes) -> Reply:

@@ -272,7 +272,9 @@ def test_checkpoints_are_listed_loaded_and_deleted(client: Client) -> None:
 def test_sessions_open_live_and_end(client: Client) -> None:
     status, found = client.post("create_session", tags=[], user_metadata={"a": 1}, sdk_version="0.38.0")
     assert status == 200 and "train_unembed has no effect" in found["warning_message"]
-    assert "tested with" in client.post("create_session", sdk_version="0.40.1")[1]["warning_message"]
+    for version, is_tested in (("0.25.0", True), ("0.24.1", False), ("0.40.1", False), ("1.30", False), ("", False)):
+        warned = "tested with" in client.post("create_session", sdk_version=version)[1]["warning_message"]
+        assert warned != is_tested, version
     assert client.post("session_heartbeat", session_id=found["session_id"]) == (200, {})
     assert client.post("session_heartbeat", session_id="finished")[0] == 410
     assert client.post(f"sessions/{found['session_id']}/finish", reason={"type": "success"}, detail=None) == (200, {})

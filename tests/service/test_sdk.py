@@ -1,6 +1,6 @@
 """The real `tinker` SDK, unchanged, against the server: every call that recipes make.
 
-The environment variable TINKER_PYTHON names a Python that has the SDK and torch; without it the test is skipped.
+The environment variable TINKER_PYTHON names a Python that has the SDK and torch (`make test-tinker`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_tiedlora.service.operations import Create, Pass
 from megatron_tiedlora.service.tokens import TokenFile, new_token
 
 PYTHON = os.environ.get("TINKER_PYTHON", "")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="TINKER_PYTHON names no Python with the tinker SDK")
+pytestmark = pytest.mark.tinker
 make_app = pytest.importorskip("megatron_tiedlora.service.http").make_app
 serving = pytest.importorskip("megatron_tiedlora.service.http").serving
 

@@ -68,7 +68,7 @@ def test_the_generated_code_is_that_of_the_file() -> None:
     assert fields_of_descriptor(file) == text
 
 
-@pytest.mark.skipif(not PYTHON, reason="TINKER_PYTHON names no Python with the tinker SDK")
+@pytest.mark.tinker
 def test_the_numbers_and_types_are_those_of_the_sdk() -> None:
     program = (
         "import sys; from tinker.proto import tinker_public_pb2 as public; from google.protobuf import descriptor_pb2\n"

@@ -1,8 +1,8 @@
 """The recipes of `tinker_cookbook` against the training service, with the unmodified SDK: losses fall, rewards rise.
 
-TINKER_PYTHON names a Python that has tinker, tinker_cookbook and what its recipes import. -s prints the metrics.
+-s prints the metrics.
 
-make test PYTEST_ARGS="-m slow -s" TESTS=tests/slow/test_slow_recipes.py
+make test-tinker PYTEST_ARGS=-s TESTS=tests/slow/test_slow_recipes.py
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PYTHON = os.environ.get("TINKER_PYTHON", "")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not PYTHON, reason="TINKER_PYTHON names no Python with tinker and tinker_cookbook"),
+    pytest.mark.tinker,
 ]
 needs_demo = pytest.mark.skipif(not demo_model_path().is_dir(), reason="prepare the demo model first")
 NAME = "meta-llama/demo"  # recipe_run.MODEL
