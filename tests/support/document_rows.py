@@ -25,6 +25,7 @@ from megatron_tiedlora.config import adapter_settings
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.job_settings import DoctorSettings, parse_launch, parse_plan, parse_sweep
+from megatron_tiedlora.config.service_settings import ServiceSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.export_peft import Export
 from megatron_tiedlora.convert.serving import serve_hints
@@ -273,6 +274,7 @@ ROWS = (
     Row(r"tiedlora import ", parses(lambda words: parse_settings(words, adapter_settings.ImportSettings))),
     Row(r"tiedlora index ", parses(lambda words: parse_settings(words, adapter_settings.IndexSettings))),
     Row(r"tiedlora serve ", serves),
+    Row(r"tiedlora serve-training ", parses(lambda words: parse_settings(words, ServiceSettings)), runs=False),
     Row(r"curl ", asks, runs=False),
     Row(r"vllm chat ", chats, runs=False),
     Row(r"tiedlora push ", parses(lambda words: parse_settings(words, adapter_settings.PushSettings))),

@@ -162,15 +162,15 @@ def test_a_tree_over_gloo_gives_what_the_ring_gives(tmp_path: Path, ranks: int) 
 
 
 def _missing(folder: str) -> tuple[str, float]:
-    """In a group with a time limit of 2 seconds, rank 3 does not come."""
+    """In a group with a time limit of 4 seconds, rank 3 does not come. On a busy machine a group needs two to meet."""
     agreement._RING_RANKS = 1
     rank = distributed.get_rank()
     distributed.destroy_process_group()
-    limit = timedelta(seconds=2)
+    limit = timedelta(seconds=4)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=4, timeout=limit)
     started, said = time.monotonic(), ""
     if rank == 3:
-        time.sleep(5)
+        time.sleep(9)
     else:
         try:
             agreement.sum_over_ranks([1.0])
@@ -182,4 +182,4 @@ def _missing(folder: str) -> tuple[str, float]:
 @pytest.mark.distributed
 def test_a_rank_that_does_not_come_is_waited_for_until_the_time_limit(tmp_path: Path) -> None:
     *others, _ = run_on_ranks(_missing, str(tmp_path), ranks=4, folder=tmp_path)
-    assert all(said and 1 < seconds < 4 for said, seconds in others), others
+    assert all(said and 3 < seconds < 6 for said, seconds in others), others

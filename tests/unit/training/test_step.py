@@ -88,7 +88,7 @@ class Rank:
     def learning_rate(self, name: str) -> float:
         return 0.5 if "step" in self.calls[-3:] else 0.25  # it is read before the schedule moves on
 
-    def clear(self) -> None:
+    def clear(self, _names: Any) -> None:
         self.missing = {}
 
     def requested_signal(self) -> int:
