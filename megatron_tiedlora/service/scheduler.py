@@ -29,9 +29,9 @@ _LOGGER = logging.getLogger(__name__)
 TICK_SECONDS = 2.0  # without work, ranks still exchange a command this often, so that none waits too long for another
 IDLE_SECONDS = 10.0  # a model that was idle for so long may give its place in memory to another
 TURN_SECONDS = 120.0  # a model that has had its place for so long may give it to a waiting one, although it has work
-# A client sends the prompts of a batch one after the other, and a GPU takes hardly longer for many than for one. So, if
-# there is nothing but samples, more are awaited until none comes for a pause.
-PAUSE_SECONDS, GATHER_SECONDS = 0.02, 0.25
+# Many operations take hardly longer together than one alone. So more are awaited, until none comes for a pause: samples
+# behind samples, because clients send the prompts of a batch in turn, and the next passes of models that were just used.
+PAUSE_SECONDS, GATHER_SECONDS, PASS_PAUSE_SECONDS = 0.02, 0.25, 0.005
 
 
 class Scheduler:
@@ -107,7 +107,7 @@ class Scheduler:
         return WorkerCommand(tuple(leaving), fresh, tuple((one.model, one.operation) for one in self._running))
 
     def _receive(self) -> None:
-        """Queue the operations whose turn has come. Wait for some if there are none, and for more behind samples."""
+        """Queue the operations whose turn has come. Wait for some if there are none, and for those that come at once."""
         tickets = self._desk.ready(0.0 if self._queues or self._samples else TICK_SECONDS)
         end = self._clock() + GATHER_SECONDS
         while tickets:
@@ -116,9 +116,11 @@ class Scheduler:
                     self._samples.setdefault(one.operation.folder, deque()).append(one)
                 else:
                     self._queues.setdefault(one.model, deque()).append(one)
-            if self._queues or self._clock() > end:
+            now = self._clock()
+            others = (used for model, used in self._used.items() if model not in self._queues)
+            if now > end or (self._queues and not any(used + GATHER_SECONDS > now for used in others)):
                 return
-            tickets = self._desk.ready(PAUSE_SECONDS)
+            tickets = self._desk.ready(PASS_PAUSE_SECONDS if self._queues else PAUSE_SECONDS)
 
     def answer(self, results: Sequence[OperationResult]) -> None:
         """Answer the operations of the last command with their results on rank 0."""
