@@ -30,7 +30,7 @@ TICK_SECONDS = 2.0  # without work, ranks still exchange a command this often, s
 IDLE_SECONDS = 10.0  # a model that was idle for so long may give its place in memory to another
 TURN_SECONDS = 120.0  # a model that has had its place for so long may give it to a waiting one, although it has work
 # Many operations take hardly longer together than one alone. So more are awaited, until none comes for a pause: samples
-# behind samples, because clients send the prompts of a batch in turn, and the next passes of models that were just used.
+# behind samples, because clients send the prompts of a batch in turn, and the next passes of models that were used now.
 PAUSE_SECONDS, GATHER_SECONDS, PASS_PAUSE_SECONDS = 0.02, 0.25, 0.005
 
 
@@ -107,7 +107,7 @@ class Scheduler:
         return WorkerCommand(tuple(leaving), fresh, tuple((one.model, one.operation) for one in self._running))
 
     def _receive(self) -> None:
-        """Queue the operations whose turn has come. Wait for some if there are none, and for those that come at once."""
+        """Queue the operations whose turn has come. Wait for some if there are none, and for more that come at once."""
         tickets = self._desk.ready(0.0 if self._queues or self._samples else TICK_SECONDS)
         end = self._clock() + GATHER_SECONDS
         while tickets:
