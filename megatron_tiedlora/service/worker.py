@@ -75,7 +75,7 @@ class Worker:
         """Take over a model that was built without adapters.
 
         Args:
-            plan: the plan of the layout, with the largest adapter that a client may create.
+            plan: the plan of the layout. Its adapter decides the adapted layers; models may have other sizes.
             sampler: a function that all ranks call, and that returns the results of samples on rank 0.
         """
         self.plan, self.runner, self.division = plan, built.runner, division

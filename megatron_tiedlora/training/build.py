@@ -75,7 +75,7 @@ def build_model(
     Args:
         checkpoints: the checkpoint from which each adapter resumes, by adapter name. An adapter without a checkpoint
             starts at step 0.
-        empty: whether the stage starts without adapters. `add_adapter` adds them, of at most the sizes in `plans`.
+        empty: whether the stage starts without adapters. Those of `make_adapter` can be added to the runner later.
 
     Raises:
         UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was trained
