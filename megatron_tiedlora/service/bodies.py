@@ -19,6 +19,7 @@ from megatron_tiedlora.service.operations import Create, Sample, ServiceFacts, S
 _Text = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
 _Number = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 _Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Top = Annotated[_Count, Field(le=20)]  # a number of most likely tokens
 _Large = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _Real = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 _Beta = Annotated[_Real, Field(lt=1)]
@@ -118,8 +119,6 @@ class CreateModel(Body):
     def operation(self, facts: ServiceFacts) -> Create:
         """Return the operation. Raise UserError for a model that this service cannot train."""
         shape = self.lora_config
-        if shape.rank > facts.max_rank:
-            raise UserError(f"lora_config.rank: {shape.rank} is more than {facts.max_rank}, the most of this server")
         if not shape.train_attn and not shape.train_mlp:
             raise UserError("lora_config: train_attn and train_mlp are false, so nothing is trained; set one of them")
         return Create(
@@ -232,11 +231,11 @@ class SampleBody(Body):
     seq_id: _Large
     prompt: SentPrompt
     sampling_params: SamplingParams = SamplingParams()
-    num_samples: _Number = 1
+    num_samples: Annotated[_Number, Field(le=128)] = 1
     prompt_logprobs: bool | None = None
     prompt_logprobs_last_n: _Number | None = None
-    topk_prompt_logprobs: _Count = 0
-    topk_sample_logprobs: _Count = 0
+    topk_prompt_logprobs: _Top = 0
+    topk_sample_logprobs: _Top = 0
 
     def operation(self, facts: ServiceFacts) -> Sample:
         """Return the operation, whose folder the desk fills in. Raise UserError for what this service cannot do."""
@@ -250,10 +249,6 @@ class SampleBody(Body):
                 f"sampling_params.max_tokens: {max_tokens:,} and the {len(prompt):,} tokens of the prompt are more than"
                 f" {facts.max_length:,} tokens; shorten the prompt or ask for less"
             )
-        tops = {name: facts.max_top for name in ("topk_prompt_logprobs", "topk_sample_logprobs")}
-        for name, most in {"num_samples": facts.max_samples, **tops}.items():
-            if (value := getattr(self, name)) > most:
-                raise UserError(f"{name}: {value:,} is more than {most:,}, the most of this server")
         if last is not None and not (self.prompt_logprobs and last < len(prompt)):
             raise UserError(f"prompt_logprobs_last_n: {last:,} needs prompt_logprobs and a prompt of more tokens")
         stops = [params.stop] if isinstance(params.stop, str) else params.stop

@@ -43,7 +43,7 @@ CREATE TABLE samplers(key TEXT PRIMARY KEY, owner TEXT, session TEXT REFERENCES 
     folder TEXT, used REAL);
 CREATE INDEX sampler_numbers ON samplers(session, number);
 CREATE TABLE weights(key TEXT PRIMARY KEY, owner TEXT, model TEXT, folder TEXT, size INTEGER, created REAL,
-    expires REAL, sampler TEXT, "create" BLOB, info TEXT);
+    expires REAL, sampler TEXT, "create" BLOB);
 CREATE TABLE operations(request TEXT PRIMARY KEY, owner TEXT,
     queue TEXT, -- the model, or the sampler of a sample
     number INTEGER, kind TEXT, -- name of the operation's type

@@ -73,6 +73,7 @@ class Desk:
         self._waiting = dict[str, list[Callable[[], None]]]()  # who is to be told of an answer, by request
         self._calls: list[Callable[[], None]] = []  # those who are told without the lock
         self._counts = Counter[str]()  # operations by kind, and failures, since the start
+        self.gauges = dict[str, float]()  # numbers about the engine, which sets them
         self._swept = clock()
         self._changed, self._closed = threading.Condition(), False
 
@@ -282,7 +283,7 @@ class Desk:
 
     def sampler_of(self, owner: str, sampler: str) -> SamplerInfo:
         """Return what is known of a sampler. Raise Refused if it is unknown."""
-        find = "SELECT key, owner, session, number, path, folder FROM samplers WHERE key = ? AND owner = ?"
+        find = "SELECT session, path, folder FROM samplers WHERE key = ? AND owner = ?"
         with self._reading():
             return SamplerInfo(*known(self._database.row(find, sampler, owner), "sampler", sampler))
 
@@ -454,7 +455,7 @@ class Desk:
     def numbers(self) -> dict[str, float]:
         """Return gauges and counters (`*_total`) by name."""
         with self._reading():
-            gauges = self._database.gauges(self._answers_from())
+            gauges = self._database.gauges(self._answers_from()) | self.gauges
             return gauges | {f"{kind.lower()}_total": count for kind, count in self._counts.items()}
 
     def _sweep(self) -> None:

@@ -45,7 +45,7 @@ class ModelQueue:
     def info(self) -> ModelInfo:
         """Return what a client may know."""
         state, row = "failed" if self.broken else "waiting" if self.folded < 0 else "active", self.known
-        return ModelInfo(row["model"], row["session"], self.create, json.loads(row["info"]), state, row["created"])
+        return ModelInfo(self.create, json.loads(row["info"]), state, row["created"])
 
     def at(self, number: int) -> Row | None:
         """Return operation `number`, or None if it has not come or was forgotten."""

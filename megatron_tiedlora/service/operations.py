@@ -214,8 +214,6 @@ class ServiceFacts:
         stop_tokens: the tokens that end a sample whose request does not name others.
         method, alpha, seed: of models whose client does not choose them. Clients cannot choose alpha.
         max_body: the maximum bytes of a request, as it is sent and decompressed.
-        max_samples: the maximum number of samples of a request.
-        max_top: the maximum number of most likely tokens that a request can ask for.
         poll_seconds: how long the request for a result waits for it. Clients give up after 45 s.
     """
 
@@ -228,10 +226,7 @@ class ServiceFacts:
     method: str
     alpha: float
     seed: int
-    max_rank: int
     max_body: int = 16 * 2**20
-    max_samples: int = 128
-    max_top: int = 20
     poll_seconds: float = 30.0
 
     @property

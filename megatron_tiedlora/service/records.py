@@ -52,8 +52,6 @@ class Unanswered:
 class ModelInfo:
     """What a client may know of a model. `state` is "waiting" until it is created, then "active", or "failed"."""
 
-    model: str
-    session: str
     create: Create
     info: Mapping[str, str]
     state: str
@@ -62,13 +60,9 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class SamplerInfo:
-    """Weights to sample from: their tinker:// path and their folder below that of the service, or "" for the base.
-    `number` is the client's number of the sampler in its session."""
+    """Weights to sample from: their tinker:// path and their folder below that of the service, or "" for the base."""
 
-    key: str
-    owner: str
     session: str
-    number: int
     path: str
     folder: str
 
@@ -78,15 +72,11 @@ class SavedWeights:
     """Weights that a model has saved."""
 
     key: str  # their tinker:// path
-    owner: str
-    model: str
     folder: str  # relative to the folder of the service
     size: int  # bytes of their files
     created: float
-    expires: float | None  # when they are removed
     sampler: str  # that they were saved for if they have no name, else ""
-    create: Create
-    info: Mapping[str, str]  # what the client said about the model
+    create: Create  # of their model
 
 
 Value = TypeVar("Value")

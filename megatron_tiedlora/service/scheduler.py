@@ -70,11 +70,6 @@ class Scheduler:
         self._steps = Counter[str]()  # of models in memory, since their last saved state
         self._running: list[Ticket] = []  # the operations of the running command
 
-    @property
-    def num_loaded(self) -> int:
-        """Return the number of models in memory."""
-        return len(self._loaded)
-
     def next(self) -> WorkerCommand:
         """Return the next command. It waits up to `TICK_SECONDS` for operations, and is empty if there are none."""
         self._receive()
@@ -133,6 +128,7 @@ class Scheduler:
             elif isinstance(one.operation, Save) and not isinstance(result, Failure):
                 self._steps[one.model] = 0
                 self._desk.saved(one.model, one.number, one.operation.folder)
+        self._desk.gauges["models_in_memory"] = len(self._loaded)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
             state_steps=settings.state_steps,
         )
         ends = end_ids(tokenizer, folder, vocab_size=plan.source.shape.vocab_size)
-        serves = front.serving(settings, plan, room, max_rank=max_rank, stop_tokens=tuple(sorted(ends)))
+        serves = front.serving(settings, plan, room, stop_tokens=tuple(sorted(ends)))
     with stop.deferred(), serves:
         while True:
             stop.agree(True)
@@ -151,7 +151,7 @@ class _Front:
 
     @contextmanager
     def serving(
-        self, settings: ServiceSettings, plan: RunPlan, room: _Room, *, max_rank: int, stop_tokens: tuple[int, ...]
+        self, settings: ServiceSettings, plan: RunPlan, room: _Room, *, stop_tokens: tuple[int, ...]
     ) -> Iterator[None]:
         """Serve HTTP inside the block, and say where."""
         assert self.desk is not None
@@ -166,7 +166,6 @@ class _Front:
             method=settings.method,
             alpha=settings.alpha,
             seed=DEFAULT_SEED,
-            max_rank=max_rank,
         )
         with serving(make_app(self.desk, self._tokens, facts), settings.host, settings.port) as url:
             fits = f"{count_text(room.num_models, 'model')} in memory ({bytes_in_words(room.model_bytes)} each at most)"

@@ -6,7 +6,6 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 from sqlite3 import Row
-from typing import Any
 
 from megatron_tiedlora.base.files import Guard, discard, remove_leftovers
 from megatron_tiedlora.base.messages import bytes_in_words, nearest_name, shown
@@ -38,8 +37,9 @@ class WeightFolders:
 
     def where(self, condition: str, *values: object) -> list[SavedWeights]:
         """Return the weights for which a condition in SQL holds."""
-        rows = self._database.run(f"SELECT * FROM weights WHERE {condition}", *values).fetchall()
-        return [SavedWeights(**{**row, **_decoded(row)}) for row in rows]
+        find = f'SELECT key, folder, size, created, sampler, "create" FROM weights WHERE {condition}'
+        rows = self._database.run(find, *values).fetchall()
+        return [SavedWeights(*row[:-1], create=unpacked(Create, row["create"], sender=0)) for row in rows]
 
     def at(self, path: str, owner: str, *, optimizer: bool = False) -> SavedWeights:
         """Return the weights at a tinker:// path. Raise Refused if the owner has none, or none with an optimizer."""
@@ -75,7 +75,7 @@ class WeightFolders:
         self._unwanted.update(self._database.column("SELECT folder FROM weights WHERE key = ?", path))
         size = sum(file.stat().st_size for file in (self._folder / folder).rglob("*") if file.is_file())
         common = {"owner": model["owner"], "folder": folder}
-        about = {"model": model["model"], "create": model["create"], "info": model["info"], "created": now}
+        about = {"model": model["model"], "create": model["create"], "created": now}
         expires = None if ttl is None else now + ttl
         self._database.put("weights", key=path, size=size, expires=expires, sampler=sampler, **common, **about)
         if sampler:
@@ -130,7 +130,3 @@ class WeightFolders:
 def model_folder(model: str) -> str:
     """Return the folder of a model, relative to the folder of the service."""
     return f"models/{model.replace(':', '-')}"
-
-
-def _decoded(row: Row) -> dict[str, Any]:
-    return {"create": unpacked(Create, row["create"], sender=0), "info": json.loads(row["info"])}

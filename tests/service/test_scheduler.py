@@ -252,10 +252,10 @@ def test_a_model_that_cannot_be_created_leaves_its_place(tmp_path: Path) -> None
     service = Service(tmp_path / "service", 1)
     _, failing = service.create(0, Create("bad", 4, 8.0, ("qkv",), 1))
     service.turn()
-    assert isinstance(service.result(failing), Failure) and service.scheduler.num_loaded == 0
+    assert isinstance(service.result(failing), Failure) and service.desk.numbers()["models_in_memory"] == 0
     _, request = service.create(1)
     service.turn()
-    assert not isinstance(service.result(request), Failure) and service.scheduler.num_loaded == 1
+    assert not isinstance(service.result(request), Failure) and service.desk.numbers()["models_in_memory"] == 1
 
 
 def test_a_place_is_given_up_by_an_idle_model_at_once_and_by_a_busy_one_later(tmp_path: Path) -> None:
@@ -275,4 +275,4 @@ def test_a_place_is_given_up_by_an_idle_model_at_once_and_by_a_busy_one_later(tm
     _, third = service.create(2)
     service.now += IDLE_SECONDS
     service.turn()
-    assert service.result(third) is not None or service.scheduler.num_loaded == 1
+    assert service.result(third) is not None or service.desk.numbers()["models_in_memory"] == 1
