@@ -55,9 +55,8 @@ _STOP_SECONDS = 3  # for requests in progress; long polls are cut, and clients p
 _Handler = Callable[[Request], Awaitable[Response]]
 
 
-@contextmanager
-def serving(app: Starlette, host: str, port: int) -> Iterator[str]:
-    """Serve `app` in a thread until the end of the block, and yield its URL. With port 0 the system chooses one.
+def take_port(host: str, port: int) -> socket.socket:
+    """Return a socket for `serving`. With port 0 the system chooses one. Clients that connect wait until it serves.
 
     Raises:
         UserError: the address cannot be used.
@@ -77,6 +76,12 @@ def serving(app: Starlette, host: str, port: int) -> Iterator[str]:
             " `ssh -L`, or a proxy with TLS",
             host,
         )
+    return listener
+
+
+@contextmanager
+def serving(app: Starlette, listener: socket.socket) -> Iterator[str]:
+    """Serve `app` in a thread until the end of the block, and yield its URL. The socket is closed then."""
     server = uvicorn.Server(uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
         proxy_headers=False, server_header=False, limit_concurrency=_allowed_files() // 2,
@@ -88,7 +93,7 @@ def serving(app: Starlette, host: str, port: int) -> Iterator[str]:
         while not server.started and thread.is_alive():
             time.sleep(0.01)
         if not server.started:
-            raise UserError(f"--port {port}: the HTTP server did not start")
+            raise UserError("the HTTP server did not start")
         found, bound, *_ = listener.getsockname()
         yield f"http://{f'[{found}]' if ':' in found else found}:{bound}"
     finally:

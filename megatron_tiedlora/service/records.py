@@ -71,12 +71,12 @@ class SamplerInfo:
 class SavedWeights:
     """Weights that a model has saved."""
 
+    create: Create  # of their model
     key: str  # their tinker:// path
     folder: str  # relative to the folder of the service
     size: int  # bytes of their files
     created: float
     sampler: str  # that they were saved for if they have no name, else ""
-    create: Create  # of their model
 
 
 Value = TypeVar("Value")

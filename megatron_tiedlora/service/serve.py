@@ -4,7 +4,7 @@ Rank 0 has the HTTP server, in a thread, and the desk. Its main thread decides c
 them (`worker`) until a signal stops them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,7 @@ from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.service.batches import Division
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.http import make_app, serving
+from megatron_tiedlora.service.http import make_app, serving, take_port
 from megatron_tiedlora.service.operations import ServiceFacts
 from megatron_tiedlora.service.records import Limits
 from megatron_tiedlora.service.sampler import Sampler
@@ -63,7 +63,8 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
     end.watch_peers(settings.timeout_minutes)
     front = _Front()
     max_rank = settings.largest_rank(width)
-    decided_by_rank_0(partial(front.open, settings, max_rank, end))
+    ends = end_ids(tokenizer, folder, vocab_size=plan.source.shape.vocab_size)
+    decided_by_rank_0(partial(front.open, settings, plan, max_rank, ends, end))
     kernels = choose_kernels(plan, device, ranks=range(1, max_rank + 1))
     built = build_model({_PLAN: plan}, device, kernels=kernels.kernels, empty=True)
     room, to_fill = _room(settings, plan, max_rank, device), inputs_to_fill(grid.pp_size)
@@ -91,8 +92,7 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
             most_models=room.num_models,
             state_steps=settings.state_steps,
         )
-        ends = end_ids(tokenizer, folder, vocab_size=plan.source.shape.vocab_size)
-        serves = front.serving(settings, plan, room, stop_tokens=tuple(sorted(ends)))
+        serves = front.serving(room)
     with stop.deferred(), serves:
         while True:
             stop.agree(True)
@@ -137,37 +137,38 @@ def _room(settings: ServiceSettings, plan: RunPlan, max_rank: int, device: torch
 
 
 class _Front:
-    """What only rank 0 has: the desk, the tokens and the HTTP server."""
+    """What only rank 0 has: the desk, and the HTTP interface."""
 
     desk: Desk | None = None
 
-    def open(self, settings: ServiceSettings, max_rank: int, end: End) -> None:
-        """Open the files of the service. `end` closes them. Raise UserError if one cannot be used."""
+    def open(
+        self, settings: ServiceSettings, plan: RunPlan, max_rank: int, stop_tokens: Collection[int], end: End
+    ) -> None:
+        """Open the files of the service, and take its port. `end` closes the files. Raise UserError if one cannot be
+        used."""
         assert settings.state is not None
-        self._tokens, disk = TokenFile(user_path(settings.token_file)), int(settings.owner_disk_gb * 1e9)
+        tokens, folder = TokenFile(user_path(settings.token_file)), plan.source.weights_folder()
+        disk = int(settings.owner_disk_gb * 1e9)
         limits = Limits(models=settings.owner_models, rank=max_rank, tokens=settings.request_tokens, disk_bytes=disk)
         self.desk = Desk.open(user_path(settings.state), limits)
         end.held.callback(self.desk.close)
-
-    @contextmanager
-    def serving(
-        self, settings: ServiceSettings, plan: RunPlan, room: _Room, *, stop_tokens: tuple[int, ...]
-    ) -> Iterator[None]:
-        """Serve HTTP inside the block, and say where."""
-        assert self.desk is not None
-        folder = plan.source.weights_folder()
-        facts = ServiceFacts(
+        self.facts = ServiceFacts(
             model_name=settings.model_name or settings.model,
             tokenizer_id=settings.tokenizer or settings.model_name or str(folder),
             architecture=str(read_json_object(folder / "config.json", kind="a model's config").get("model_type")),
             vocab_size=plan.source.shape.vocab_size,
             max_length=plan.settings.max_length,
-            stop_tokens=stop_tokens,
+            stop_tokens=tuple(sorted(stop_tokens)),
             method=settings.method,
             alpha=settings.alpha,
             seed=DEFAULT_SEED,
         )
-        with serving(make_app(self.desk, self._tokens, facts), settings.host, settings.port) as url:
+        self._app, self._port = make_app(self.desk, tokens, self.facts), take_port(settings.host, settings.port)
+
+    @contextmanager
+    def serving(self, room: _Room) -> Iterator[None]:
+        """Serve HTTP inside the block, and say where."""
+        with serving(self._app, self._port) as url:
             fits = f"{count_text(room.num_models, 'model')} in memory ({bytes_in_words(room.model_bytes)} each at most)"
-            show(f"serving {facts.model_name} at {url}: {fits}. Stop with Ctrl-C")
+            show(f"serving {self.facts.model_name} at {url}: {fits}. Stop with Ctrl-C")
             yield

@@ -37,9 +37,9 @@ class WeightFolders:
 
     def where(self, condition: str, *values: object) -> list[SavedWeights]:
         """Return the weights for which a condition in SQL holds."""
-        find = f'SELECT key, folder, size, created, sampler, "create" FROM weights WHERE {condition}'
+        find = f'SELECT "create", key, folder, size, created, sampler FROM weights WHERE {condition}'
         rows = self._database.run(find, *values).fetchall()
-        return [SavedWeights(*row[:-1], create=unpacked(Create, row["create"], sender=0)) for row in rows]
+        return [SavedWeights(unpacked(Create, create, sender=0), *own) for create, *own in rows]
 
     def at(self, path: str, owner: str, *, optimizer: bool = False) -> SavedWeights:
         """Return the weights at a tinker:// path. Raise Refused if the owner has none, or none with an optimizer."""

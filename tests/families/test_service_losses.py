@@ -28,8 +28,9 @@ KINDS = [*SETTINGS, CUSTOM]
 TARGETS = ("qkv", "o_proj", "gate_up", "down_proj")
 RANK, ALPHA, STEPS = 3, 6.0, 3
 NUMBERS = Step(2e-3, 0.9, 0.95, 1e-3, 0.1, 0.5)  # AdamW divides small gradients, and their rounding, by eps
-# fp32 on both sides, in another order of sums. Seen: 1.1e-6 of the largest tensor element, 1.8e-6 of a norm of 1e3.
-TOLERANCE = 2e-6
+# fp32 on both sides. Sums have a larger one: seen 1.8e-6 of a gradient norm of 1e3, and 3.8e-6 between the norms of
+# PEFT's model in fp32 and in fp64.
+TOLERANCE, OF_SUMS = 1e-6, 2e-6
 
 
 def rows(step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -108,10 +109,10 @@ def reference(kind: str, model: Any, tensors: Callable[[], Any]) -> tuple[list[A
     return found, tensors()
 
 
-def near(found: Any, expected: Any) -> bool:
-    """Whether no number differs by more than the tolerance of the largest."""
+def near(found: Any, expected: Any, tolerance: float = TOLERANCE) -> bool:
+    """Whether no number differs by more than this part of the largest."""
     one, other = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected))
-    return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
 def test_losses_beside_peft(tmp_path: Path) -> None:
@@ -131,8 +132,8 @@ def test_losses_beside_peft(tmp_path: Path) -> None:
     for kind, (steps, state) in zip(KINDS, found, strict=True):
         for own, other in zip(steps, expected[kind][0], strict=True):
             (loss, logprobs, norm), (right, right_logprobs, right_norm, size) = own, other
-            assert near(logprobs, right_logprobs) and near(norm, right_norm), kind
-            assert kind == CUSTOM or abs(loss - right) <= TOLERANCE * size, (kind, loss, right)
+            assert near(logprobs, right_logprobs) and near(norm, right_norm, OF_SUMS), kind
+            assert kind == CUSTOM or abs(loss - right) <= OF_SUMS * size, (kind, loss, right)
             assert right_norm > NUMBERS.max_norm, "clipping is active"
         for name, right in expected[kind][1].items():
             assert near(state[name], right) and not torch.equal(right, initial[name]), (kind, name)

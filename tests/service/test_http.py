@@ -29,6 +29,7 @@ pytest.importorskip("uvicorn")
 zstandard = pytest.importorskip("zstandard")
 make_app = pytest.importorskip("megatron_tiedlora.service.http").make_app
 serving = pytest.importorskip("megatron_tiedlora.service.http").serving
+take_port = pytest.importorskip("megatron_tiedlora.service.http").take_port
 
 API, PROTOBUF = "/api/v1/", "application/x-protobuf"
 
@@ -82,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """A server, and its client alice."""
     file = tmp_path_factory.mktemp("keys") / "tokens"
     key, desk = new_token(file, "alice"), FakeDesk()
-    with serving(make_app(desk, TokenFile(file), replace(FACTS, poll_seconds=30.0)), "127.0.0.1", 0) as url:
+    with serving(make_app(desk, TokenFile(file), replace(FACTS, poll_seconds=30.0)), take_port("127.0.0.1", 0)) as url:
         yield Client(url, key, desk)
 
 
@@ -374,7 +375,7 @@ def test_a_long_poll_ends_with_408(client: Client, tmp_path: Path) -> None:
     key = new_token(tmp_path / "tokens", "alice")
     client.desk.holds = True
     request = client.desk.create("alice", "s", 0, Create("lora", 1, 1.0, (), 0), info={})
-    with serving(make_app(client.desk, TokenFile(tmp_path / "tokens"), FACTS), "127.0.0.1", 0) as url:
+    with serving(make_app(client.desk, TokenFile(tmp_path / "tokens"), FACTS), take_port("127.0.0.1", 0)) as url:
         before = time.monotonic()
         status, again = replace(client, url=url, key=key).post("retrieve_future", request_id=request)
         assert FACTS.poll_seconds <= time.monotonic() - before < 5
@@ -399,7 +400,7 @@ def test_a_long_poll_holds_no_thread(client: Client) -> None:
 def test_results_of_others_are_unknown(client: Client, tmp_path: Path) -> None:
     _, found = client.post("optim_step", model_id=client.made(), seq_id=1)
     bob = new_token(tmp_path / "tokens", "bob")
-    with serving(make_app(client.desk, TokenFile(tmp_path / "tokens"), FACTS), "127.0.0.1", 0) as url:
+    with serving(make_app(client.desk, TokenFile(tmp_path / "tokens"), FACTS), take_port("127.0.0.1", 0)) as url:
         assert replace(client, url=url, key=bob).post("retrieve_future", **found)[0] == 404
     assert client.post("retrieve_future", **found)[0] == 200
 
@@ -432,16 +433,14 @@ def test_numbers_for_prometheus_and_people(client: Client) -> None:
 
 def test_a_port_in_use_is_one_clear_line(client: Client) -> None:
     port = urlsplit(client.url).port
-    with pytest.raises(UserError, match=f"--port {port}: cannot be used .Address already in use"), serving(
-        make_app(client.desk, TokenFile, FACTS), "127.0.0.1", port or 0
-    ):
-        pass
-    with pytest.raises(UserError, match="cannot be used"), serving(None, "no such host", 1):
-        pass
+    with pytest.raises(UserError, match=f"--port {port}: cannot be used .Address already in use"):
+        take_port("127.0.0.1", port or 0)
+    with pytest.raises(UserError, match="cannot be used"):
+        take_port("no such host", 1)
 
 
 def test_another_host_is_served_with_a_warning(client: Client, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), serving(make_app(client.desk, None, FACTS), "0.0.0.0", 0) as url:
+    with caplog.at_level(logging.WARNING), serving(make_app(client.desk, None, FACTS), take_port("0.0.0.0", 0)) as url:
         assert replace(client, url=url).send("GET", API + "healthz")[0] == 200
     assert "--host 0.0.0.0: the connection is not encrypted" in caplog.text
 
@@ -454,7 +453,7 @@ def test_a_stop_cuts_long_polls(client: Client) -> None:
         def owner_of(self, key: str) -> str:
             return "alice"
 
-    with serving(make_app(client.desk, Anyone(), replace(FACTS, poll_seconds=30.0)), "127.0.0.1", 0) as url:
+    with serving(make_app(client.desk, Anyone(), replace(FACTS, poll_seconds=30.0)), take_port("127.0.0.1", 0)) as url:
         found: list[int] = []
 
         def poll() -> None:

@@ -22,12 +22,13 @@ PYTHON = os.environ.get("TINKER_PYTHON", "")
 pytestmark = pytest.mark.tinker
 make_app = pytest.importorskip("megatron_tiedlora.service.http").make_app
 serving = pytest.importorskip("megatron_tiedlora.service.http").serving
+take_port = pytest.importorskip("megatron_tiedlora.service.http").take_port
 
 
 def test_the_sdk_trains_saves_loads_and_samples(tmp_path: Path) -> None:
     key, desk = new_token(tmp_path / "tokens", "alice"), FakeDesk()
     variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TINKER_API_KEY": key, "PYTHONPATH": str(TESTS)}
-    with serving(make_app(desk, TokenFile(tmp_path / "tokens"), FACTS), "127.0.0.1", 0) as url:
+    with serving(make_app(desk, TokenFile(tmp_path / "tokens"), FACTS), take_port("127.0.0.1", 0)) as url:
         command = [PYTHON, "-m", "support.sdk_run", url]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=variables)
     assert ended.returncode == 0, ended.stderr
