@@ -10,7 +10,6 @@ Below the folder of the service, which can be moved while the service is stopped
     models/MODEL/weights/NAME, sampler_weights/NAME
 """
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from megatron_tiedlora.base.files import Guard, sync_path
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.parallel.agreement import packed, unpacked
 from megatron_tiedlora.service import operations
-from megatron_tiedlora.service.operations import Operation, OperationResult
+from megatron_tiedlora.service.operations import OperationResult
 from megatron_tiedlora.service.records import Limits, Refused, known
 
 DATABASE_FILE = "desk.sqlite"
@@ -215,12 +214,11 @@ class Database:
         self.run("UPDATE operations SET result_kind = ? WHERE request = ?", type(result).__name__, request)
         self.put("results", request=request, value=packed(result))
 
-    def operation(self, future: Row) -> Operation | None:
-        """Return the operation of a row, or None if it was rejected."""
-        rejected = "rejected" in json.loads(future["extra"])
-        return None if rejected else self._content("bodies", future["request"], future["kind"])
+    def operation(self, future: Row) -> Any:
+        """Return the operation of a row, which was not rejected."""
+        return self._content("bodies", future["request"], future["kind"])
 
-    def result(self, future: Row) -> OperationResult:
+    def result(self, future: Row) -> Any:
         """Return the result of the operation of a row, which is answered."""
         return self._content("results", future["request"], future["result_kind"])
 

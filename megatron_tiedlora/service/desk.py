@@ -304,8 +304,7 @@ class Desk:
         with self._reading():
             future = self._future(owner, request)
             if future["result_kind"]:
-                operation, result = self._database.operation(future), self._database.result(future)
-                return Answered(operation, result, json.loads(future["extra"]))
+                return Answered(self._database.result(future), json.loads(future["extra"]))
             full = self._database.queued(owner) > self._limits.queued_bytes / 2
             return Unanswered("paused_capacity" if full or future["kind"] == "Create" else "active")
 
@@ -373,7 +372,7 @@ class Desk:
                     self._settle(future, failure)
 
     def _ticket(self, future: sqlite3.Row, *, fresh: bool) -> Ticket:
-        operation: Any = self._database.operation(future)
+        operation = self._database.operation(future)
         if future["folder"]:
             operation = replace(operation, folder=str(self._folder / future["folder"]))
         model = "" if future["kind"] == "Sample" else future["queue"]

@@ -31,7 +31,7 @@ from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.service.bodies import read_name
 from megatron_tiedlora.service.endpoints import Endpoints, Reply, status_of
-from megatron_tiedlora.service.operations import Failure, Pass, PassResult, SampleResult, ServiceFacts, StepResult
+from megatron_tiedlora.service.operations import Failure, PassResult, SampleResult, ServiceFacts, StepResult
 from megatron_tiedlora.service.records import Answered, Unanswered
 from megatron_tiedlora.service.tokens import TokenFile
 from megatron_tiedlora.service.wire import pass_bytes, sample_bytes
@@ -267,8 +267,7 @@ def _response(found: Answered) -> Response:
     if isinstance(result, Failure):
         return JSONResponse({"error": result.message, "category": "user" if result.by_user else "server"})
     if isinstance(result, PassResult):
-        assert isinstance(found.operation, Pass)
-        return Response(pass_bytes(found.operation, result), media_type=_PROTOBUF)
+        return Response(pass_bytes(result), media_type=_PROTOBUF)
     if isinstance(result, SampleResult):
         return Response(sample_bytes(result), media_type=_PROTOBUF)
     if isinstance(result, StepResult):

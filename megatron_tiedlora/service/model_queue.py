@@ -68,13 +68,8 @@ class ModelQueue:
         while (future := self.at(self.folded + 1)) is not None and future["result_kind"]:
             self.folded += 1
             if future["kind"] == "Create" and future["result_kind"] == "Failure":
-                failure = self._failure(future)
+                failure = self._database.result(future)
                 self.broken = replace(failure, message=f"the model was not created: {failure.message}")
-
-    def _failure(self, future: Row) -> Failure:
-        result = self._database.result(future)
-        assert isinstance(result, Failure)
-        return result
 
     def next(self) -> tuple[Row, bool] | None:
         """Return the operation whose turn has come, and whether earlier gradients are dropped first (`Ticket.fresh`).
@@ -104,7 +99,7 @@ class ModelQueue:
         passes = self._database.run(_WINDOW, self.known["model"], future["number"]).fetchall()
         why = "" if passes else "the model has no gradients, because no backward pass came since the last step"
         for failed in (one for one in passes if one["result_kind"] == "Failure"):
-            why = why or f"operation {failed['number']} failed: {self._failure(failed).message}"
+            why = why or f"operation {failed['number']} failed: {self._database.result(failed).message}"
         said = f"the optimizer step {future['number']} was not taken: {why}"
         return Failure(said, by_user=True) if why else None
 

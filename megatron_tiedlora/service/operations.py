@@ -132,9 +132,10 @@ class Done:
 
 @dataclass(frozen=True)
 class PassResult:
-    """The summed loss of a pass, and the log-probability of each target token, (n,) fp32."""
+    """The summed loss of a pass, the tokens of each row, and the log-probability of each target, (n,) fp32."""
 
     loss: float
+    lengths: tuple[int, ...]
     logprobs: SentTensor
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.service.operations import Create, Operation, OperationResult
+from megatron_tiedlora.service.operations import Create, OperationResult
 
 
 class Refused(UserError):
@@ -33,10 +33,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Answered:
-    """The result of an operation, and what else the client is told (`model_id`, `path`, `sampling_session_id`). The
-    operation is None if it was rejected."""
+    """The result of an operation, and what else the client is told (`model_id`, `path`, `sampling_session_id`)."""
 
-    operation: Operation | None
     result: OperationResult
     extra: Mapping[str, Any]
 

@@ -131,14 +131,14 @@ def _values(inputs: Mapping[str, Tensor], name: str, count: int, dtype: str) -> 
 # Results --------------------------------------------------------------------------------------------------------------
 
 
-def pass_bytes(operation: Pass, result: PassResult) -> bytes:
+def pass_bytes(result: PassResult) -> bytes:
     """Return a ForwardBackwardOutput: the summed loss, and the log-probabilities of each row's targets."""
     message = wire_pb2.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics={"loss:sum": result.loss})
-    record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(operation.lengths))
+    record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(result.lengths))
     logprobs = result.logprobs.detach().cpu().numpy().astype("<f4")
     field = record.fields["logprobs"]
     field.data, field.dtype = logprobs.tobytes(), _FLOAT32
-    field.offsets = (np.cumsum((0, *operation.lengths), dtype="<i8") * logprobs.itemsize).tobytes()
+    field.offsets = (np.cumsum((0, *result.lengths), dtype="<i8") * logprobs.itemsize).tobytes()
     return message.SerializeToString()
 
 

@@ -204,4 +204,4 @@ def _result_of(one: Pass, logprobs: torch.Tensor) -> OperationResult:
     loss = float(losses.sum())
     if not math.isfinite(loss):
         return Failure(f"the loss is {loss}; its gradients are dropped. Check the numbers of its tokens", by_user=True)
-    return PassResult(loss, logprobs)
+    return PassResult(loss, one.lengths, logprobs)

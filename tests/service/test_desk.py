@@ -103,11 +103,10 @@ def test_operations_run_in_order_once_whatever_order_they_come_in(service: Servi
     assert len(set(requests.values())) == 32
     for owner, model in owners.items():
         assert [ticket.number for ticket in service.engine.ran if ticket.model == model] == list(range(17))
-        for number, operation in wanted.items():
+        for number in wanted:
             answer = service.desk.answer_of(owner, requests[owner, number])
             assert isinstance(answer, Answered)
             assert isinstance(answer.result, StepResult if number % 4 == 0 else PassResult), number
-            assert type(answer.operation) is type(operation)
 
 
 def test_a_step_waits_for_the_answers_of_its_passes_and_passes_wait_for_nothing(service: Service) -> None:

@@ -112,7 +112,7 @@ class HashEngine:
             mark = digest(weights, operation.tokens.tolist())
             if operation.backward:
                 self.gradients[model].append(mark)
-            return PassResult(float(int(mark, 16)), operation.tokens.float())
+            return PassResult(float(int(mark, 16)), operation.lengths, operation.tokens.float())
         elif isinstance(operation, Step):
             if operation.learning_rate == BAD_RATE:
                 return Failure("the loss is nan", by_user=True)

@@ -61,7 +61,7 @@ def result_of(operation: Operation) -> OperationResult:
     """The result of an operation."""
     if isinstance(operation, Pass):
         logprobs = logprobs_of(operation)
-        return PassResult(float(-(operation.inputs[0] * logprobs).sum()), logprobs)
+        return PassResult(float(-(operation.inputs[0] * logprobs).sum()), operation.lengths, logprobs)
     if isinstance(operation, Step):
         return StepResult(1, 0.5)
     if isinstance(operation, Sample):
@@ -113,7 +113,7 @@ class FakeDesk:
         self.model_of(owner, model)
         request = f"request{next(self._ids)}"
         self.events.append(("reject", owner, model, str(number), message))
-        self.answers[request] = (owner, Answered(Step(0, 0, 0, 0, 0, 0), Failure(message, True), {}), [])
+        self.answers[request] = (owner, Answered(Failure(message, True), {}), [])
         return request
 
     def save(
@@ -198,7 +198,7 @@ class FakeDesk:
     ) -> str:
         request = f"request{next(self._ids)}"
         self.operations.append((model, number, operation))
-        answer = Answered(operation, result or result_of(operation), extra)
+        answer = Answered(result or result_of(operation), extra)
         self.answers[request] = (owner, None if self.holds else answer, [])
         if self.holds:
             self.waiting.append((request, answer))
