@@ -71,7 +71,6 @@ class Desk:
         samples = "SELECT request FROM operations WHERE result_kind = '' AND kind = 'Sample' ORDER BY rowid"
         self._samples = self._database.column(samples)  # to be handed out
         self._waiting = dict[str, list[Callable[[], None]]]()  # who is to be told of an answer, by request
-        self._calls: list[Callable[[], None]] = []  # those who are told without the lock
         self._counts = Counter[str]()  # operations by kind, and failures, since the start
         self.gauges = dict[str, float]()  # numbers about the engine, which sets them
         self._swept = clock()
@@ -309,7 +308,7 @@ class Desk:
             return Unanswered("paused_capacity" if full or future["kind"] == "Create" else "active")
 
     def when_done(self, request: str, call: Callable[[], None]) -> None:
-        """Call `call` once when the request has an answer: in the engine's thread, or at once."""
+        """Call `call` once when the request has an answer: in the engine's thread, or at once. It must not wait."""
         with self._reading():
             future = self._find("request = ?", request)
             if future is not None and not future["result_kind"]:
@@ -343,17 +342,15 @@ class Desk:
 
     def ready(self, seconds: float) -> list[Ticket]:
         """Wait up to `seconds` for operations whose turn has come, and return them. Each is returned once."""
-        deadline, tickets = time.monotonic() + seconds, list[Ticket]()
+        deadline = time.monotonic() + seconds
         with self._reading():
             while not self._closed:
                 self._sweep()
-                tickets = list(self._tickets())
-                left = deadline - time.monotonic()
-                if tickets or self._calls or left <= 0:
-                    break
+                tickets, left = list(self._tickets()), deadline - time.monotonic()
+                if tickets or left <= 0:
+                    return tickets
                 self._changed.wait(left)
-        self._run_calls()
-        return tickets
+        return []
 
     def _tickets(self) -> Iterator[Ticket]:
         samples, self._samples = self._samples, []
@@ -383,7 +380,6 @@ class Desk:
         with self._reading():
             if (future := self._find("request = ?", request)) is not None:
                 self._settle(future, result)
-        self._run_calls()
 
     def _settle(self, future: sqlite3.Row, result: OperationResult) -> None:
         """Answered an operation. The answer to one that is repeated changes nothing, unless it fails now."""
@@ -403,7 +399,7 @@ class Desk:
                 self._weights.keep(future, queue.known, self._clock())
             self._database.answer(future["request"], result)
         self._counts["failures"] += failed
-        self._calls += self._waiting.pop(future["request"], [])
+        self._tell(future["request"])
         if queue is not None:
             queue.fold()
             self._awake[model] = None
@@ -473,13 +469,11 @@ class Desk:
             self._awake.pop(model, None)
             self._weights.remove_model(model)
         for request in [request for request in self._waiting if self._find("request = ?", request) is None]:
-            self._calls += self._waiting.pop(request)
+            self._tell(request)
         self._weights.remove_unwanted()
 
-    def _run_calls(self) -> None:
-        with self._changed:
-            calls, self._calls = self._calls, []
-        for call in calls:
+    def _tell(self, request: str) -> None:
+        for call in self._waiting.pop(request, []):
             call()
 
     @contextmanager
