@@ -6,7 +6,7 @@ adapters never change, so those that were used last stay in memory. All ranks ho
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ CACHE_BYTES = 2**33
 ROWS_AT_ONCE = 256  # logits of a step are (rows, V), and samples are computed in fp64
 
 MOST_ADAPTERS = 32  # in memory, unless one command uses more
-_BASE = "base"  # the name of an adapter without layers; names of models have colons, and of folders slashes
+BASE = "base"  # the name of an adapter without layers; names of models have colons, and of folders slashes
 _NONE = Failure("rank 0 has the result", by_user=False)
 
 # By sequence: the new tokens, and the log-probabilities and most likely tokens of the prompt.
@@ -58,7 +58,7 @@ class Sampler:
         decoder = Decoder(self._runner.stage, self._runner.groups, shape, calls_together=together)
         self._sample = partial(sample_all, decoder, grid=grid, decode=decode, agree=agree, cache_bytes=cache_bytes)
         empty = TiedAdapter(AdapterShard(plan.adapter, (), grid.tp_rank, grid.tp_size))
-        self._runner.adapters[_BASE] = empty.to(self._runner.device)
+        self._runner.adapters[BASE] = empty.to(self._runner.device)
         self._held = dict[str, None]()  # folders, the longest unused first
         self.most_rows = ROWS_AT_ONCE * grid.dp_size
         self.cache_tokens = cache_bytes // decoder.bytes_per_token * grid.dp_size
@@ -76,8 +76,7 @@ class Sampler:
                 del self._held[folder], self._runner.adapters[folder]
         there = [sample for sample in samples if sample.folder not in failures]
         self._runner.engine.module.eval()
-        names = {folder: folder or _BASE for folder in (*self._held, "")}
-        results = iter(self._sample(there, adapters=names) if there else [])
+        results = iter(self._sample(there) if there else [])
         return [failures[one.folder] if one.folder in failures else next(results, _NONE) for one in samples]
 
     def _hold(self, folder: str) -> None:
@@ -93,7 +92,6 @@ def sample_all(
     requests: Sequence[Sample],
     *,
     grid: Grid,
-    adapters: Mapping[str, str],
     decode: Callable[[Sequence[int]], str],
     agree: Agree = bool,
     cache_bytes: int = CACHE_BYTES,
@@ -101,8 +99,7 @@ def sample_all(
     """Return the result of each request on rank 0, and an empty list on other ranks.
 
     Args:
-        requests: valid requests, the same on every rank.
-        adapters: the name of the adapter in the stage's adapter group by `Sample.folder`.
+        requests: valid requests, the same on every rank. Adapters have the names of their folders, or `BASE`.
         decode: returns the text of tokens, in which stop texts are searched.
         agree: a function that gets whether this rank has finished a round, and returns whether all have. It may raise
             an error.
@@ -119,7 +116,7 @@ def sample_all(
     for some in _rounds(asked, cache_bytes // decoder.bytes_per_token, grid.dp_size):
         mine, by_adapter = some[grid.dp_rank :: grid.dp_size], dict[str, list[int]]()
         for sequence in mine or some[:1]:  # a rank without sequences computes the first one again and discards it
-            by_adapter.setdefault(adapters[asked[sequence].folder], []).append(sequence)
+            by_adapter.setdefault(asked[sequence].folder or BASE, []).append(sequence)
         given = [
             Prompts([asked[one].prompt for one in own], adapter=name, own=[settings[one] for one in own])
             for name, own in by_adapter.items()
