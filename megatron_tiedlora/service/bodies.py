@@ -14,14 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_tiedlora.base.files import first_problem
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV
-from megatron_tiedlora.service.operations import Create, Sample, ServiceFacts, Step
+from megatron_tiedlora.service.operations import LARGEST, Create, Sample, ServiceFacts, Step
 
 _Text = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
 _Number = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 _Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 _Top = Annotated[_Count, Field(le=20)]  # a number of most likely tokens
 _Large = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-_Real = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+_Real = Annotated[float, Field(strict=True, ge=0, le=LARGEST, allow_inf_nan=False)]
 _Beta = Annotated[_Real, Field(lt=1)]
 _Metadata = Mapping[str, Any] | None
 _MOST_METADATA = 2**14  # characters
@@ -67,6 +67,7 @@ def read_json(raw: bytes) -> dict[str, Any]:
     """Return a JSON object. Raise UserError if the body is not one."""
     try:
         content = json.loads(raw)
+        json.dumps(content, ensure_ascii=False).encode()  # raises an error for half a surrogate pair
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"the body is not valid JSON ({reason})") from None
@@ -141,7 +142,7 @@ def described(metadata: _Metadata) -> dict[str, str]:
 class AdamParams(Body):
     """The numbers of a step of AdamW."""
 
-    learning_rate: _Real = 1e-4
+    learning_rate: Annotated[_Real, Field(le=1e6)] = 1e-4  # AdamW divides it by 1 - beta1, within fp32
     beta1: _Beta = 0.9
     beta2: _Beta = 0.95
     eps: _Real = 1e-12

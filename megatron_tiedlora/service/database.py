@@ -48,26 +48,29 @@ CREATE TABLE operations(request TEXT PRIMARY KEY, owner TEXT,
     number INTEGER, kind TEXT, -- name of the operation's type
     backward INTEGER, -- whether it is a pass that adds gradients
     folder TEXT, -- which it reads or writes
-    size INTEGER, -- bytes that count against the owner's queue
+    size INTEGER, -- bytes of its body and result
     extra TEXT, -- what the client is told with the result, in JSON
     result_kind TEXT DEFAULT '', taken REAL, -- when the client fetched the answer
+    crashes INTEGER DEFAULT 0, -- how often the engine ended while it ran this
     UNIQUE(queue, number));
 CREATE INDEX waiting ON operations(kind) WHERE result_kind = '';
 CREATE INDEX ends_of_windows ON operations(queue, number) WHERE kind IN ('Step', 'Load');
 CREATE INDEX passes ON operations(queue, number) WHERE backward;
-CREATE TABLE queued(owner TEXT PRIMARY KEY, size INTEGER); -- of operations without a result
+CREATE TABLE sizes(owner TEXT PRIMARY KEY, queued INTEGER, kept INTEGER); -- of operations without a result, and of all
 CREATE TRIGGER queues AFTER INSERT ON operations BEGIN
-    INSERT INTO queued SELECT NEW.owner, 0 WHERE NOT EXISTS (SELECT 1 FROM queued WHERE owner = NEW.owner);
-    UPDATE queued SET size = size + NEW.size WHERE owner = NEW.owner; END;
+    INSERT INTO sizes SELECT NEW.owner, 0, 0 WHERE NOT EXISTS (SELECT 1 FROM sizes WHERE owner = NEW.owner);
+    UPDATE sizes SET queued = queued + NEW.size, kept = kept + NEW.size WHERE owner = NEW.owner; END;
 CREATE TRIGGER answers AFTER UPDATE OF result_kind ON operations
-    BEGIN UPDATE queued SET size = size - NEW.size WHERE owner = NEW.owner; END;
-CREATE TRIGGER drops AFTER DELETE ON operations WHEN OLD.result_kind = ''
-    BEGIN UPDATE queued SET size = size - OLD.size WHERE owner = OLD.owner; END;
+    BEGIN UPDATE sizes SET queued = queued - OLD.size, kept = kept + NEW.size - OLD.size WHERE owner = NEW.owner; END;
+CREATE TRIGGER drops AFTER DELETE ON operations
+    BEGIN UPDATE sizes SET queued = queued - OLD.size * (OLD.result_kind = ''), kept = kept - OLD.size
+    WHERE owner = OLD.owner; END;
 CREATE TABLE bodies(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CASCADE, value BLOB);
 CREATE TABLE results(request TEXT PRIMARY KEY REFERENCES operations ON DELETE CASCADE, value BLOB);
 """  # an answer does not write the body again, because that has its own table; folders are relative to the service's
 
-ENDS_WINDOW = "kind IN ('Step', 'Load')"  # of backward passes, see `model_queue`
+# The end of a window of backward passes (`model_queue`). A load that failed leaves them.
+ENDS_WINDOW = "kind IN ('Step', 'Load') AND (kind = 'Step' OR result_kind NOT IN ('', 'Failure'))"
 _OVER = "SELECT key FROM sessions WHERE ended <= ?1 AND (finished OR ended <= ?2)"
 # Operations that are part of their model's saved state, and not of its window
 _NEEDLESS = f"""number <= (SELECT saved FROM models WHERE model = queue) AND NOT ((backward OR {ENDS_WINDOW})
@@ -80,7 +83,8 @@ _GAUGES = {
     "samplers": "COUNT(*) FROM samplers",
     "requests_waiting": f"COUNT(*) {_WAITING}",
     "answers_kept": "COUNT(*) FROM operations WHERE result_kind != '' AND COALESCE(taken > :gone, 1)",
-    "queued_bytes": "COALESCE(SUM(size), 0) FROM queued",
+    "queued_bytes": "COALESCE(SUM(queued), 0) FROM sizes",
+    "kept_bytes": "COALESCE(SUM(kept), 0) FROM sizes",
     "saved_weights": "COUNT(*) FROM weights",
     "saved_weights_bytes": "COALESCE(SUM(size), 0) FROM weights",
 }
@@ -182,7 +186,12 @@ class Database:
 
     def queued(self, owner: str) -> int:
         """Return the bytes of an owner's operations that have no answer."""
-        return int(self.value("SELECT COALESCE(SUM(size), 0) FROM queued WHERE owner = ?", owner))
+        return int(self.value("SELECT COALESCE(SUM(queued), 0) FROM sizes WHERE owner = ?", owner))
+
+    def stored(self, owner: str) -> int:
+        """Return the bytes of an owner's operations, their results, and saved weights."""
+        both = "SELECT kept FROM sizes WHERE owner = ?1 UNION ALL SELECT size FROM weights WHERE owner = ?1"
+        return int(self.value(f"SELECT COALESCE(SUM(kept), 0) FROM ({both})", owner))
 
     def gauges(self, gone: float) -> dict[str, float]:
         """Return numbers about the service by name. `gone` is the time up to which fetched answers are forgotten."""
@@ -211,8 +220,9 @@ class Database:
 
     def answer(self, request: str, result: OperationResult) -> None:
         """Add the result of an operation."""
-        self.run("UPDATE operations SET result_kind = ? WHERE request = ?", type(result).__name__, request)
-        self.put("results", request=request, value=packed(result))
+        kind, value = type(result).__name__, packed(result)
+        self.run("UPDATE operations SET result_kind = ?, size = size + ? WHERE request = ?", kind, len(value), request)
+        self.put("results", request=request, value=value)
 
     def operation(self, future: Row) -> Any:
         """Return the operation of a row, which was not rejected."""

@@ -11,8 +11,8 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_tiedlora.base.output_folder import make_private_folder
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.parallel.agreement import packed
 from megatron_tiedlora.service.database import DATABASE_FILE, Database, unusable
-from megatron_tiedlora.service.model_queue import ModelQueue
+from megatron_tiedlora.service.model_queue import ModelQueue, crash_failure
 from megatron_tiedlora.service.operations import (
     Create,
     Failure,
@@ -174,7 +174,6 @@ class Desk:
 
         def make() -> Making:
             path, folder = self._weights.new(model, kind, name, overwrite=overwrite)
-            self._weights.make_room(owner, self._limits, self._clock())
             extra: dict[str, Any] = {"path": path, "ttl_seconds": ttl_seconds}
             if name is None:
                 number_of_sampler = -1 if session_number is None else session_number
@@ -187,7 +186,11 @@ class Desk:
         """Queue that a model takes the weights at a tinker:// path, and return the request."""
 
         def make() -> Making:
-            return Load(self._weights.at(path, owner, optimizer=optimizer).folder, optimizer), {"path": path}
+            saved, create = self._weights.at(path, owner, optimizer=optimizer), self._model(owner, model).create
+            if replace(saved.create, seed=create.seed, folder=create.folder, optimizer=create.optimizer) != create:
+                said = f"{path} is {saved.create.method} of rank {saved.create.rank}, and not of this model's shape"
+                raise Refused(400, f"{said}; create a model from it")
+            return Load(saved.folder, optimizer), {"path": path}
 
         return self._submit(owner, model, number, make)
 
@@ -220,6 +223,8 @@ class Desk:
         if isinstance(operation, Sample):
             tokens = len(operation.prompt) + operation.num_samples * operation.max_tokens
         check_limit("tokens of a request", tokens, self._limits.tokens, "send fewer rows, or ask for fewer tokens")
+        if tokens:
+            self._weights.make_room(owner, self._limits, self._clock())
         size, limit = max(size, len(body), _LEAST_BYTES), self._limits.queued_bytes
         if size > limit:
             raise Refused(413, f"{bytes_in_words(size)} are above the limit of {bytes_in_words(limit)} in a queue")
@@ -270,21 +275,13 @@ class Desk:
         """Return the id of a sampler for the weights at a tinker:// path, or for the base. A number seen before in the
         session returns the same."""
         with self._writing():
-            self._database.session(owner, session)
-            find = "SELECT key FROM samplers WHERE session = ? AND number = ?"
-            if (row := self._database.row(find, session, number)) is not None:
-                return str(row["key"])
             self._database.touch(owner, session, self._clock())
-            folder = "" if path is None else self._weights.at(path, owner).folder
-            key, fields = secrets.token_hex(16), {"path": path or "", "folder": folder}
-            self._database.put("samplers", key=key, owner=owner, session=session, number=number, **fields)
-            return key
+            return self._weights.open_sampler(owner, session, number, path)
 
     def sampler_of(self, owner: str, sampler: str) -> SamplerInfo:
         """Return what is known of a sampler. Raise Refused if it is unknown."""
-        find = "SELECT session, path, folder FROM samplers WHERE key = ? AND owner = ?"
         with self._reading():
-            return SamplerInfo(*known(self._database.row(find, sampler, owner), "sampler", sampler))
+            return self._weights.sampler(owner, sampler)
 
     def sample(self, owner: str, sampler: str, number: int, sample: Sample) -> tuple[str, list[str]]:
         """Queue a sample from the weights of a sampler. Return its request and the ids of its sequences."""
@@ -301,20 +298,24 @@ class Desk:
     def answer_of(self, owner: str, request: str) -> Answered | Unanswered:
         """Return the answer of a request, or why there is none yet. Raise Refused if the request is unknown."""
         with self._reading():
-            future = self._future(owner, request)
-            if future["result_kind"]:
+            if (future := self._future(owner, request))["result_kind"]:
                 return Answered(self._database.result(future), json.loads(future["extra"]))
             full = self._database.queued(owner) > self._limits.queued_bytes / 2
             return Unanswered("paused_capacity" if full or future["kind"] == "Create" else "active")
 
     def when_done(self, request: str, call: Callable[[], None]) -> None:
-        """Call `call` once when the request has an answer: in the engine's thread, or at once. It must not wait."""
+        """Call `call` once when the request has an answer, unless `forget_call` takes it back. It must not wait."""
         with self._reading():
             future = self._find("request = ?", request)
             if future is not None and not future["result_kind"]:
                 self._waiting.setdefault(request, []).append(call)
                 return
         call()
+
+    def forget_call(self, request: str, call: Callable[[], None]) -> None:
+        """Do not call `call` any more."""
+        with self._changed, suppress(KeyError, ValueError):
+            self._waiting[request].remove(call)
 
     def taken(self, owner: str, request: str) -> None:
         """Record that the client has the answer. It is kept for a while, because the client may ask again."""
@@ -356,24 +357,33 @@ class Desk:
         samples, self._samples = self._samples, []
         for request in samples:
             if (sample := self._find("request = ?", request)) is not None:
-                yield self._ticket(sample, fresh=False)
+                yield from self._handed_out(sample, None, fresh=False)
         awake, self._awake = self._awake, {}
         for model in awake:
             queue = self._queues.get(model)  # None if its creation could not be written
             while queue is not None and (turn := queue.next()) is not None:
-                future, fresh = turn
-                failure = queue.refusal(future)
-                if failure is None:
-                    yield self._ticket(future, fresh=fresh)
-                else:
-                    self._settle(future, failure)
+                yield from self._handed_out(turn[0], queue.refusal(turn[0]), fresh=turn[1])
 
-    def _ticket(self, future: sqlite3.Row, *, fresh: bool) -> Ticket:
+    def _handed_out(self, future: sqlite3.Row, failure: Failure | None, *, fresh: bool) -> Iterator[Ticket]:
+        """Yield the ticket of an operation whose turn has come, or give its failure as the answer."""
+        failure = failure or crash_failure(future)
+        if failure is None and future["kind"] == "Save":
+            failure = self._weights.room_failure(future["owner"], self._limits, self._clock())
+        if failure is not None:
+            self._settle(future, failure)
+            return
         operation = self._database.operation(future)
         if future["folder"]:
             operation = replace(operation, folder=str(self._folder / future["folder"]))
         model = "" if future["kind"] == "Sample" else future["queue"]
-        return Ticket(future["request"], model, future["number"], operation, fresh)
+        yield Ticket(future["request"], future["owner"], model, future["number"], operation, fresh)
+
+    def crashed(self, requests: Iterable[str]) -> None:
+        """Record that the engine ends with an error while it runs operations. New ones fail after some times."""
+        blame = "UPDATE operations SET crashes = crashes + 1 WHERE request = ? AND result_kind = ''"
+        with self._writing():
+            for request in requests:
+                self._database.run(blame, request)
 
     def answer(self, request: str, result: OperationResult) -> None:
         """Record the result of an operation that `ready` returned."""
@@ -434,18 +444,14 @@ class Desk:
     def origin(self, model: str) -> Create | str:
         """Return how a model that is not in memory comes back: the folder of its saved state, or how it is created."""
         with self._changed:
-            queue = self._queues[model]
-            if queue.folder:
-                return str(self._folder / queue.folder)
-            create = queue.create
-            return replace(create, folder=str(self._folder / create.folder)) if create.folder else create
+            return self._queues[model].origin(self._folder)
 
-    def lapsed(self) -> list[str]:
-        """Return the models without work whose session was finished, or has had no heartbeat for a while."""
-        ended = f"SELECT model FROM models JOIN sessions ON key = session WHERE NOT ({_LIVES}) ORDER BY models.rowid"
+    def lapsed(self, models: Iterable[str]) -> list[str]:
+        """Return those of `models` without work whose session was finished, or has had no heartbeat for a while."""
+        ended = f"SELECT model FROM models JOIN sessions ON key = session WHERE model = ? AND NOT ({_LIVES})"
         with self._reading():
-            found = self._database.column(ended, self._limits.idle_seconds, self._clock())
-            return [model for model in found if not self._queues[model].busy]
+            times = self._limits.idle_seconds, self._clock()
+            return [one for one in models if self._database.row(ended, one, *times) and not self._queues[one].busy]
 
     def numbers(self) -> dict[str, float]:
         """Return gauges and counters (`*_total`) by name."""

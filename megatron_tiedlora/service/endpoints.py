@@ -126,7 +126,7 @@ class Endpoints:
         try:
             return {"request_id": submit()}
         except UserError as error:
-            if status_of(error) in (410, 429):  # the session has ended, or the client sends the operation again
+            if status_of(error) in (410, 429, 503):  # the session has ended, or the client sends the operation again
                 raise
             return {"request_id": self._desk.reject(*where, kind, str(error))}
 

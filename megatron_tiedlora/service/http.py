@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 _API = "/api/v1/"
 _JSON, _PROTOBUF = "application/json", "application/x-protobuf"
 _BODY_SECONDS = 300.0  # a body that takes longer is not read to its end
+_POLLS_AT_ONCE = 1024  # of one owner
 _BODIES_AT_ONCE = 2  # of one owner: a hostile body and its messages take 25 times its size in memory
 _LARGEST_WINDOW = 2**24  # bytes that decompression may look back
 
@@ -83,7 +86,7 @@ def take_port(host: str, port: int) -> socket.socket:
 def serving(app: Starlette, listener: socket.socket) -> Iterator[str]:
     """Serve `app` in a thread until the end of the block, and yield its URL. The socket is closed then."""
     server = uvicorn.Server(uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
+        app, http=_Connection, ws="none", lifespan="off", log_config=None, log_level="critical", access_log=False,
         proxy_headers=False, server_header=False, limit_concurrency=_allowed_files() // 2,
         timeout_keep_alive=_IDLE_SECONDS, timeout_graceful_shutdown=_STOP_SECONDS,
     ))  # fmt: skip
@@ -100,6 +103,22 @@ def serving(app: Starlette, listener: socket.socket) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listener.close()
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed when no complete request has come for some time, whatever else has come."""
+
+    def connection_made(self, transport: Any) -> None:
+        """See the base class."""
+        super().connection_made(transport)
+        self.loop.call_later(_IDLE_SECONDS, self._check, None)
+
+    def _check(self, seen: Any) -> None:
+        """Close the connection if the last request is the one that was `seen` last time, and has its response."""
+        if self.cycle is seen and (seen is None or seen.response_complete):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(_IDLE_SECONDS, self._check, self.cycle)
 
 
 def _allowed_files() -> int:
@@ -160,7 +179,8 @@ class _Service:
     def __init__(self, desk: "Desk", tokens: TokenFile, facts: ServiceFacts) -> None:
         self._desk, self._tokens, self._facts = desk, tokens, facts
         self._started = time.time()
-        self._reading: dict[str, asyncio.Semaphore] = {}  # by owner, so at most as many as there are tokens
+        # By owner, so at most as many as there are tokens.
+        self._reading, self._polls = dict[str, asyncio.Semaphore](), Counter[str]()
 
     def answered(self, answer: Callable[..., Reply], *, kind: str = "") -> _Handler:
         """Return the handler of an endpoint that takes the names in its path, and a body of the content type `kind`."""
@@ -205,15 +225,13 @@ class _Service:
         future = read_name(await self._body(request, _JSON), "request_id")
         found = await run_in_threadpool(self._desk.answer_of, owner, future)
         if isinstance(found, Unanswered):
-            done, loop = asyncio.Event(), asyncio.get_running_loop()
-
-            def wake() -> None:
-                with suppress(RuntimeError):  # the server has stopped, and its loop is closed
-                    loop.call_soon_threadsafe(done.set)
-
-            await run_in_threadpool(self._desk.when_done, future, wake)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(done.wait(), self._facts.poll_seconds)
+            if self._polls[owner] >= _POLLS_AT_ONCE:
+                raise HTTPException(429, f"{_POLLS_AT_ONCE:,} requests for results wait already; ask again later")
+            self._polls[owner] += 1
+            try:
+                await self._wait(request, future)
+            finally:
+                self._polls[owner] -= 1
             found = await run_in_threadpool(self._desk.answer_of, owner, future)
         if isinstance(found, Unanswered):
             again = {"type": "try_again", "request_id": future, "queue_state": found.reason}
@@ -221,6 +239,28 @@ class _Service:
         response = await run_in_threadpool(_response, found)
         response.background = BackgroundTask(self._desk.taken, owner, future)
         return response
+
+    async def _wait(self, request: Request, future: str) -> None:
+        """Wait until an operation has a result, the client has left, or some time has passed."""
+        done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the server has stopped, and its loop is closed
+                loop.call_soon_threadsafe(done.set)
+
+        async def leave() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            done.set()
+
+        left = asyncio.create_task(leave())
+        await run_in_threadpool(self._desk.when_done, future, wake)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), self._facts.poll_seconds)
+        finally:
+            left.cancel()
+            await run_in_threadpool(self._desk.forget_call, future, wake)
 
     async def health(self, request: Request) -> Response:
         """Answered that the server lives. This needs no key."""

@@ -2,12 +2,13 @@
 
 A model's state on disk is a saved state of the engine and the operations behind it. After a restart those that changed
 weights are handed out again, whether they had been answered or not. Only successes are repeated: a failed operation
-changed nothing. A window is the backward passes since the last step or load. If one of them failed, the next step fails
-too, and the gradients of all are dropped.
+changed nothing. A window is the backward passes since the last step, or load that succeeded. If one of them failed, the
+next step fails too, and the gradients of all are dropped.
 """
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from sqlite3 import Row
 
 from megatron_tiedlora.parallel.agreement import unpacked
@@ -19,6 +20,13 @@ _CHANGES = "(backward OR kind IN ('Create', 'Load', 'Step')) AND result_kind != 
 _BEFORE = "FROM operations WHERE queue = ?1 AND number < ?2"
 _WINDOW = f"""SELECT * {_BEFORE} AND backward AND number > COALESCE(
     (SELECT number {_BEFORE} AND {ENDS_WINDOW} ORDER BY number DESC LIMIT 1), 0) ORDER BY number DESC"""
+_MOST_CRASHES = 3
+
+
+def crash_failure(future: Row) -> Failure | None:
+    """Return why an operation is not handed out again: the engine has ended several times while it ran it."""
+    said = f"the server ended {_MOST_CRASHES} times with an error while it ran this operation"
+    return Failure(said, by_user=False) if future["crashes"] >= _MOST_CRASHES else None
 
 
 class ModelQueue:
@@ -47,6 +55,12 @@ class ModelQueue:
         state, row = "failed" if self.broken else "waiting" if self.folded < 0 else "active", self.known
         return ModelInfo(self.create, json.loads(row["info"]), state, row["created"])
 
+    def origin(self, folder: Path) -> Create | str:
+        """Return the folder of the saved state, or how the model is created. `folder` is that of the service."""
+        if self.folder:
+            return str(folder / self.folder)
+        return replace(self.create, folder=str(folder / self.create.folder)) if self.create.folder else self.create
+
     def at(self, number: int) -> Row | None:
         """Return operation `number`, or None if it has not come or was forgotten."""
         find = f"SELECT *, {_CHANGES} AS changes FROM operations WHERE queue = ? AND number = ?"
@@ -74,10 +88,11 @@ class ModelQueue:
     def next(self) -> tuple[Row, bool] | None:
         """Return the operation whose turn has come, and whether earlier gradients are dropped first (`Ticket.fresh`).
 
-        A step waits for the answers of all earlier operations, and everything waits for the model's creation.
+        A step waits for the answers of all earlier operations, as the window decides whether it is taken. So does a
+        save, as the limit of the disk counts those before it. Everything waits for the model's creation.
         """
         while (future := self.at(self.turn)) is not None:
-            needed = self.turn - 1 if future["kind"] == "Step" else min(0, self.turn - 1)
+            needed = self.turn - 1 if future["kind"] in ("Step", "Save") else min(0, self.turn - 1)
             if not future["result_kind"] and self.folded < needed:
                 return None
             self.turn += 1

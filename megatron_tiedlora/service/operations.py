@@ -15,6 +15,8 @@ from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import find_method
 from megatron_tiedlora.parallel.agreement import SentTensor
 
+LARGEST = 1e30  # of a client's numbers, so that torch can convert them, and products with them, to fp32
+
 
 @dataclass(frozen=True)
 class Create:
@@ -187,13 +189,15 @@ class Ticket:
 
     Attributes:
         request: the id under which the client asks for the result.
+        owner: whose operation it is; operations of different owners take turns.
         model: the model; "" for `Sample`, which belongs to no model.
         number: the number of the operation among those of the model, from 0 for `Create`.
         fresh: whether gradients that the model still has are dropped first. This is so for the first backward pass
-            after a `Step` or `Load`, because a step after a failed pass is rejected before it reaches the engine.
+            after a `Step`, because a step after a failed pass is rejected before it reaches the engine.
     """
 
     request: str
+    owner: str
     model: str
     number: int
     operation: Operation

@@ -24,7 +24,7 @@ class Limits:
     rank: int = 512  # of a model
     tokens: int = 2**20  # of a request, with those that it may generate
     queued_bytes: int = 256 * 10**6  # of requests that have no answer yet
-    disk_bytes: int = 100 * 10**9  # of saved weights
+    disk_bytes: int = 100 * 10**9  # of saved weights, and of requests and answers that are kept
     sessions: int = 64  # that are alive
     idle_seconds: float = 600.0  # without a heartbeat until a session has lapsed, and its models may leave the memory
     answer_seconds: float = 600.0  # for answers after they were fetched, and temporary weights after their session

@@ -1,8 +1,9 @@
 """Decide on rank 0 what all ranks do next.
 
-Each command takes some operations of every model that has any, the longest unserved model first, so that no client can
-keep others waiting. More models may exist than fit in memory. A model that is not in memory comes back from its last
-saved state when it is used, and its later operations are repeated. A state is saved after some steps, so these are few.
+Each command takes some operations of every model that has any. Owners take turns, and so do the models of an owner, so
+that no client can keep others waiting. More models may exist than fit in memory. A model that is not in memory comes
+back from its last saved state when it is used, and its later operations are repeated. A state is saved after some
+steps, so these are few.
 """
 
 import logging
@@ -65,7 +66,8 @@ class Scheduler:
         self._round_tokens, self._round_rows, self._cache_tokens = round_tokens, round_rows, cache_tokens
         self._most, self._state_steps = most_models, state_steps
         self._queues = dict[str, deque[Ticket]]()  # by model, the longest unserved first
-        self._samples = dict[str, deque[Ticket]]()  # by the folder of the weights, the longest unserved first
+        self._samples = dict[str, deque[Ticket]]()  # by owner, the longest unserved first
+        self._served, self._number = Counter[str](), 0  # the number of the last command that served an owner
         self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
         self._steps = Counter[str]()  # of models in memory, since their last saved state
         self._running: list[Ticket] = []  # the operations of the running command
@@ -73,12 +75,14 @@ class Scheduler:
     def next(self) -> WorkerCommand:
         """Return the next command. It waits up to `TICK_SECONDS` for operations, and is empty if there are none."""
         self._receive()
-        leaving = [model for model in self._desk.lapsed() if model in self._loaded and model not in self._queues]
+        leaving = self._desk.lapsed(self._loaded.keys() - self._queues)
         for model in leaving:
             self._unload(model)
         creates, passes, others = list[Ticket](), list[Ticket](), list[Ticket]()
-        for model, queue in list(self._queues.items()):
-            if model not in self._queues:  # it has just given its place to another one
+        self._number += 1
+        for model in self._in_turn():
+            queue = self._queues.get(model)
+            if queue is None:  # the model has just given its place to another one
                 continue
             if model not in self._loaded:
                 if len(self._loaded) >= self._most:
@@ -89,26 +93,37 @@ class Scheduler:
                     leaving.append(victim)
                 creates.append(self._create(model, queue))
                 others += self._new_state(creates[-1])
-            num_before = len(queue)
+            num_before, owner = len(queue), queue[0].owner if queue else ""
             passes += self._passes(queue, passes)
             others += self._others(queue)
             if not queue:
                 del self._queues[model]
             elif len(queue) < num_before:  # to the end, behind those that were not served
                 self._queues[model] = self._queues.pop(model)
+            if len(queue) < num_before:
+                self._served[owner] = self._number
             self._used[model] = self._clock()
         self._running = [*creates, *passes, *others, *self._some_samples()]
         fresh = tuple(one.model for one in passes if one.fresh)
         return WorkerCommand(tuple(leaving), fresh, tuple((one.model, one.operation) for one in self._running))
 
+    def _in_turn(self) -> list[str]:
+        """Return the models with work: the first ones of all owners, the longest unserved first, then the second."""
+        places, counts = list[tuple[int, int, str]](), Counter[str]()
+        for model, queue in self._queues.items():
+            places.append((counts[queue[0].owner], self._served[queue[0].owner], model))
+            counts[queue[0].owner] += 1
+        return [model for *_, model in sorted(places, key=lambda place: place[:2])]
+
     def _receive(self) -> None:
         """Queue the operations whose turn has come. Wait for some if there are none, and for more that come at once."""
-        tickets = self._desk.ready(0.0 if self._queues or self._samples else TICK_SECONDS)
+        # If models wait for a place in memory and nothing was chosen, it is not looked for again at once.
+        tickets = self._desk.ready(0.0 if self._running and (self._queues or self._samples) else TICK_SECONDS)
         end = self._clock() + GATHER_SECONDS
         while tickets:
             for one in tickets:
                 if isinstance(one.operation, Sample):
-                    self._samples.setdefault(one.operation.folder, deque()).append(one)
+                    self._samples.setdefault(one.owner, deque()).append(one)
                 else:
                     self._queues.setdefault(one.model, deque()).append(one)
             now = self._clock()
@@ -129,6 +144,10 @@ class Scheduler:
                 self._steps[one.model] = 0
                 self._desk.saved(one.model, one.number, one.operation.folder)
         self._desk.gauges["models_in_memory"] = len(self._loaded)
+
+    def crashed(self) -> None:
+        """Record that the process ends with an error in the last command."""
+        self._desk.crashed(one.request for one in self._running)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 
@@ -158,7 +177,7 @@ class Scheduler:
         origin = self._desk.origin(model)
         if isinstance(origin, str):
             origin = Create("", 1, 1.0, (), 0, folder=origin, optimizer=True)
-        return Ticket("", model, 0, origin)
+        return Ticket("", "", model, 0, origin)
 
     def _new_state(self, after: Ticket) -> Iterator[Ticket]:
         """Yield the save of a state, if it is due, or if a client's operation has read weights that may be deleted."""
@@ -167,7 +186,7 @@ class Scheduler:
         reads = isinstance(operation, Create | Load) and operation.folder != ""
         if after.request and (reads or self._steps[model] >= self._state_steps):
             folder = str(self._desk.state_folder(model, after.number))
-            yield Ticket("", model, after.number, Save(folder, optimizer=True))
+            yield Ticket("", "", model, after.number, Save(folder, optimizer=True))
 
     # Operations ------------------------------------------------------------------------------------------------------
 
@@ -193,16 +212,16 @@ class Scheduler:
                 yield from self._new_state(one)
 
     def _some_samples(self) -> list[Ticket]:
-        """Return as many samples as are computed at once, those from different weights in turns."""
+        """Return as many samples as are computed at once, those of different owners in turns."""
         found, rows, prompt, new = list[Ticket](), 0, 0, 0
         while self._samples:
-            folder, queue = next(iter(self._samples.items()))
+            owner, queue = next(iter(self._samples.items()))
             one: Any = queue[0].operation
             rows, prompt, new = rows + one.num_samples, max(prompt, len(one.prompt)), max(new, one.max_tokens)
             if found and (rows > self._round_rows or rows * (prompt + new) > self._cache_tokens):
                 break
             found.append(queue.popleft())
-            del self._samples[folder]
+            del self._samples[owner]
             if queue:  # to the end
-                self._samples[folder] = queue
+                self._samples[owner] = queue
         return found

@@ -87,7 +87,7 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
         scheduler = Scheduler(
             front.desk,
             round_tokens=division.capacity * grid.dp_size * to_fill,
-            round_rows=sampler.most_rows,
+            round_rows=sampler.most_rows if division.shares else 0,
             cache_tokens=sampler.cache_tokens,
             most_models=room.num_models,
             state_steps=settings.state_steps,
@@ -97,7 +97,12 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
         while True:
             stop.agree(True)
             command = decided_by_rank_0(scheduler.next if scheduler else WorkerCommand, kind=WorkerCommand)
-            results = worker.run(command)
+            try:
+                results = worker.run(command)
+            except Exception:  # its requests may be the reason, and come again after a restart
+                if scheduler is not None:
+                    scheduler.crashed()
+                raise
             if scheduler is not None:
                 scheduler.answer(results)
 

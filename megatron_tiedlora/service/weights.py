@@ -11,8 +11,8 @@ from megatron_tiedlora.base.files import Guard, discard, remove_leftovers
 from megatron_tiedlora.base.messages import bytes_in_words, nearest_name, shown
 from megatron_tiedlora.parallel.agreement import unpacked
 from megatron_tiedlora.service.database import Database
-from megatron_tiedlora.service.operations import Create
-from megatron_tiedlora.service.records import Limits, Refused, SavedWeights
+from megatron_tiedlora.service.operations import Create, Failure
+from megatron_tiedlora.service.records import Limits, Refused, SamplerInfo, SavedWeights, known
 
 _NEEDED = """
 SELECT samplers.folder FROM samplers JOIN sessions ON sessions.key = session WHERE ended IS NULL
@@ -32,6 +32,7 @@ class WeightFolders:
         for path in folder.glob("models/*"):
             if str(path.relative_to(folder)) not in known:  # it was being forgotten
                 self._remove(path)
+        self._past = set[str]()  # folders of forgotten weights, which may be in memory, so no others get their names
         # Folders to remove when nothing needs them: at the start what a crash may have left.
         self._unwanted = {str(path.relative_to(folder)) for path in folder.glob("models/*/*weights/*")}
 
@@ -64,15 +65,31 @@ class WeightFolders:
         exists |= bool(self.where("key = ?", path))
         if exists and not overwrite:
             raise Refused(409, f"{path} exists; choose another name, or overwrite it")
-        if exists or (self._folder / folder).exists():
+        if exists or folder in self._past or (self._folder / folder).exists():
             folder += f"~{secrets.token_hex(4)}"  # what has the old weights goes on with them, also in a replay
         return path, folder
+
+    def open_sampler(self, owner: str, session: str, number: int, path: str | None) -> str:
+        """Return the id of the sampler `number` of a session. If it is new, it has the weights at `path`, or none."""
+        find = "SELECT key FROM samplers WHERE session = ? AND number = ?"
+        if (row := self._database.row(find, session, number)) is not None:
+            return str(row["key"])
+        folder = "" if path is None else self.at(path, owner).folder
+        key, fields = secrets.token_hex(16), {"path": path or "", "folder": folder}
+        self._database.put("samplers", key=key, owner=owner, session=session, number=number, **fields)
+        return key
+
+    def sampler(self, owner: str, sampler: str) -> SamplerInfo:
+        """Return what is known of a sampler. Raise Refused if it is unknown."""
+        find = "SELECT session, path, folder FROM samplers WHERE key = ? AND owner = ?"
+        return SamplerInfo(*known(self._database.row(find, sampler, owner), "sampler", sampler))
 
     def keep(self, future: Row, model: Row, now: float) -> None:
         """Add the weights that a `Save` has written, and their sampler if they are temporary."""
         extra, folder = json.loads(future["extra"]), future["folder"]
         path, sampler, ttl = extra["path"], extra.get("sampling_session_id", ""), extra["ttl_seconds"]
-        self._unwanted.update(self._database.column("SELECT folder FROM weights WHERE key = ?", path))
+        for replaced in self.where("key = ?", path):
+            self._drop(replaced)
         size = sum(file.stat().st_size for file in (self._folder / folder).rglob("*") if file.is_file())
         common = {"owner": model["owner"], "folder": folder}
         about = {"model": model["model"], "create": model["create"], "created": now}
@@ -84,9 +101,14 @@ class WeightFolders:
 
     def forget(self, weights: SavedWeights) -> None:
         """Remove weights and the sampler that they were saved for."""
-        self._unwanted.add(weights.folder)
+        self._drop(weights)
         self._database.run("DELETE FROM samplers WHERE key = ?", weights.sampler)
         self._database.run("DELETE FROM weights WHERE key = ?", weights.key)
+
+    def _drop(self, weights: SavedWeights) -> None:
+        self._unwanted.add(weights.folder)
+        if not weights.sampler:  # temporary weights have a name that does not come again
+            self._past.add(weights.folder)
 
     def forget_expired(self, now: float, ended: float) -> None:
         """Forget weights whose time is over, and temporary ones of sessions that ended before `ended`."""
@@ -95,16 +117,26 @@ class WeightFolders:
             self.forget(weights)
 
     def make_room(self, owner: str, limits: Limits, now: float) -> None:
-        """Raise Refused if the owner's weights fill the disk limit. Temporary weights that rest are forgotten first."""
-        total = self._database.value("SELECT COALESCE(SUM(size), 0) FROM weights WHERE owner = ?", owner)
+        """Raise Refused if all that is stored of an owner reaches the limit. Temporary weights that rest go first."""
+        total = self._database.stored(owner)
         resting = f"owner = ? AND sampler != '' AND {_LAST_USED} <= ? ORDER BY {_LAST_USED}"
         for weights in self.where(resting, owner, now - limits.answer_seconds):
             if total >= limits.disk_bytes:
                 self.forget(weights)
                 total -= weights.size
         if total >= limits.disk_bytes:
-            said = f"{bytes_in_words(total)} of saved weights reach the limit of {bytes_in_words(limits.disk_bytes)}"
-            raise Refused(400, f"{said}; delete some")
+            said = f"{bytes_in_words(total)} of requests, answers and saved weights"
+            limit = bytes_in_words(limits.disk_bytes)
+            raise Refused(400, f"{said} reach the limit of {limit}; fetch answers, take a step, or delete weights")
+
+    def room_failure(self, owner: str, limits: Limits, now: float) -> Failure | None:
+        """Make room in a transaction. Return None, or a failure if there is none."""
+        try:
+            with self._database.transaction():
+                self.make_room(owner, limits, now)
+        except Refused as error:
+            return Failure(str(error), by_user=True)
+        return None
 
     def remove_unwanted(self) -> None:
         """Remove the folders of forgotten weights that no operation or sampler still needs."""

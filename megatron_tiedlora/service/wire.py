@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from megatron_tiedlora.base.messages import UserError, enumerate_names, naming, nearest_name, shown
 from megatron_tiedlora.parallel.objectives import KINDS
 from megatron_tiedlora.service import wire_pb2
-from megatron_tiedlora.service.operations import Pass, PassResult, SampleResult, ServiceFacts, Top
+from megatron_tiedlora.service.operations import LARGEST, Pass, PassResult, SampleResult, ServiceFacts, Top
 from megatron_tiedlora.service.wire_pb2 import Datum, ForwardBackwardRequest, Tensor, TopkLogprobs
 
 Sent = TypeVar("Sent", ForwardBackwardRequest, Datum)
@@ -70,8 +70,8 @@ def _settings(sent: ForwardBackwardRequest) -> dict[str, float]:
         if name not in known:
             takes = f"{nearest_name(name, known)}; {sent.loss_fn} takes {enumerate_names(tuple(known)) or 'none'}"
             raise UserError(f"loss_fn_config: {shown(name)} is unknown{takes}")
-        if not np.isfinite(value):
-            raise UserError(f"loss_fn_config: {name} is {value}; give a finite number")
+        if not abs(value) <= LARGEST:  # nan neither
+            raise UserError(f"loss_fn_config: {name} is {value}; give a number of at most {LARGEST:g}")
     return settings
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import desk_engine
 from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, Clock, HashEngine, one_pass, step
 
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.operations import Failure, Pass, PassResult, Save, StepResult
+from megatron_tiedlora.service.operations import Done, Failure, Pass, PassResult, Save, StepResult
 from megatron_tiedlora.service.records import Answered, Limits, Refused, Unanswered
 
 
@@ -406,14 +407,19 @@ def test_temporary_weights_live_as_long_as_their_session(service: Service) -> No
     assert status(service.desk.sample, "ann", sampler, 1, SAMPLE) == 404
 
 
-def test_the_disk_limit_drops_temporary_weights_that_rest(service: Service) -> None:
-    service = limited(service, disk_bytes=40)  # two files
+def test_the_disk_limit_drops_temporary_weights_that_rest(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = desk_engine._write
+    monkeypatch.setattr(desk_engine, "_write", lambda folder, state: write(folder, {**state, "large": "x" * 20_000}))
+    service = limited(service, disk_bytes=40_000)  # two files
     model = service.model()
     first = service.saved(model, 1, None, session_number=0)["sampling_session_id"]
-    service.saved(model, 2, None, session_number=1)
-    assert status(service.desk.save, "ann", model, 3, None, kind="sampler_weights") == 400
+    waiting = [service.desk.save("ann", model, number, f"w{number}", kind="weights") for number in (2, 3)]
+    assert service.result(waiting[0]) == Done()
+    assert "of requests, answers and saved weights reach the limit of 40.00 kB" in service.result(waiting[1]).message
+    passed = one_pass(*range(20, 2020))
+    assert status(service.desk.submit, "ann", model, 4, passed) == 400
     service.clock.now += 601
-    service.saved(model, 3, None, session_number=2)
+    assert isinstance(service.result(service.desk.submit("ann", model, 4, passed)), PassResult)
     assert status(service.desk.sampler_of, "ann", first) == 404
     service.desk.close()
 
@@ -453,10 +459,10 @@ def test_a_session_lapses_and_comes_back_with_its_model(service: Service) -> Non
     model = service.model()
     found = windows(service, model, one_pass(1), step())
     service.wait(601)
-    assert service.desk.lapsed() == [model]
+    assert service.desk.lapsed([model]) == [model]
     service.engine.unload()
     request = service.desk.submit("ann", model, 3, one_pass(2))
-    assert service.desk.lapsed() == []
+    assert service.desk.lapsed([model]) == []
     service.result(request)
     assert int(service.engine.weights[model], 16) == found[-1].grad_norm
 
@@ -469,7 +475,7 @@ def test_a_finished_session_is_over(service: Service) -> None:
     service.desk.finish_session("ann", session)
     assert status(service.desk.heartbeat, "ann", session) == 410
     assert status(service.desk.submit, "ann", model, 2, one_pass(1)) == 410
-    assert service.desk.lapsed() == [model]
+    assert service.desk.lapsed([model]) == [model]
     service.engine.unload()
     service.wait(610)
     assert status(service.desk.model_of, "ann", model) == 404

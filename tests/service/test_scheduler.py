@@ -16,7 +16,18 @@ from support.desk_engine import BAD_TOKEN, CREATE, SAMPLE, HashEngine, digest, o
 
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.operations import Create, Done, Failure, Load, OperationResult, Pass, Sample, Save
+from megatron_tiedlora.service.operations import (
+    Create,
+    Done,
+    Failure,
+    Load,
+    OperationResult,
+    Pass,
+    PassResult,
+    Sample,
+    Save,
+    StepResult,
+)
 from megatron_tiedlora.service.records import Answered, Limits
 from megatron_tiedlora.service.scheduler import IDLE_SECONDS, TURN_SECONDS, Scheduler
 from megatron_tiedlora.service.worker import WorkerCommand
@@ -194,17 +205,65 @@ def test_samples_share_a_command_up_to_its_limits(tmp_path: Path, samples: list[
     assert [len(samples_of(service.turn())) for _ in sizes] == sizes
 
 
-def test_samples_of_different_weights_take_turns(tmp_path: Path) -> None:
-    service = Service(tmp_path / "service", 1)
-    model, _ = service.create(0)
-    service.desk.save("ann", model, 1, "first", kind="sampler_weights")
-    service.turn(), service.turn()
-    path = f"tinker://{model}/sampler_weights/first"
-    base, other = (service.desk.open_sampler("ann", service.session, n, path=p) for n, p in enumerate((None, path)))
+def test_owners_take_turns_however_many_models_and_samples_one_has(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 6, round_tokens=2)
+    bob = service.desk.open_session("bob", metadata={})
+    sampler = service.desk.open_sampler("ann", service.session, 0, path=None)
+    others = service.desk.open_sampler("bob", bob, 0, path=None)
+    models = [service.create(number)[0] for number in range(4)]
+    service.desk.create("bob", bob, 0, CREATE, info={})
+    service.turn()
+    for model in models:
+        service.desk.submit("ann", model, 1, one_pass(30, 31))
+    for number in range(1, 4):
+        service.desk.submit("bob", f"{bob}:train:0", number, one_pass(40, 41))
     for number in range(5):
-        service.desk.sample("ann", base, number, SAMPLE)
-    service.desk.sample("ann", other, 0, SAMPLE)
-    assert [bool(sample.folder) for sample in samples_of(service.turn())] == [False, True]
+        service.desk.sample("ann", sampler, number, SAMPLE)
+    service.desk.sample("bob", others, 0, replace(SAMPLE, seed=9))
+    commands = [service.turn() for _ in range(6)]
+    served = [model in models for command in commands for model, _ in passes_of(command)]
+    assert served == [True, False, True, False, True, False]
+    assert [sample.seed == 9 for sample in samples_of(commands[0])] == [False, True]
+
+
+def test_an_operation_that_ends_the_server_again_and_again_fails(tmp_path: Path) -> None:
+    """Operations that ran together with it fail too, and later ones do not."""
+    for crashes in (3, 2):
+        folder = tmp_path / str(crashes)
+        service = Service(folder, 1)
+        model, _ = service.create(0)
+        service.turn()
+        requests = [service.desk.submit("ann", model, 1, one_pass(30)), service.desk.submit("ann", model, 2, step())]
+        for _ in range(crashes):
+            service.scheduler.next()
+            service.scheduler.crashed()
+            service.desk.close()
+            service = Service(folder, 1)
+        for _ in range(4):
+            service.turn()
+        found = [type(service.result(request)) for request in requests]
+        assert found == ([Failure, Failure] if crashes == 3 else [PassResult, StepResult])
+        if crashes == 3:
+            assert "ended 3 times" in service.result(requests[0]).message
+        later = service.desk.submit("ann", model, 3, one_pass(31))
+        service.turn()
+        assert isinstance(service.result(later), PassResult), "what had been answered is not blamed"
+        service.desk.close()
+
+
+def test_nothing_is_asked_in_a_loop_while_a_model_waits_for_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(tmp_path / "service", 1)
+    service.create(0), service.turn()
+    service.create(1)
+    waited = list[float]()
+    ready = service.desk.ready
+    monkeypatch.setattr(service.desk, "ready", lambda seconds: waited.append(seconds) or ready(0.0))
+    monkeypatch.setattr(module, "TICK_SECONDS", 5.0)
+    for _ in range(3):
+        assert not service.turn().operations
+    assert waited.count(5.0) >= 2
 
 
 def test_the_first_sample_waits_for_those_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ FAULTS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "infinite": (
         lambda sent: (become_dro(sent), sent.message.loss_fn_config.update({"beta": float("inf")})),
-        "loss_fn_config: beta is inf; give a finite number",
+        "loss_fn_config: beta is inf; give a number of at most 1e+30",
     ),
     "no number": (lambda sent: sent.message.ClearField("seq_id"), "seq_id 0: is missing"),
     "no model": (lambda sent: sent.message.ClearField("model_id"), "model_id '' or seq_id 1: is missing"),

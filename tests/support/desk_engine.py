@@ -122,7 +122,7 @@ class HashEngine:
         elif isinstance(operation, Save):
             _write(operation.folder, {"weights": weights})
         elif isinstance(operation, Load):
-            self.weights[model] = _read(operation.folder)["weights"]
+            self.weights[model], self.gradients[model] = _read(operation.folder)["weights"], []
         return Done()
 
     def save(self, model: str) -> None:
@@ -133,7 +133,7 @@ class HashEngine:
 
     def unload(self) -> None:
         """Save and drop the models whose sessions have ended."""
-        for model in self.desk.lapsed():
+        for model in self.desk.lapsed(list(self.weights)):
             if model in self.weights:
                 self.save(model)
                 self.drop(model)

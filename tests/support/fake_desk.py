@@ -172,6 +172,9 @@ class FakeDesk:
         if self.answers[request][1] is not None:
             call()
 
+    def forget_call(self, request: str, call: Callable[[], None]) -> None:
+        self.answers[request][2].remove(call)
+
     def taken(self, owner: str, request: str) -> None:
         self.events.append(("taken", owner, request))
 
@@ -183,7 +186,7 @@ class FakeDesk:
         for request, answer in self.waiting:
             owner, _, calls = self.answers[request]
             self.answers[request] = (owner, answer, calls)
-            for call in calls:
+            for call in list(calls):
                 call()
         self.waiting.clear()
 
