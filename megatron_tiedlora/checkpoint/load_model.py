@@ -295,7 +295,8 @@ def layerwise_loss(
             for batch, states in zip(group, hidden, strict=True):
                 supervised = batch.supervised()
                 rows = states.flatten(0, 1)[supervised.rows][None].to(device)
-                total += head(rows, TensorParallel(), supervised.moved(lambda tensor: tensor.to(device))).item()
+                supervised = supervised.moved(lambda tensor: tensor.to(device))
+                total += supervised.summed(head(rows, TensorParallel(), supervised)).item()
     return total
 
 

@@ -106,9 +106,7 @@ class Supervised(NamedTuple):
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
         """Return a copy with `move` applied to every tensor."""
-        rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
-        inputs = None if self.inputs is None else move(self.inputs)
-        return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels, inputs=inputs)
+        return Supervised._make(move(value) if isinstance(value, Tensor) else value for value in self)
 
     def summed(self, losses: Tensor) -> Tensor:
         """Return the sum of the losses, () or (adapters,), from the cross entropy of each label (n,), and report it."""
@@ -162,10 +160,9 @@ def find_supervised(
     joined, chosen = torch.cat(local_rows), torch.cat(supervised)
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
     chosen_rows = rows[chosen]
-    result = Supervised(rows, joined, chosen, labels.flatten()[chosen_rows], objectives=objectives)
-    if inputs is not None:
-        result = result._replace(inputs=inputs.flatten(1)[:, chosen_rows])
-    return result._replace(spans=tuple(of_rows), supervised_spans=tuple(of_supervised)) if spans else result
+    own_spans = (tuple(of_rows), tuple(of_supervised)) if spans else ((), ())
+    own_inputs = None if inputs is None else inputs.flatten(1)[:, chosen_rows]
+    return Supervised(rows, joined, chosen, labels.flatten()[chosen_rows], *own_spans, objectives, own_inputs)
 
 
 # Documents ------------------------------------------------------------------------------------------------------------
