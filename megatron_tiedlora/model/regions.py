@@ -83,7 +83,8 @@ class RegionEntry:
             narrow = None if ax is None else self.rows.columns(ax.detach(), local=True)
             joined = normed.detach() if narrow is None else beside(normed.detach(), narrow)
             self._width = None if narrow is None else narrow.shape[-1]
-            self._sent = groups.start_all_gather(joined[0], self.tensor_parallel.group, async_op=self._overlap)
+            own = self.tensor_parallel
+            self._sent = groups.start_all_gather(joined[0], own.group, async_op=own.overlap)
 
     def receive(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return x and A x of complete sequences, (b, s, n), from what `send` has sent. A x is kept if it was not."""
@@ -109,7 +110,7 @@ class RegionEntry:
         gradient is then computed from this rank's shard of x. Without sequence parallelism, A's gradient is this rank's
         partial sum, from all of x. In both cases, the gather of A sums A's gradient over ranks in its backward pass.
         """
-        group = self.tensor_parallel.group
+        group, overlap = self.tensor_parallel.group, self.tensor_parallel.overlap
         if self.in_parts and grad_x is not None:
             grad_x = groups.end_to_end(grad_x)
         if self.in_parts and self.needs.a:
@@ -117,16 +118,16 @@ class RegionEntry:
             joined = self.rows.columns(grad_ax, local=False)
             self._width = joined.shape[-1]
             joined = joined if grad_x is None else beside(grad_x, joined)
-            pending = groups.start_reduce_scatter(joined[0], group, async_op=self._overlap)
+            pending = groups.start_reduce_scatter(joined[0], group, async_op=overlap)
             self._gradients = (pending, None)
         elif grad_x is None:
             self._gradients = (None, grad_ax)
         else:
             grad_x = self.rows.add_input_gradient_(grad_x, grad_ax, a, local=False)
             if self.in_parts:
-                pending = groups.start_reduce_scatter(grad_x[0], group, async_op=self._overlap)
+                pending = groups.start_reduce_scatter(grad_x[0], group, async_op=overlap)
             else:
-                pending = groups.start_all_reduce(grad_x, group, async_op=self._overlap)
+                pending = groups.start_all_reduce(grad_x, group, async_op=overlap)
             self._gradients = (pending, grad_ax)
 
     def receive_gradients(self, a: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -147,10 +148,6 @@ class RegionEntry:
         grad_x, narrow = apart(grad_x, self._width)
         grad_ax = self.rows.of_columns(narrow, local=True)
         return self.rows.add_input_gradient_(grad_x, grad_ax, a, local=True), grad_ax
-
-    @property
-    def _overlap(self) -> bool:
-        return self.tensor_parallel.overlap
 
     def take(self) -> MatmulInput | None:
         """Return `operand`, and forget it."""

@@ -40,7 +40,7 @@ from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import first_messages, sum_over_ranks
 from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, FrozenWeight, WeightMaker, padded
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, marking
@@ -302,7 +302,7 @@ def choose_kernels(plan: RunPlan, device: torch.device, *, ranks: Collection[int
             except UserError as error:
                 failure = str(error)
         sum_over_ranks([0.0])  # wait for all ranks
-    failure = first_message(failure)
+    (failure,) = first_messages([failure])
     if failure is None:
         slow = slow if device.type == "cpu" else ""  # compiled for a GPU, the plain code is one kernel
         return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s{slow}")
