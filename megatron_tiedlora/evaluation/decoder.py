@@ -122,15 +122,14 @@ class Decoder:
             rows: the input of each adapter.
             wanted: for each adapter, the position in each sequence whose logits are returned, (b,) int64.
             labels: for each adapter, the labels of its tokens, (b, s) int64.
-            report: a function that gets the log-probabilities of the labels on the last stage, (tokens, 1 + 2 num_top)
-                as in `label_logprobs`, instead of losses.
+            report: a function that gets the log-probabilities of the labels on the last stage, as in `Stage.predict`,
+                instead of losses.
 
         Returns:
             for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`
                 and without `report`, the loss of each token, (tokens,).
         """
-        flat = None if report is None else lambda found: report(found.flatten(0, 1))
-        call = _, predict, inputs, positions = self._call(rows, wanted, labels, num_top=num_top, report=flat)
+        call = _, predict, inputs, positions = self._call(rows, wanted, labels, num_top=num_top, report=report)
         if self.pipeline.rank > 0:
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         if self.graphs is not None and rows[0].caches[0].filled and wanted is None and labels is None:

@@ -416,7 +416,7 @@ class _Part:
             labels.append(pad_right(rows, IGNORED_LABEL, self.decoder.device))
 
         def report(found: torch.Tensor) -> None:
-            parts = found.split([part.numel() for part in labels])
+            parts = found.flatten(0, 1).split([part.numel() for part in labels])
             for (batch, run), part, own in zip(call, parts, labels, strict=True):
                 of_rows = zip(part.view(*own.shape, -1), batch.firsts[run], strict=True)
                 batch.prompt_numbers += [numbers[: len(batch.prompts[row])] for numbers, row in of_rows]

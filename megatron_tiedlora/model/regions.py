@@ -187,7 +187,7 @@ class RegionEntry:
 
 
 class Entered(NamedTuple):
-    """The results of `enter`.
+    """The results of `NormedLinear.enter`.
 
     Attributes:
         hidden: y, the input of the layer's norm, in the shape of activations between layers.
@@ -200,30 +200,15 @@ class Entered(NamedTuple):
     entry: RegionEntry
 
 
-def enter(
-    hidden: Tensor,
-    addend: Tensor | None,
-    entry: RegionEntry,
-    *,
-    a: Tensor | None,
-    grad_a: Tensor | None,
-    norm: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float | None,
-) -> Entered:
-    """Compute y, x and A x, and start to send x and A x.
+class Enter(torch.autograd.Function):
+    """Computes y, x and A x. Send x and A x afterwards (`RegionEntry.send`).
 
     Args:
         hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
         a, grad_a: the factor A of the update of the next linear, and its gradient slot.
         norm, norm_bias, eps: the norm; None if there is none.
     """
-    total, normed, ax = _Entered.apply(hidden, addend, grad_a, entry, a, norm, norm_bias, eps)
-    entry.send(normed, ax)
-    return Entered(total, normed, ax, entry)
 
-
-class _Entered(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
