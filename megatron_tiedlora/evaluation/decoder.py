@@ -17,7 +17,6 @@ from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterSegment, Adap
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, DecodeStep, find_step_graphs
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
@@ -45,18 +44,12 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        groups: ParallelGroups,
-        shape: ModelShape,
-        *,
-        calls_together: bool = False,
-        sampling: Sampling = GREEDY,
+        self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
-        """Prepare to call a stage in evaluation mode. `sampling` says how `generate` chooses tokens. With
-        `calls_together`, all ranks must make the same number of calls, because ZeRO-3 gathers weights in each call."""
+        """Prepare to call a stage in evaluation mode. With `calls_together`, all ranks must make the same number of
+        calls, because ZeRO-3 gathers weights in each call."""
         self.stage, self.pipeline, self.choices = stage, groups.pipeline, groups.choices
-        self.shape, self.calls_together, self.sampling = shape, calls_together, sampling
+        self.shape, self.calls_together = shape, calls_together
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
