@@ -12,7 +12,6 @@ format, for https://ui.perfetto.dev. The trace is written after step LAST, or at
 LAST. Profiling makes the steps slower, and metrics.jsonl has the slower times.
 """
 
-import gzip
 import itertools
 import logging
 import os
@@ -235,10 +234,9 @@ class StepProfiler:
             recording.stop()
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as scratch, new_file(target, guard=self._folder.guard) as unfinished:
-                plain = Path(scratch, "trace.json")
-                recording.export_chrome_trace(str(plain))
-                with plain.open("rb") as trace, gzip.open(unfinished, "wb") as compressed:
-                    shutil.copyfileobj(trace, compressed)
+                trace = Path(scratch, target.name)
+                recording.export_chrome_trace(str(trace))  # compressed, by its name
+                shutil.copyfile(trace, unfinished)
         except (OSError, UserError, RuntimeError) as error:
             show(f"note: --profile: {target} cannot be written ({first_line(error)})", file=sys.stderr)
 
