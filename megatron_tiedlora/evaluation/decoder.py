@@ -155,13 +155,13 @@ class Decoder:
         segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
-        picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
+        of_tokens = None if labels is None else labels[0]
         if len(rows) > 1:
             tokens = concatenated([some.tokens for some in rows])[None]
             positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
             of_tokens = None if labels is None else concatenated(labels)[None]
-            picked = None if wanted is None else torch.cat(list(_among_all(segments, wanted)))
+        picked = None if wanted is None else torch.cat(list(_among_all(segments, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)

@@ -48,18 +48,14 @@ class SupervisedTail:
     tensor_parallel: TensorParallel
 
     def logits(self, attended: Attended, *, wanted: Tensor | None = None, segments: AdapterSegments = ()) -> Tensor:
-        """Return logits, equal on every rank: (b, s, V), or (b, 1, V) for one position per row, `wanted` (b,) int64.
-
-        With several adapters, there is one position for each of their rows, as an index into all tokens (1, s).
-        """
+        """Return logits, equal on every rank: (b, s, V), or (n, 1, V) for the tokens `wanted`, see `Stage.predict`."""
         (size, length), some = attended.attention_output.shape[:2], None
         if wanted is not None:
             assert not self.tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-            rows = torch.arange(size, device=wanted.device) * length + wanted
             spans = tuple(
                 RowSpan(number, segment.num_rows) for number, segment in enumerate(segments) if len(segments) > 1
             )
-            some = SomeTokens(rows, rows, spans, spans)
+            some = SomeTokens(wanted, wanted, spans, spans)
         joined, update = self._join(attended, some)
         logits: Tensor = self.head(self._add_mlp(joined, update), self.tensor_parallel)
         return logits.view(size, length, -1) if some is None else logits.transpose(0, 1)
