@@ -295,8 +295,7 @@ def layerwise_loss(
             for batch, states in zip(group, hidden, strict=True):
                 supervised = batch.supervised()
                 rows = states.flatten(0, 1)[supervised.rows][None].to(device)
-                supervised = supervised.moved(lambda tensor: tensor.to(device))
-                total += supervised.summed(head(rows, TensorParallel(), supervised)).item()
+                total += head(rows, TensorParallel(), supervised.moved(lambda tensor: tensor.to(device))).sum().item()
     return total
 
 

@@ -92,9 +92,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         show(*headline(plans, scored, attention))
     # With vLLM, no other rank waits for this one.
     with nullcontext() if uses_vllm else stop.deferred(), closing(answerer):
-        answers = answer_all(
-            answerer, scored, grid=plan.grid, sampling=plan.sampling, agree=stop.agree, progress=is_main
-        )
+        answers = answer_all(answerer, scored, plan.sampling, grid=plan.grid, agree=stop.agree, progress=is_main)
     if output is None:
         return
     stop.raise_if_requested()

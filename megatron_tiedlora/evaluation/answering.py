@@ -159,9 +159,9 @@ class Answerer:
 def answer_all(
     answerer: Answerer,
     scored: Mapping[str, ScoredSet],
+    sampling: Sampling = GREEDY,
     *,
     grid: Grid,
-    sampling: Sampling = GREEDY,
     agree: generation.Agree = bool,
     progress: bool = False,
 ) -> dict[str, list[Answer]]:

@@ -61,8 +61,7 @@ def meet(device: torch.device, timeout: timedelta) -> None:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
     here = (socket.gethostname(), gpu_name(device))
     gpus = gather_on_rank_0(here, kind=tuple[str, str])
-    (problem,) = first_messages([None if gpus is None else _shared_gpus(gpus)])
-    if problem:
+    if problem := first_messages([None if gpus is None else _shared_gpus(gpus)])[0]:
         raise UserError(problem)
 
 
