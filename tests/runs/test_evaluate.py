@@ -133,7 +133,7 @@ def test_every_form_of_an_adapter_answers_alike(models: Models, alone: Path, tmp
 def count_prompts() -> None:
     """Print how many prompts each batch of the rank has."""
     before_call(
-        "megatron_tiedlora.evaluation.answering",
+        "megatron_tiedlora.evaluation.generate",
         "generate",
         lambda _, asked: print(f"prompts: {len(asked[0].prompts)}", file=sys.stderr),
     )
