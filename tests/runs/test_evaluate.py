@@ -262,7 +262,7 @@ def test_ranks_that_read_other_rows_are_refused(models: Models, tmp_path: Path) 
 def stop_at_call(number: int, rank: str) -> None:
     """Rank `rank` is told to stop before the second batch; the others are not."""
     if os.environ["RANK"] == rank:
-        kill_at_call("megatron_tiedlora.evaluation.answering", "generate", call=2, number=number)
+        kill_at_call("megatron_tiedlora.evaluation.generate", "generate", call=2, number=number)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
