@@ -27,7 +27,7 @@ from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.data.tokenizer import tokenizer_hash
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import stored_format
-from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, coded_shapes, stored_shapes, weight_rules
 
 MERGE_RECORD = "tiedlora_merge.json"  # a file in a model's folder that describes the merged adapter
 
@@ -142,7 +142,7 @@ def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -
     codes. For a folder with several dtypes, the result represents the values of all linears.
     """
     fitting = list(_NARROW)
-    for name in stored_shapes(quantised_rules(shape)):
+    for name in coded_shapes(shape):
         values = weights.sample(name)
         fitting = [kind for kind in fitting if torch.equal(values.to(_NARROW[kind]).to(values.dtype), values)]
     return fitting[0] if fitting else "fp32"

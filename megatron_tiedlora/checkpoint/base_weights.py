@@ -26,9 +26,9 @@ from megatron_tiedlora.checkpoint.tensor_files import damaged_model
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat
-from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, coded_shapes, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
-from megatron_tiedlora.parallel.groups import ALONE, RankGroup, largest_of_all
+from megatron_tiedlora.parallel.groups import ALONE, RankGroup, all_reduce
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
@@ -122,7 +122,7 @@ class BaseWeights(WeightFiles):
         self.others = [name for name in self.file_of if not name.startswith(own)]
         self.bytes_read = 0
         self._stored = None if stored is None else tensor_files.StoredWeights(stored, self.stored)
-        self._quantised = {} if stored is None else stored_shapes(quantised_rules(shape))
+        self._quantised = {} if stored is None else coded_shapes(shape)
         embedding, head = (f"{linear.sources[0].module}.weight" for linear in (shape.embedding, shape.head))
         names = {*stored_shapes(self.rules), head}
         if stored is not None:
@@ -201,7 +201,7 @@ class BaseWeights(WeightFiles):
             size, start = block.stop - block.start, block.start + (stored.start if dim == 0 else 0)
             part, columns = slice(start, start + size), None
             if dim == 1 and group.size > 1:
-                largest = partial(largest_of_all, group=group)
+                largest = partial(all_reduce, group=group, op=torch.distributed.ReduceOp.MAX)
                 columns = Columns(part.start, part.stop, rule.shape[1], largest)
                 part = target.columns_to_read(columns)
             if self._stored is not None and stored.name in self._quantised and isinstance(target, QuantisedWeight):

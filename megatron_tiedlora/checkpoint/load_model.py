@@ -38,7 +38,7 @@ from megatron_tiedlora.data.task import Task
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stage_weight_rules, stored_shapes, weight_rules
+from megatron_tiedlora.model.weights import WeightRule, coded_shapes, stage_weight_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.agreement import num_differing
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, TensorParallel
@@ -91,7 +91,7 @@ class MergedWeights(BaseWeights):
         super().__init__(source.weights_folder(), source.shape, source.stored)
         self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
         self._adapted = {} if adapter is None else changed_tensors(adapter.config, source.shape)
-        self._requantised = frozenset(() if base_format is None else stored_shapes(quantised_rules(source.shape)))
+        self._requantised = frozenset(() if base_format is None else coded_shapes(source.shape))
         self.changed = self._requantised.union(self._adapted)
         self._last: tuple[str, Tensor, Tensor] | None = None  # name, A' (r, in), and the tensor's rows of B'
 
@@ -295,7 +295,7 @@ def layerwise_loss(
             for batch, states in zip(group, hidden, strict=True):
                 supervised = batch.supervised()
                 rows = states.flatten(0, 1)[supervised.rows][None].to(device)
-                total += head(rows, TensorParallel(), supervised.moved(lambda tensor: tensor.to(device))).item()
+                total += head(rows, TensorParallel(), supervised.moved(lambda tensor: tensor.to(device))).sum().item()
     return total
 
 

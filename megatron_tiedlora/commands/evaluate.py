@@ -81,7 +81,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         adapters = {n: own.adapter for n, own in plans.items() if own.adapter is not None}
         stage = load(plan.source, plan.adapter if ONLY in plans else adapters)
         attention = str(stage.attention_route(device, plan.dtype))
-        answerer = Answerer(Decoder(stage, groups, plan.source.shape, sampling=plan.sampling))
+        answerer = Answerer(Decoder(stage, groups, plan.source.shape))
     else:
         from megatron_tiedlora.integrations.vllm.answerer import VllmAnswerer
 
@@ -92,7 +92,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         show(*headline(plans, scored, attention))
     # With vLLM, no other rank waits for this one.
     with nullcontext() if uses_vllm else stop.deferred(), closing(answerer):
-        answers = answer_all(answerer, scored, grid=plan.grid, agree=stop.agree, progress=is_main)
+        answers = answer_all(answerer, scored, plan.sampling, grid=plan.grid, agree=stop.agree, progress=is_main)
     if output is None:
         return
     stop.raise_if_requested()

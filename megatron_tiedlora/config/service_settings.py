@@ -5,19 +5,13 @@ from functools import partial
 from typing import ClassVar, Literal
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.config.fields import CommandSettings, setting_field, shared_field
+from megatron_tiedlora.config.fields import CommandSettings, marked, setting_field, shared_field
 from megatron_tiedlora.config.settings import DEFAULT_MODEL, DEFAULT_TASK, Settings, make_settings
 
 _train = partial(shared_field, Settings)
 _model = partial(setting_field, "model")
 _service = partial(setting_field, "run")
 _limit = partial(setting_field, "limits", ge=1)
-
-# The settings that a service and a run share. They decide the base and its layout.
-_SHARED = (
-    "model", "tokenizer", "dtype", "base", "products", "max_length", "ds_config", "tensor_parallel",
-    "pipeline_parallel", "sequence_parallel", "compile", "recompute", "micro_batch_size", "timeout_minutes",
-)
 
 
 class ServiceSettings(CommandSettings, command="serve-training"):
@@ -73,7 +67,7 @@ answered: after a crash, the same command goes on, and clients notice a pause. C
                                           group="speed")
     share_micro_batches: bool = _train(
         "share_micro_batches", "fill a micro-batch with rows of several models; false: each model has the bits of a"
-        " service alone at every layout", group="speed",
+        " service alone at every layout", group="speed", shared=False,
     )
     state_steps: int = setting_field("speed", "steps of a model between saved states", 8, ge=1)
 
@@ -90,12 +84,12 @@ answered: after a crash, the same command goes on, and clients notice a pause. C
     def train(self, world_size: int, *, width: int) -> Settings:
         """Return the settings of a run on `world_size` ranks with a usual adapter, which decides how the layers of the
         base are divided into stages. `width` is the hidden size of the model."""
-        given = self.model_dump(include=set(_SHARED) & self.model_fields_set)
+        given = self.model_dump(include=set(marked(ServiceSettings, shared=True)) & self.model_fields_set)
         given |= {"ds_config": self.ds_config, "compile": self.compile}
         rows = {"task": DEFAULT_TASK} if self.model == DEFAULT_MODEL else {"task": "custom", "train_file": "of clients"}
         rank, samples = min(8, self.largest_rank(width)), 64 * world_size * (self.micro_batch_size or 1)
         return make_settings({
-            **given, **rows, "method": self.method, "rank": rank, "targets": TARGET_NAMES, "alpha": self.alpha,
+            **given, **rows, "rank": rank, "targets": TARGET_NAMES, "alpha": self.alpha,
             "schedule": "constant", "warmup_steps": 0, "global_batch_size": samples,
         })
 

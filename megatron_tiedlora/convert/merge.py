@@ -26,7 +26,7 @@ from megatron_tiedlora.checkpoint import base_identity, native_adapter, sources,
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, ReadRows, row_blocks
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
-from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
+from megatron_tiedlora.model.weights import coded_shapes, stored_shapes
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
 # Files that are copied from the base in addition to its weights. Its other files are not part of the model. tekken.json
@@ -205,7 +205,7 @@ class _MergedFiles:
         Without `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
         Raise UserError if a tensor outside of the text tower is quantised.
         """
-        weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
+        weights, quantised = self.weights, coded_shapes(self.source.shape)
         embedding = weights.rules[0].hf_names[0]
         found = []
         for name, shape in stored_shapes(weights.rules).items():

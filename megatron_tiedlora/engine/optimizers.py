@@ -15,7 +15,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup
@@ -34,10 +33,10 @@ class OwnOptimizer:
 
     Attributes:
         optimizer: the optimizer of this rank's trained tensors, or of one unused tensor if the rank has none.
-        max_norm: the norm to which the gradients are clipped; 0 if they are not clipped.
+        max_norm: the norm to which the gradients are clipped; 0 if they are not clipped here.
     """
 
-    optimizer: Optimizer
+    optimizer: Any
     scheduler: LambdaLR
     max_norm: float
 
@@ -57,26 +56,22 @@ class Optimizers:
 
     engine_steps: ClassVar[bool] = False  # whether the engine holds and steps the optimizer
 
-    def optimizer(self, name: str) -> Any:
-        """Return the optimizer of the adapter `name`."""
-        return self.own[name].optimizer
-
     def begin(self, num_micro_batches: int) -> None:
         """Begin a step of `num_micro_batches` backward passes on this rank."""
 
     def sum_tied(self) -> None:
         """Do nothing. `EngineOptimizer` sums tied gradients here, before a pipeline engine averages gradients."""
 
-    def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
+    def divisors(self, num_supervised: int, num_passes: int) -> tuple[float, ...]:
         """Return the divisors of a micro-batch's summed loss. They are applied one by one before the backward pass.
 
         With ZeRO-1 to 3, DeepSpeed itself divides by the second one, so the results are bit-equal.
 
         Args:
             num_supervised: the number of supervised tokens in the adapter's global batch.
+            num_passes: accumulation steps x data-parallel ranks.
         """
-        count = accumulation_steps * dp_size
-        return num_supervised / count, count
+        return num_supervised / num_passes, num_passes
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
         """Sum gradients over ranks for adapters that take a step. Return this rank's tensors without a gradient."""
@@ -103,12 +98,12 @@ class Optimizers:
     def set_numbers(self, name: str, *, max_norm: float, **numbers: Any) -> None:
         """Set the clipping and AdamW's `lr`, `betas`, `eps` and `weight_decay` for an adapter's next step."""
         self.own[name] = replace(self.own[name], max_norm=max_norm)
-        for group in self.optimizer(name).param_groups:
+        for group in self.own[name].optimizer.param_groups:
             group.update(numbers)
 
     def learning_rate(self, name: str) -> float:
         """Return the learning rate of the adapter's next step, for factors that have no multiple of it."""
-        rates = {group["factor"]: group["lr"] for group in self.optimizer(name).param_groups}
+        rates = {group["factor"]: group["lr"] for group in self.own[name].optimizer.param_groups}
         return cast(float, rates[1.0] if 1.0 in rates else max(rates.values()) / max(rates))
 
     def clear(self, names: Iterable[str]) -> None:
@@ -133,7 +128,7 @@ class Optimizers:
         }
 
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
-        state = self.optimizer(name).state
+        state = self.own[name].optimizer.state
         return cast(Tensor, state[parameter][moment]) if parameter in state else torch.zeros_like(parameter)
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
@@ -141,7 +136,7 @@ class Optimizers:
 
         torch's AdamW creates its state at the first step, so the state is created here, with the parameters' layout.
         """
-        state = self.optimizer(name).state
+        state = self.own[name].optimizer.state
         for tensor, parameter in trained_parameters(self.adapter_group.adapters[name]).items():
             state[parameter] = _fresh_state(parameter, step)
             for moment in MOMENTS:
@@ -154,16 +149,13 @@ class EngineOptimizer(Optimizers):
     engine_steps = True
 
     def __init__(self, engine: Any, adapter_group: AdapterGroup, groups: ParallelGroups, config: EngineConfig) -> None:
-        super().__init__(adapter_group, groups, {}, engine.device)
+        own = OwnOptimizer(engine.optimizer, engine.lr_scheduler, 0.0)
+        super().__init__(adapter_group, groups, {ONLY: own}, engine.device)
         (self._adapter,) = adapter_group.adapters.values()
         self._engine, self._config = engine, config
         self._missing: Missing = {}
         pipelined = groups.pipeline.size > 1
         self._step = engine._exec_optimizer_step if pipelined else engine.step
-
-    def optimizer(self, name: str) -> Any:
-        """See `Optimizers.optimizer`."""
-        return self._engine.optimizer
 
     def begin(self, num_micro_batches: int) -> None:
         """See `Optimizers.begin`."""
@@ -174,9 +166,9 @@ class EngineOptimizer(Optimizers):
         """Sum the tied gradients over stages and data-parallel ranks, before the engine averages over the latter."""
         self._missing = sum_gradients_({ONLY: self._adapter}, self.groups, engine_averages=True)
 
-    def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """See `Optimizers.divisors`. DeepSpeed itself divides by accumulation steps x data-parallel ranks."""
-        return (num_supervised / (accumulation_steps * dp_size),)
+    def divisors(self, num_supervised: int, num_passes: int) -> tuple[float, ...]:
+        """See `Optimizers.divisors`. DeepSpeed itself divides by `num_passes`."""
+        return (num_supervised / num_passes,)
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
         """See `Optimizers.sum_gradients`."""

@@ -152,20 +152,16 @@ class Runner:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
-    def forward(self, batch: MicroBatch, losses: Losses | None = None) -> Tensor:
-        """Return the summed loss of a micro-batch: a scalar, or one loss per adapter, (segments,), for several.
-
-        Args:
-            losses: records the losses of tokens, if wanted.
-        """
-        supervised = self._supervised(batch, losses or Losses({}))
+    def _loss(self, batch: MicroBatch, losses: Losses) -> Tensor:
+        """Run the forward pass of a micro-batch, and record its losses. Return the sum of the divided losses."""
+        supervised = self._supervised(batch, losses)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         token_index = None if batch.token_index is None else self._on_device(batch.token_index)
         # Document ids stay on the host, where their boundaries are computed.
         with self.each_forward():
             more = {"documents": batch.documents, "token_index": token_index, "segments": batch.segments}
-            loss: Tensor = self.engine(tokens, positions, supervised, **more)
-        return loss
+            summed: Tensor = self.engine(tokens, positions, supervised, **more)
+        return losses.weighted(summed, batch.segments)
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
         """Run the forward and backward passes of a step, and record their losses."""
@@ -174,7 +170,7 @@ class Runner:
             # packed steps, so DeepSpeed cannot count them itself.
             steps = self.optimizers.engine_steps and index == len(batches)
             self.engine.set_gradient_accumulation_boundary(steps)
-            self.engine.backward(losses.weighted(self.forward(batch, losses), batch.segments))
+            self.engine.backward(self._loss(batch, losses))
             if not steps:
                 self.engine.step()  # changes no parameter
             if index < len(batches):
@@ -185,7 +181,7 @@ class Runner:
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
         """Run the forward pass of each micro-batch and record its losses in the matching element of `losses`."""
         for found, batch in zip(losses, batches, strict=True):
-            found.weighted(self.forward(batch, found), batch.segments)
+            self._loss(batch, found)
 
 
 class PipelineRunner(Runner):

@@ -22,9 +22,10 @@ from megatron_tiedlora.data.chat import chat_writer, template_end_ids
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
 from megatron_tiedlora.data.splits import Encoding, open_encoding, read_split
 from megatron_tiedlora.data.task import Example, join_answer
+from megatron_tiedlora.evaluation import generate as generation
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Agree, Endings, Prompts, ending_log_likelihoods, generate, text_test
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
+from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
 from megatron_tiedlora.parallel.groups import Grid
 
@@ -142,13 +143,13 @@ class Answerer:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder, self.is_last = decoder, decoder.is_last
 
-    def generate(self, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
+    def generate(self, given: Sequence[generation.Prompts], *, agree: generation.Agree = bool) -> list[list[list[int]]]:
         """See the function `generate`."""
-        return generate(self.decoder, given, agree=agree)
+        return generation.generate(self.decoder, given, agree=agree)
 
-    def score(self, samples: Sequence[Endings], *, adapter: str = ONLY) -> list[list[float]]:
+    def score(self, samples: Sequence[generation.Endings], *, adapter: str = ONLY) -> list[list[float]]:
         """See `ending_log_likelihoods`."""
-        return ending_log_likelihoods(self.decoder, samples, adapter=adapter)
+        return generation.ending_log_likelihoods(self.decoder, samples, adapter=adapter)
 
     def close(self) -> None:
         """Free the memory beside the model, or end the other program."""
@@ -156,7 +157,13 @@ class Answerer:
 
 
 def answer_all(
-    answerer: Answerer, scored: Mapping[str, ScoredSet], *, grid: Grid, agree: Agree = bool, progress: bool = False
+    answerer: Answerer,
+    scored: Mapping[str, ScoredSet],
+    sampling: Sampling = GREEDY,
+    *,
+    grid: Grid,
+    agree: generation.Agree = bool,
+    progress: bool = False,
 ) -> dict[str, list[Answer]]:
     """Generate answers to the prompts of each adapter. A sampled answer depends on the index of its sample.
 
@@ -172,7 +179,7 @@ def answer_all(
     Returns:
         the answers by adapter name: on rank 0 in the order of the samples, on other ranks empty lists.
     """
-    sets = [_AskedSet(name, own, grid) for name, own in scored.items()]
+    sets = [_AskedSet(name, own, grid, sampling) for name, own in scored.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
     sends = grid.tp_rank == 0 and answerer.is_last
     num_samples = sum(len(some.order) for some in sets)
@@ -197,24 +204,25 @@ class _AskedSet:
     The longest prompts come first, so that a run with too little memory fails at once and not after hours.
     """
 
-    def __init__(self, adapter: str, scored: ScoredSet, grid: Grid) -> None:
+    def __init__(self, adapter: str, scored: ScoredSet, grid: Grid, sampling: Sampling) -> None:
         prompts = scored.prompts
         self.adapter, self.scored, self.grid = adapter, scored, grid
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.batch_size = min(scored.batch_size, -(-len(self.order) // grid.dp_size))
         whole = self.batch_size * grid.dp_size
         self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
-        self.is_end = _stop_test(scored.encoding.tokenizer, scored.encoding.task.stop)
+        is_end = _stop_test(scored.encoding.tokenizer, scored.encoding.task.stop)
+        self.settings = generation.RowSettings(scored.encoding.end_ids, scored.max_new_tokens, is_end, sampling)
         self.asked: list[int] = []  # this rank's samples in the current batch; it may be empty
         self.mine: _Answers = {}
 
-    def ask(self, number: int) -> Prompts:
+    def ask(self, number: int) -> generation.Prompts:
         """Return the prompts of this rank's samples in a batch. If there are none, return the first of all prompts."""
         scored, start = self.scored, self.grid.dp_rank * self.batch_size
         self.asked = self.batches[number][start : start + self.batch_size]
         rows = self.asked or self.order[:1]
         ids = [scored.prompts[index].tolist() for index in rows]
-        return Prompts(ids, scored.encoding.end_ids, scored.max_new_tokens, self.is_end, self.adapter, rows)
+        return generation.Prompts(ids, [replace(self.settings, number=index) for index in rows], self.adapter)
 
     def take(self, answerer: Answerer, rows: Sequence[Sequence[int]]) -> None:
         """Store the answers of the batch, and score the choices of its samples."""
@@ -235,7 +243,7 @@ class _AskedSet:
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
     """Return a function that tests whether new tokens contain the stop text. It is called after each new token."""
     stops = [] if stop is None else [stop]
-    return text_test(partial(_decoded, tokenizer), stops, lambda text, stop: _cut(text, stop) is not None)
+    return generation.text_test(partial(_decoded, tokenizer), stops, lambda text, stop: _cut(text, stop) is not None)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stop: str | None) -> str:

@@ -17,7 +17,6 @@ from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterSegment, Adap
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.evaluation.step_graphs import KEYS_READ_TOGETHER, DecodeStep, find_step_graphs
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
@@ -45,18 +44,12 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        groups: ParallelGroups,
-        shape: ModelShape,
-        *,
-        calls_together: bool = False,
-        sampling: Sampling = GREEDY,
+        self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
-        """Prepare to call a stage in evaluation mode. `sampling` says how `generate` chooses tokens. With
-        `calls_together`, all ranks must make the same number of calls, because ZeRO-3 gathers weights in each call."""
+        """Prepare to call a stage in evaluation mode. With `calls_together`, all ranks must make the same number of
+        calls, because ZeRO-3 gathers weights in each call."""
         self.stage, self.pipeline, self.choices = stage, groups.pipeline, groups.choices
-        self.shape, self.calls_together, self.sampling = shape, calls_together, sampling
+        self.shape, self.calls_together = shape, calls_together
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.granularity = 1 if self.device.type == "cpu" else KEYS_READ_TOGETHER
@@ -122,15 +115,14 @@ class Decoder:
             rows: the input of each adapter.
             wanted: for each adapter, the position in each sequence whose logits are returned, (b,) int64.
             labels: for each adapter, the labels of its tokens, (b, s) int64.
-            report: a function that gets the log-probabilities of the labels on the last stage, (tokens, 1 + 2 num_top)
-                as in `label_logprobs`, instead of losses.
+            report: a function that gets the log-probabilities of the labels on the last stage, as in `Stage.predict`,
+                instead of losses.
 
         Returns:
             for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`
                 and without `report`, the loss of each token, (tokens,).
         """
-        flat = None if report is None else lambda found: report(found.flatten(0, 1))
-        call = _, predict, inputs, positions = self._call(rows, wanted, labels, num_top=num_top, report=flat)
+        call = _, predict, inputs, positions = self._call(rows, wanted, labels, num_top=num_top, report=report)
         if self.pipeline.rank > 0:
             distributed.recv(inputs, group=self.pipeline.handle, group_src=self.pipeline.rank - 1)
         if self.graphs is not None and rows[0].caches[0].filled and wanted is None and labels is None:
@@ -163,13 +155,13 @@ class Decoder:
         segments = tuple(AdapterSegment(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
         all_caches = list[AnyCache](caches)
-        picked, of_tokens = (None if given is None else given[0] for given in (wanted, labels))
+        of_tokens = None if labels is None else labels[0]
         if len(rows) > 1:
             tokens = concatenated([some.tokens for some in rows])[None]
             positions = concatenated([some.positions for some in rows])[None]
             all_caches = list(zip(*(some.caches for some in rows), strict=True))
             of_tokens = None if labels is None else concatenated(labels)[None]
-            picked = None if wanted is None else torch.cat(list(_among_all(segments, wanted)))
+        picked = None if wanted is None else torch.cat(list(_among_all(segments, wanted)))
         inputs = tokens
         if self.pipeline.rank > 0:
             inputs = torch.empty(*tokens.shape, self.shape.hidden_size, dtype=self.dtype, device=self.device)

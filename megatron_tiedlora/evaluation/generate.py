@@ -51,7 +51,8 @@ class RowSettings:
     """How one prompt is continued.
 
     Attributes:
-        end_ids, max_new_tokens, is_end: see `Prompts`.
+        end_ids: the token ids that end the sequence.
+        is_end: a function that gets the new tokens of the sequence, and returns whether the sequence has ended.
         number: the row number, on which samples depend.
         num_top: the number of most likely tokens that are wanted with each new token and its log-probability; None if
             not even the log-probability is wanted.
@@ -78,36 +79,16 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one adapter, and the conditions that end their answers.
+    """The prompts of one adapter, and how each of them is continued.
 
     Attributes:
         prompts: non-empty lists of token ids, the same on all tensor-parallel ranks and pipeline stages.
-        end_ids: the token ids that end a sequence.
-        is_end: a function that gets the new tokens of a sequence, and returns whether the sequence has ended.
         adapter: the name of the adapter, or ONLY if the stage has at most one adapter.
-        numbers: the row number of each prompt, on which its samples depend (default: the prompt's index).
-        own: the settings of each prompt. If it is empty, they are made of the attributes above and the decoder's
-            `sampling`.
     """
 
     prompts: Sequence[Sequence[int]]
-    end_ids: Collection[int] = ()
-    max_new_tokens: int = 0
-    is_end: Callable[[Sequence[int]], bool] = lambda _: False
+    settings: Sequence[RowSettings]
     adapter: str = ONLY
-    numbers: Sequence[int] = range(2**31)
-    own: Sequence[RowSettings] = ()
-
-    @property
-    def most(self) -> int:
-        """Return the largest maximum number of new tokens of a prompt."""
-        return max((own.max_new_tokens for own in self.own), default=self.max_new_tokens)
-
-    def settings(self, index: int, sampling: Sampling) -> RowSettings:
-        """Return the settings of a prompt. `sampling` is used if the prompts have no settings of their own."""
-        if self.own:
-            return self.own[index]
-        return RowSettings(self.end_ids, self.max_new_tokens, self.is_end, sampling, self.numbers[index])
 
 
 @dataclass
@@ -156,7 +137,8 @@ def generate_rows(
     Raises:
         Exception: an error of `agree`. At that time, no message is in flight between the stages.
     """
-    num_steps, num_stages = max(num_steps, *(some.most for some in given)), decoder.pipeline.size
+    num_stages = decoder.pipeline.size
+    num_steps = max(num_steps, *(own.max_new_tokens for some in given for own in some.settings))
     batches = [
         [_Batch(decoder, some, part, num_steps) for part in split_evenly(range(len(some.prompts)), num_stages)]
         for some in given
@@ -222,7 +204,7 @@ def text_test(
         contains: whether a text, in which a stop occurs somewhere, contains it.
     """
     if not stops:
-        return Prompts.is_end
+        return RowSettings.is_end
     # A token is at least one byte. With one token more, a decoder that strips the first space strips none of a stop.
     width = 1 + max(len(stop.encode()) for stop in stops)
 
@@ -244,7 +226,7 @@ class _Batch:
         self.order = sorted(indices, key=lambda index: -len(given.prompts[index]))
         self.prompts = [given.prompts[index] for index in self.order]
         self.lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=decoder.device)
-        self.settings = [given.settings(index, decoder.sampling) for index in self.order]
+        self.settings = [given.settings[index] for index in self.order]
         how, numbers = [own.sampling for own in self.settings], [own.number for own in self.settings]
         self.samplings = RowSamplings.of(how, numbers, decoder.device)
         # The rows whose prompts are computed, and the number of rows that have each of these prompts.
@@ -416,7 +398,7 @@ class _Part:
             labels.append(pad_right(rows, IGNORED_LABEL, self.decoder.device))
 
         def report(found: torch.Tensor) -> None:
-            parts = found.split([part.numel() for part in labels])
+            parts = found.flatten(0, 1).split([part.numel() for part in labels])
             for (batch, run), part, own in zip(call, parts, labels, strict=True):
                 of_rows = zip(part.view(*own.shape, -1), batch.firsts[run], strict=True)
                 batch.prompt_numbers += [numbers[: len(batch.prompts[row])] for numbers, row in of_rows]

@@ -80,21 +80,23 @@ class Metric:
 # Exact match and F1 -------------------------------------------------------------------------------------------------
 
 
-def exact_match(answer: Answer) -> float:
-    """Return 100 if the prediction equals a reference apart from white space at the ends. Otherwise return 0."""
-    return 100.0 * (answer.prediction.strip() in {reference.strip() for reference in answer.references})
+def match(normalise: Callable[[str], str | None]) -> Callable[[Answer], float]:
+    """Return a function that returns 100 if the normalised prediction equals a normalised reference, otherwise 0.
+
+    A text that `normalise` returns None for equals no other.
+    """
+
+    def score(answer: Answer) -> float:
+        wanted = set(map(normalise, answer.references)) - {None}
+        return 100.0 * (normalise(answer.prediction) in wanted)
+
+    return score
 
 
 def final_number(text: str) -> str | None:
     """Return the first number after `#### `, without commas, as in GSM8K's own script. Return None if there is none."""
     match = _FINAL_NUMBER.search(text)
     return match.group(1).replace(",", "") if match else None
-
-
-def gsm8k_exact_match(answer: Answer) -> float:
-    """Return 100 if the final number is the same string as in a reference. Return 0 otherwise or without a number."""
-    wanted = {final_number(reference) for reference in answer.references} - {None}
-    return 100.0 * (final_number(answer.prediction) in wanted)
 
 
 def has_final_number(example: Example) -> None:
@@ -106,12 +108,6 @@ def has_final_number(example: Example) -> None:
 def normalise_squad(text: str) -> str:
     """Return the text in lower case, without ASCII punctuation, articles and repeated spaces, as in SQuAD v1.1."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def squad_exact_match(answer: Answer) -> float:
-    """Return 100 if the normalised prediction equals any normalised reference. Otherwise return 0."""
-    found = normalise_squad(answer.prediction)
-    return 100.0 * any(found == normalise_squad(reference) for reference in answer.references)
 
 
 def token_f1(prediction: str, reference: str) -> float:
@@ -280,14 +276,14 @@ _BLEU_OF_CORPUS = bleu_statistics, corpus_bleu
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("exact_match", exact_match, _EXACT_RULE),
+        Metric("exact_match", match(str.strip), _EXACT_RULE),
         Metric(
             "gsm8k",
-            gsm8k_exact_match,
+            match(final_number),
             "GSM8K exact match: first number behind ####, commas dropped, compared as text; no number is wrong",
             check=has_final_number,
         ),
-        Metric("squad", squad_exact_match, f"SQuAD v1.1 exact match: {_SQUAD_RULE}"),
+        Metric("squad", match(normalise_squad), f"SQuAD v1.1 exact match: {_SQUAD_RULE}"),
         Metric("squad_f1", squad_f1, f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"),
         Metric("rougeL", rouge_l, lambda _: _ROUGE_RULE.format(version("rouge-score"))),
         Metric("bleu", lambda answer: float(sentence_bleu(answer).score), bleu_signature, corpus=_BLEU_OF_CORPUS),

@@ -15,14 +15,7 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_groups import AdapterSegments, spans_of
 from megatron_tiedlora.parallel.frozen_weight import padded
-from megatron_tiedlora.parallel.loss import (
-    IGNORED_LABEL,
-    RowSpan,
-    RowSpans,
-    span_starts,
-    spans_between,
-    sums_by_adapter,
-)
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL, RowSpan, RowSpans, span_starts, spans_between
 from megatron_tiedlora.parallel.objectives import Objective
 
 # Rows are padded to a multiple of this, because repeated shapes need less memory and fewer kernels.
@@ -106,15 +99,24 @@ class Supervised(NamedTuple):
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
         """Return a copy with `move` applied to every tensor."""
-        rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
-        inputs = None if self.inputs is None else move(self.inputs)
-        return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels, inputs=inputs)
+        return Supervised._make(move(value) if isinstance(value, Tensor) else value for value in self)
 
     def summed(self, losses: Tensor) -> Tensor:
-        """Return the sum of the losses, () or (adapters,), from the cross entropy of each label (n,), and report it."""
+        """Report the losses, and return their sum, (), or the sum of each adapter, (adapters,), if there are several.
+
+        Args:
+            losses: (n,), the cross entropy of each label. The sums are of the `objectives` instead, if there are any.
+        """
         if self.report is not None:
             self.report(losses.detach())
-        return sums_by_adapter(losses, self.supervised_spans, self.objectives, self.inputs)
+        spans = self.supervised_spans or (RowSpan(0, len(losses)),)
+        totals = [losses.new_zeros(()) for _ in range(1 + max(span.adapter for span in spans))]
+        for start, (adapter, size) in zip(span_starts(spans), spans, strict=True):
+            part = losses[start : start + size]
+            if self.inputs is not None:
+                part = self.objectives[adapter].losses(-part, self.inputs[:, start : start + size])
+            totals[adapter] = totals[adapter] + part.sum()
+        return torch.stack(totals) if self.supervised_spans else totals[0]
 
 
 def padded_positions(num_supervised: int) -> int:
@@ -162,10 +164,9 @@ def find_supervised(
     joined, chosen = torch.cat(local_rows), torch.cat(supervised)
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
     chosen_rows = rows[chosen]
-    result = Supervised(rows, joined, chosen, labels.flatten()[chosen_rows], objectives=objectives)
-    if inputs is not None:
-        result = result._replace(inputs=inputs.flatten(1)[:, chosen_rows])
-    return result._replace(spans=tuple(of_rows), supervised_spans=tuple(of_supervised)) if spans else result
+    own_spans = (tuple(of_rows), tuple(of_supervised)) if spans else ((), ())
+    own_inputs = None if inputs is None else inputs.flatten(1)[:, chosen_rows]
+    return Supervised(rows, joined, chosen, labels.flatten()[chosen_rows], *own_spans, objectives, own_inputs)
 
 
 # Documents ------------------------------------------------------------------------------------------------------------

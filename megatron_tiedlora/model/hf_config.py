@@ -7,7 +7,7 @@ weights are used. Settings for the rounding of activations are ignored.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,32 +49,28 @@ _LARGEST_NUMBER = 1e30  # fp32 can represent it
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 
 
+@dataclass(eq=False)
 class HfConfig:
     """The fields of one config. The object records which fields have been read.
 
     Attributes:
         source: the name of the file in error messages.
+        defaults: the family's values of absent fields.
+        of: text that follows the name of a field in error messages.
         names: the names of the stored tensors, see `shape_from_hf`.
     """
 
-    def __init__(
-        self,
-        values: Mapping[str, Any],
-        source: str,
-        defaults: Mapping[str, Any],
-        of: str = "",
-        names: Collection[str] = (),
-    ) -> None:
-        """Use the family's `defaults` for absent fields. In error messages, `of` follows the name of a field."""
-        self.source, self.names, self._of = source, names, of
-        self._values = values
-        self._defaults = defaults
-        self._read = {"model_type"}
+    values: Mapping[str, Any]
+    source: str
+    defaults: Mapping[str, Any]
+    of: str = ""
+    names: Collection[str] = ()
+    _read: set[str] = field(default_factory=lambda: {"model_type"})
 
     def get(self, name: str, otherwise: Any = None) -> Any:
         """Return the value of a field. If it is absent, return the family's default, or `otherwise` without one."""
         self._read.add(name)
-        return self._values.get(name, self._defaults.get(name, otherwise))
+        return self.values.get(name, self.defaults.get(name, otherwise))
 
     def size(self, name: str, otherwise: int | None = None) -> int:
         """Return a positive integer, or `otherwise` for null. Raise UserError for any other value."""
@@ -103,7 +99,7 @@ class HfConfig:
         """Return a positive number, or `default` if the field is null or absent. Raise UserError otherwise."""
         value = self.get(name)
         if value is None and default is None:
-            raise self.error(f"{name}{self._of} is missing. Add this field")
+            raise self.error(f"{name}{self.of} is missing. Add this field")
         return self._positive(name, default if value is None else value)
 
     def optional(self, name: str) -> float | None:
@@ -127,7 +123,7 @@ class HfConfig:
         return float(value)
 
     def _wrong(self, name: str, value: Any, problem: str) -> UserError:
-        return self.error(f"{name} = {shown(value)}{self._of} {problem}. Correct this field")
+        return self.error(f"{name} = {shown(value)}{self.of} {problem}. Correct this field")
 
     def error(self, text: str) -> UserError:
         """Return an error whose message is the name of the config and `text`."""
@@ -158,11 +154,11 @@ class HfConfig:
         Raises:
             UserError: there is such a field; the message names the first one.
         """
-        for name, value in self._values.items():
+        for name, value in self.values.items():
             if name in self._read or name in _HARMLESS or (name in _OFF and (value is None or value == _OFF[name])):
                 continue
             if name == "quantization_config":
-                stored_format(self._values, source=self.source)
+                stored_format(self.values, source=self.source)
                 continue
             if name in _OFF:
                 raise self.error(f"{name} = {shown(value)} is not implemented. Use a different model")

@@ -215,42 +215,9 @@ class Block(nn.Module):
         given = hidden, addend, tensor_parallel, update or {}
         return (yield from steps_of(self.mlp, *given, recomputes=self.recomputes_gate, overlap=overlap))
 
-    def add_attention(
-        self,
-        hidden: Tensor,
-        attention_output: Tensor,
-        tensor_parallel: groups.TensorParallel,
-        update: LayerUpdate | None = None,
-    ) -> Tensor:
-        """Return x + output_projection(attention_output), for all positions or a subset.
-
-        Args:
-            hidden: the block's input, (b, s, d) or (1, b s / p, d).
-            attention_output: (b, s, local heads * head_dim).
-        """
-        output: Tensor = self.attention.output(attention_output, tensor_parallel, (update or {}).get(OUTPUT))
-        return hidden + output
-
-    def add_mlp(
-        self,
-        hidden: Tensor,
-        tensor_parallel: groups.TensorParallel,
-        update: LayerUpdate | None = None,
-        *,
-        recomputes: bool = True,
-    ) -> Tensor:
-        """Return x + mlp(x), where x is the result of `add_attention`, in the same shape.
-
-        Args:
-            recomputes: False to always save gate and up, because the backward pass follows immediately.
-        """
-        recomputes = recomputes and self.recomputes_gate
-        hidden, output = self.mlp(hidden, None, tensor_parallel, update or {}, recomputes=recomputes)
-        return hidden + output
-
 
 class Head(nn.Module):
-    """The final norm, the vocabulary projection and the loss.
+    """The final norm, the vocabulary projection and the losses.
 
     With tied embeddings the stage passes the embedding's weight to `take_weight`, or a copy of it if the embedding is
     on another stage.
@@ -280,17 +247,15 @@ class Head(nn.Module):
         tensor_parallel: groups.TensorParallel,
         supervised: Supervised | None = None,
         *,
-        summed: bool = True,
         num_top: int | None = None,
     ) -> Tensor:
-        """Return logits, (b, s, V) or (1, b s, V), or with `supervised` the summed loss, equal on every rank.
+        """Return logits, (b, s, V) or (1, b s, V), or the cross entropy of each supervised position, (n,).
 
-        If the positions belong to several adapters, the result is one summed loss per adapter, (adapters,).
+        They are equal on every rank.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
                 d) or (1, m / p, d).
-            summed: False to return the cross entropy of each position, (n,).
             num_top: if it is given, the result is the `label_logprobs` of each position, (n, 1 + 2 num_top).
         """
         group = tensor_parallel.group
@@ -312,8 +277,7 @@ class Head(nn.Module):
                 part = slice(start, start + self.rows_at_once)
                 parts.append(label_logprobs(self._logits(rows[part], group), supervised.labels[part], num_top))
             return torch.cat(parts)
-        losses = token_losses(rows, supervised.labels, shard)
-        return supervised.summed(losses) if summed else losses
+        return token_losses(rows, supervised.labels, shard)
 
     def _logits(self, hidden: Tensor, group: groups.RankGroup) -> Tensor:
         """Return logits, (..., V), equal on every rank, from normed activations (..., d)."""

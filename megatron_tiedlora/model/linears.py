@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron_tiedlora.adapters.low_rank import AllRows, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
-from megatron_tiedlora.model.regions import Entered, Needs, RegionEntry, RegionExit, Steps, enter, run_steps
+from megatron_tiedlora.model.regions import Enter, Entered, Needs, RegionEntry, RegionExit, Steps, run_steps
 from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, MatmulInput, RoundedRows, frozen_parameter, register
 from megatron_tiedlora.parallel.kernels import Kernels
@@ -129,9 +129,10 @@ class NormedLinear(nn.Module):
             recomputes: whether the input is recomputed before the backward pass of the linear.
         """
         entry = RegionEntry(self.frozen, update.rows, num_rows, tensor_parallel, self.kernels, recomputes)
-        factors = {"a": update.a, "grad_a": update.grad_a}
-        factors |= {"norm": self.norm_weight, "norm_bias": self.norm_bias}
-        return enter(hidden, addend, entry, **factors, eps=self.eps)
+        norm = self.norm_weight, self.norm_bias, self.eps
+        total, normed, ax = Enter.apply(hidden, addend, update.grad_a, entry, update.a, *norm)
+        entry.send(normed, ax)
+        return Entered(total, normed, ax, entry)
 
     def project(self, entered: Entered, update: LinearUpdate, split: "SplitHeads | None" = None) -> tuple[Tensor, ...]:
         """Return z, (b, s, local out), or with `split` its parts, from the result of `enter`."""

@@ -83,7 +83,8 @@ class RegionEntry:
             narrow = None if ax is None else self.rows.columns(ax.detach(), local=True)
             joined = normed.detach() if narrow is None else beside(normed.detach(), narrow)
             self._width = None if narrow is None else narrow.shape[-1]
-            self._sent = groups.start_all_gather(joined[0], self.tensor_parallel.group, async_op=self._overlap)
+            own = self.tensor_parallel
+            self._sent = groups.start_all_gather(joined[0], own.group, async_op=own.overlap)
 
     def receive(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return x and A x of complete sequences, (b, s, n), from what `send` has sent. A x is kept if it was not."""
@@ -109,7 +110,7 @@ class RegionEntry:
         gradient is then computed from this rank's shard of x. Without sequence parallelism, A's gradient is this rank's
         partial sum, from all of x. In both cases, the gather of A sums A's gradient over ranks in its backward pass.
         """
-        group = self.tensor_parallel.group
+        group, overlap = self.tensor_parallel.group, self.tensor_parallel.overlap
         if self.in_parts and grad_x is not None:
             grad_x = groups.end_to_end(grad_x)
         if self.in_parts and self.needs.a:
@@ -117,16 +118,16 @@ class RegionEntry:
             joined = self.rows.columns(grad_ax, local=False)
             self._width = joined.shape[-1]
             joined = joined if grad_x is None else beside(grad_x, joined)
-            pending = groups.start_reduce_scatter(joined[0], group, async_op=self._overlap)
+            pending = groups.start_reduce_scatter(joined[0], group, async_op=overlap)
             self._gradients = (pending, None)
         elif grad_x is None:
             self._gradients = (None, grad_ax)
         else:
             grad_x = self.rows.add_input_gradient_(grad_x, grad_ax, a, local=False)
             if self.in_parts:
-                pending = groups.start_reduce_scatter(grad_x[0], group, async_op=self._overlap)
+                pending = groups.start_reduce_scatter(grad_x[0], group, async_op=overlap)
             else:
-                pending = groups.start_all_reduce(grad_x, group, async_op=self._overlap)
+                pending = groups.start_all_reduce(grad_x, group, async_op=overlap)
             self._gradients = (pending, grad_ax)
 
     def receive_gradients(self, a: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -147,10 +148,6 @@ class RegionEntry:
         grad_x, narrow = apart(grad_x, self._width)
         grad_ax = self.rows.of_columns(narrow, local=True)
         return self.rows.add_input_gradient_(grad_x, grad_ax, a, local=True), grad_ax
-
-    @property
-    def _overlap(self) -> bool:
-        return self.tensor_parallel.overlap
 
     def take(self) -> MatmulInput | None:
         """Return `operand`, and forget it."""
@@ -190,7 +187,7 @@ class RegionEntry:
 
 
 class Entered(NamedTuple):
-    """The results of `enter`.
+    """The results of `NormedLinear.enter`.
 
     Attributes:
         hidden: y, the input of the layer's norm, in the shape of activations between layers.
@@ -203,30 +200,15 @@ class Entered(NamedTuple):
     entry: RegionEntry
 
 
-def enter(
-    hidden: Tensor,
-    addend: Tensor | None,
-    entry: RegionEntry,
-    *,
-    a: Tensor | None,
-    grad_a: Tensor | None,
-    norm: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float | None,
-) -> Entered:
-    """Compute y, x and A x, and start to send x and A x.
+class Enter(torch.autograd.Function):
+    """Computes y, x and A x. Send x and A x afterwards (`RegionEntry.send`).
 
     Args:
         hidden, addend: activations between layers, (b, s, d) or (1, b s / p, d).
         a, grad_a: the factor A of the update of the next linear, and its gradient slot.
         norm, norm_bias, eps: the norm; None if there is none.
     """
-    total, normed, ax = _Entered.apply(hidden, addend, grad_a, entry, a, norm, norm_bias, eps)
-    entry.send(normed, ax)
-    return Entered(total, normed, ax, entry)
 
-
-class _Entered(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -244,8 +244,8 @@ class Stage(nn.Module):
             segments: as in `forward`.
             caches: one cache per block, for generation; with several adapters, one per block and adapter.
             updates: the result of `read_adapter`, if it was called before.
-            wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
-                several adapters, there is one position for each of their rows, as an index into all s tokens.
+            wanted: (n,) int64, indices into the b s tokens, one for each row of an adapter. Only their logits are
+                returned, (n, 1, V).
             num_top, report: the number for, and a function that gets, the `label_logprobs` of each position. The result
                 is then logits.
 

@@ -8,7 +8,7 @@ of the factors.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_tiedlora.adapters.adapter_groups import AdapterSegments
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
-from megatron_tiedlora.base.shapes import MLP_TARGETS
+from megatron_tiedlora.base.shapes import MLP_TARGETS, OUTPUT
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
@@ -48,20 +48,16 @@ class SupervisedTail:
     tensor_parallel: TensorParallel
 
     def logits(self, attended: Attended, *, wanted: Tensor | None = None, segments: AdapterSegments = ()) -> Tensor:
-        """Return logits, equal on every rank: (b, s, V), or (b, 1, V) for one position per row, `wanted` (b,) int64.
-
-        With several adapters, there is one position for each of their rows, as an index into all tokens (1, s).
-        """
+        """Return logits, equal on every rank: (b, s, V), or (n, 1, V) for the tokens `wanted`, see `Stage.predict`."""
         (size, length), some = attended.attention_output.shape[:2], None
         if wanted is not None:
             assert not self.tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-            rows = torch.arange(size, device=wanted.device) * length + wanted
             spans = tuple(
                 RowSpan(number, segment.num_rows) for number, segment in enumerate(segments) if len(segments) > 1
             )
-            some = SomeTokens(rows, rows, spans, spans)
+            some = SomeTokens(wanted, wanted, spans, spans)
         joined, update = self._join(attended, some)
-        logits: Tensor = self.head(self.block.add_mlp(joined, self.tensor_parallel, update), self.tensor_parallel)
+        logits: Tensor = self.head(self._add_mlp(joined, update), self.tensor_parallel)
         return logits.view(size, length, -1) if some is None else logits.transpose(0, 1)
 
     def loss(self, attended: Attended, labels: Tensor | Supervised) -> Tensor:
@@ -81,8 +77,7 @@ class SupervisedTail:
                 name: linear._replace(grad_a=grad_a, grad_f=grad_f)
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
             }
-            hidden = self.block.add_mlp(joined, self.tensor_parallel, inner, recomputes=False)
-            return cast(Tensor, self.head(hidden, self.tensor_parallel, supervised))
+            return supervised.summed(self.head(self._add_mlp(joined, inner), self.tensor_parallel, supervised))
 
         inputs = joined, *slots
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -100,8 +95,7 @@ class SupervisedTail:
         return the `label_logprobs` of each position instead, (b, s, 1 + 2 num_top), nan without a label."""
         supervised, some = self._supervised(labels, segments)
         joined, update = self._join(attended, some)
-        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
-        numbers = self.head(hidden, self.tensor_parallel, supervised, summed=False, num_top=num_top)
+        numbers = self.head(self._add_mlp(joined, update), self.tensor_parallel, supervised, num_top=num_top)
         numbers, fill = (numbers.float(), 0.0) if num_top is None else (numbers, torch.nan)
         found = numbers.new_full((labels.numel(), *numbers.shape[1:]), fill)
         found[supervised.rows[supervised.supervised]] = numbers
@@ -128,7 +122,13 @@ class SupervisedTail:
             hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
             update = update_at(update, some)
-        return self.block.add_attention(hidden, attention_output, self.tensor_parallel, update), update
+        output = self.block.attention.output(attention_output, self.tensor_parallel, update.get(OUTPUT))
+        return hidden + output, update
+
+    def _add_mlp(self, joined: Tensor, update: LayerUpdate) -> Tensor:
+        """Return x + mlp(x), in the shape of x. Gate and up are saved, because the backward pass follows at once."""
+        hidden, output = self.block.mlp(joined, None, self.tensor_parallel, update, recomputes=False)
+        return hidden + output
 
 
 def with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:

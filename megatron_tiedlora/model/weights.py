@@ -166,10 +166,6 @@ class WeightRule:
         """Return the names of the Hugging Face tensors that store the weight, one for each entry of `parts`."""
         return tuple(part.name for part in self.parts)
 
-    def is_quantised(self, shape: ModelShape) -> bool:
-        """Return whether quantised formats apply to the weight, as they do to the matrices of linears in blocks."""
-        return self.linear is not None and 1 <= self.layer <= shape.num_layers
-
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor to which they belong.
 
@@ -206,9 +202,10 @@ def stored_shapes(rules: Iterable[WeightRule]) -> dict[str, tuple[int, ...]]:
     return {part.name: part.shape for rule in rules for part in rule.parts}
 
 
-def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:
-    """Yield the weights to which quantised storage formats apply, the matrices of linears in all blocks."""
-    return (rule for rule in weight_rules(shape) if rule.is_quantised(shape))
+def coded_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return `stored_shapes` of the weights that quantised formats store as codes, the matrices of all blocks."""
+    blocks = range(1, shape.num_layers + 1)
+    return stored_shapes(rule for rule in weight_rules(shape) if rule.linear is not None and rule.layer in blocks)
 
 
 def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[WeightRule, ...]:

@@ -77,16 +77,10 @@ def _reduced(numbers: Tensor, op: distributed.ReduceOp.RedOpType) -> list[Any]:
     return numbers.tolist()
 
 
-def first_message(message: str | None) -> str | None:
-    """Return the message of the lowest rank that has one, on every rank. Return None if no rank has a message."""
-    (found,) = first_messages([message])
-    return found
-
-
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
-    """Apply `first_message` to each element of `messages`, which has the same length on every rank.
+    """Return for each element of `messages` the message of the lowest rank that has one, or None, on every rank.
 
-    If no rank has a message, ranks only exchange one sum.
+    All ranks have the same number of elements. If no rank has a message, ranks only exchange one sum.
     """
     if world_size() == 1 or not messages:
         return list(messages)

@@ -70,7 +70,7 @@ class FrozenWeight:
 
     def __init__(self, tensor: Tensor, spare: int = 0) -> None:
         """Create the weight from W, or from a tensor with `spare` more columns."""
-        self.tensor, self.spare = tensor, spare
+        self.tensor, self.spare, self.dtype = tensor, spare, tensor.dtype
 
     @classmethod
     def empty(
@@ -132,7 +132,7 @@ class FrozenWeight:
 
     def empty_values(self) -> Tensor:
         """Return an uninitialised tensor for the values of this rank's shard, which is then passed to `load`."""
-        return torch.empty_like(self._values)
+        return torch.empty(self.local_shape, dtype=self.dtype, device=self.tensor.device)
 
     def columns_to_read(self, columns: Columns) -> slice:
         """Return the columns of the full tensor that `load` needs for a shard with these columns."""

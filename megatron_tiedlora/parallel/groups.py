@@ -212,11 +212,6 @@ def start_all_reduce(tensor: Tensor, group: RankGroup, op: ReduceOp = SUM, *, as
     return Pending(total, group.all_reduce_(total, op, async_op=async_op))
 
 
-def largest_of_all(tensor: Tensor, group: RankGroup) -> Tensor:
-    """Return the elementwise maximum over the group. The result is a new tensor unless the group has one rank."""
-    return all_reduce(tensor, group, distributed.ReduceOp.MAX)
-
-
 def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     """Return the tensors of all ranks, which have equal shapes, concatenated along `dim` in rank order."""
     if group.size == 1:

@@ -19,7 +19,6 @@ from torch.nn import functional
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, soft_capped, times_slope
-from megatron_tiedlora.parallel.objectives import Objective
 from megatron_tiedlora.parallel.rows import as_rows, run_in_parts, scaled, upcast
 
 
@@ -65,29 +64,6 @@ def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] 
     rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor
     parts = zip(rows.split([span.size for span in spans]), spans, strict=True)
     return torch.cat([scaled(part, factors[span.adapter]) for part, span in parts]).view(tensor.shape)
-
-
-def sums_by_adapter(
-    losses: Tensor,
-    spans: Sequence[RowSpan],
-    objectives: Sequence[Objective] = (),
-    inputs: Tensor | None = None,
-) -> Tensor:
-    """Return the sum of each adapter's losses, (adapters,), or () without spans, which stand for one adapter.
-
-    Args:
-        losses: (n,), the cross entropy of each token.
-        objectives: one per adapter; the sums are of these losses instead of the cross entropy.
-        inputs: with `objectives` the numbers of the tokens, (2, n).
-    """
-    owned = spans or (RowSpan(0, len(losses)),)
-    totals = [losses.new_zeros(()) for _ in range(1 + max(span.adapter for span in owned))]
-    for start, (adapter, size) in zip(span_starts(owned), owned, strict=True):
-        part = losses[start : start + size]
-        if inputs is not None:
-            part = objectives[adapter].losses(-part, inputs[:, start : start + size])
-        totals[adapter] = totals[adapter] + part.sum()
-    return torch.stack(totals) if spans else totals[0]
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:

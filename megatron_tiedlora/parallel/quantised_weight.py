@@ -110,10 +110,6 @@ class QuantisedWeight(FrozenWeight):
         """Return the scales (out, n) fp32, as a view of the parameter."""
         return self.scale_bits.detach().view(torch.float32)
 
-    def empty_values(self) -> Tensor:
-        """Return an uninitialised tensor for the values of this rank's shard, which is then passed to `load`."""
-        return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
-
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Quantise `values`, of any float dtype and device, and store them as the rows from `start` on.
 

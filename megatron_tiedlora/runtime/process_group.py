@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 
 from megatron_tiedlora.base.messages import UserError, first_line, shown
-from megatron_tiedlora.parallel.agreement import first_message, gather_numbers, gather_on_rank_0
+from megatron_tiedlora.parallel.agreement import first_messages, gather_numbers, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
 from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES, rank_number, uses_gpu
 
@@ -61,7 +61,7 @@ def meet(device: torch.device, timeout: timedelta) -> None:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timeout)
     here = (socket.gethostname(), gpu_name(device))
     gpus = gather_on_rank_0(here, kind=tuple[str, str])
-    if problem := first_message(None if gpus is None else _shared_gpus(gpus)):
+    if problem := first_messages([None if gpus is None else _shared_gpus(gpus)])[0]:
         raise UserError(problem)
 
 

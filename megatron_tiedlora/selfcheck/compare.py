@@ -30,7 +30,7 @@ from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data import encode, loader, splits, tokenizer
 from megatron_tiedlora.engine.runner import Losses
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, generate
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -361,12 +361,13 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
         tokenizer.load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens
     )
     prompts = [ids.tolist() for ids in encoded]
+    given = [Prompts(prompts, [RowSettings((), new_tokens)] * len(prompts))]
     base_format = source.base_format(settings.base)
     stage = load_model(source, None, dtype=dtype, base_format=base_format, device=device)
     decoder = Decoder(stage, groups.ParallelGroups(), source.shape)
     theirs: Any = getattr(transformers, source.auto_class).from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     steps: dict[str, Callable[[], TokenRows]] = {
-        "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
+        "megatron_tiedlora": lambda: generate(decoder, given)[0],
         "transformers": partial(_generate_there, theirs.to(device).eval(), prompts, new_tokens),
     }
     rows = [decode() for decode in steps.values()]

@@ -9,7 +9,7 @@ import torch
 
 from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.selfcheck import compare, parts, reference, running
@@ -37,7 +37,7 @@ def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 
 def answers(decoder: Decoder, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     """Return the tokens that this package generates for the prompts. End tokens are ignored."""
-    return generate(decoder, [Prompts(prompts, (), num_tokens)])[0]
+    return generate(decoder, [Prompts(prompts, [RowSettings((), num_tokens)] * len(prompts))])[0]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])

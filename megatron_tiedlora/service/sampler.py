@@ -118,7 +118,7 @@ def sample_all(
         for sequence in mine or some[:1]:  # a rank without sequences computes the first one again and discards it
             by_adapter.setdefault(asked[sequence].folder or BASE, []).append(sequence)
         given = [
-            Prompts([asked[one].prompt for one in own], adapter=name, own=[settings[one] for one in own])
+            Prompts([asked[one].prompt for one in own], [settings[one] for one in own], name)
             for name, own in by_adapter.items()
         ]
         num_steps = max(asked[sequence].max_tokens for sequence in some)

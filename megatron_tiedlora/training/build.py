@@ -205,7 +205,6 @@ def _start_engine(
     if steps_by_engine(plans):
         trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]  # includes the anchor
         optimizer, schedule = make_training(plan.settings, trained, *adapter_group.adapters.values())
-        schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
         optimizers = EngineOptimizer(engine, adapter_group, groups, plan.engine)
     else:
@@ -221,12 +220,11 @@ def _start_engine(
         config = replace(plan.engine, values={**plan.engine.values, **ours})
         engine = start(config, optimizer=of_nothing, scheduler=None)
         own = {name: own_optimizer(plans[name].settings, one) for name, one in adapter_group.adapters.items()}
-        schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = Optimizers(adapter_group, groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
             restore_moments(optimizers, name, checkpoint)
-            resume_scheduler(schedules[name], checkpoint.progress.step)
+            resume_scheduler(optimizers.own[name].scheduler, checkpoint.progress.step)
     kind = Runner if plan.grid.pp_size == 1 else PipelineRunner
     return kind(engine, stage, groups, optimizers, device)
 

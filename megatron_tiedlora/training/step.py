@@ -278,9 +278,8 @@ class TrainStep:
         inputs = [shared_micro_batch(some) for some in shared_rounds(steps, capacity=self.capacity)]
         divisors: dict[str, Divisors] = {}
         for name, step in steps.items():
-            accumulation = self.plans[name].batches.accumulation_steps
-            shares = {"accumulation_steps": accumulation, "dp_size": self._grid.dp_size}
-            divisors[name] = optimizers.divisors(step.num_supervised, **shares)
+            num_passes = self.plans[name].batches.accumulation_steps * self._grid.dp_size
+            divisors[name] = optimizers.divisors(step.num_supervised, num_passes)
         summed = self.runner.accumulate(inputs, divisors, self._between_micro_batches)
         missing = optimizers.sum_gradients(steps)
         requested = self.stop.requested_signal()

@@ -12,7 +12,6 @@ format, for https://ui.perfetto.dev. The trace is written after step LAST, or at
 LAST. Profiling makes the steps slower, and metrics.jsonl has the slower times.
 """
 
-import gzip
 import itertools
 import logging
 import os
@@ -40,7 +39,7 @@ from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
+from megatron_tiedlora.parallel.agreement import first_messages, sum_over_ranks
 from megatron_tiedlora.parallel.frozen_weight import MESSAGE_MULTIPLE, FrozenWeight, WeightMaker, padded
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, marking
@@ -235,10 +234,9 @@ class StepProfiler:
             recording.stop()
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as scratch, new_file(target, guard=self._folder.guard) as unfinished:
-                plain = Path(scratch, "trace.json")
-                recording.export_chrome_trace(str(plain))
-                with plain.open("rb") as trace, gzip.open(unfinished, "wb") as compressed:
-                    shutil.copyfileobj(trace, compressed)
+                trace = Path(scratch, target.name)
+                recording.export_chrome_trace(str(trace))  # compressed, by its name
+                shutil.copyfile(trace, unfinished)
         except (OSError, UserError, RuntimeError) as error:
             show(f"note: --profile: {target} cannot be written ({first_line(error)})", file=sys.stderr)
 
@@ -302,7 +300,7 @@ def choose_kernels(plan: RunPlan, device: torch.device, *, ranks: Collection[int
             except UserError as error:
                 failure = str(error)
         sum_over_ranks([0.0])  # wait for all ranks
-    failure = first_message(failure)
+    (failure,) = first_messages([failure])
     if failure is None:
         slow = slow if device.type == "cpu" else ""  # compiled for a GPU, the plain code is one kernel
         return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s{slow}")

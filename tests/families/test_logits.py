@@ -23,7 +23,7 @@ from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.convert.verify import TOLERANCE, verify_export
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]
@@ -101,7 +101,7 @@ def test_greedy_decoding_token_for_token(model: tuple[ModelSource, Any, Any], pr
     """Each answer is longer than a window."""
     source, ours, theirs = model
     decoder = Decoder(ours, ParallelGroups(), source.shape)
-    (found,) = generate(decoder, [Prompts(prompts, (EOS_ID,), 24)])
+    (found,) = generate(decoder, [Prompts(prompts, [RowSettings((EOS_ID,), 24)] * len(prompts))])
     assert found == [greedy_tokens(theirs, prompt, 24, eos=EOS_ID) for prompt in prompts]
 
 

@@ -16,7 +16,7 @@ from support.tiny_decoders import build
 from support.tiny_models import EOS_ID, FAMILY_MODELS, LATER_FAMILIES, write_tiny_model
 
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, generate
 from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = pytest.mark.distributed
@@ -37,7 +37,8 @@ def _decoder(folder: str, tp: int, pp: int) -> Decoder:
 
 def _decoded(folders: list[str], tp: int, pp: int) -> list[list[list[int]]]:
     """What each model answers to the prompts."""
-    return [generate(_decoder(folder, tp, pp), [Prompts(PROMPTS, (EOS_ID,), 16)])[0] for folder in folders]
+    given = Prompts(PROMPTS, [RowSettings((EOS_ID,), 16)] * len(PROMPTS))
+    return [generate(_decoder(folder, tp, pp), [given])[0] for folder in folders]
 
 
 def _logits(folders: list[str], tp: int, pp: int) -> list[torch.Tensor | None]:

@@ -294,6 +294,7 @@ def test_the_largest_norm_is_the_same_at_every_stage(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(module, "gradient_norms", lambda *_, norm=norm: [norm])
         cpu, adapter_group = torch.device("cpu"), AdapterGroup({"": SimpleNamespace(u_sum=None)})  # type: ignore[dict-item]
         engine: Any = SimpleNamespace(get_global_grad_norm=lambda norm=norm: norm, step=lambda: None, device=cpu)
+        engine.optimizer = engine.lr_scheduler = None
         config: Any = SimpleNamespace(zero_stage=stage, values={"gradient_clipping": 1.0})
         if stage:
             found = module.EngineOptimizer(engine, adapter_group, ParallelGroups(), config).take("", None)

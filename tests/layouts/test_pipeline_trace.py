@@ -114,9 +114,7 @@ def _trace(case: Case, device: torch.device) -> Traced:
     engine, optimizers = runner.engine, runner.optimizers
     batches = list(_batches(case, names, shared.source.shape.vocab_size))
     of_each = case.num_micro_batches // len(plans)
-    divisors = optimizers.divisors(
-        case.rows * case.supervised * of_each, accumulation_steps=of_each, dp_size=shared.grid.dp_size
-    )
+    divisors = optimizers.divisors(case.rows * case.supervised * of_each, of_each * shared.grid.dp_size)
     held = [*runner.stage.parameters(), *(p for adapter in runner.adapters.values() for p in adapter.parameters())]
     traced = Traced(parts=list(engine.module.parts))
     passes = dict(engine._INSTRUCTION_MAP)  # without what is wrapped below

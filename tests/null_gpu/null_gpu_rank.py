@@ -167,7 +167,7 @@ def _train_step(plan: Any, runner: Any) -> Any:
 def _decoding(order: Order, device: torch.device) -> dict[str, Any]:
     """The counts of two batches, each a list with those of as many tokens; all captures of each; what was logged."""
     from megatron_tiedlora.evaluation.decoder import Decoder
-    from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Prompts, generate
+    from megatron_tiedlora.evaluation.generate import TOKENS_BETWEEN_AGREEMENTS, Prompts, RowSettings, generate
 
     _believe_all_numbers()
     plan, built = _built(order, device)
@@ -180,7 +180,7 @@ def _decoding(order: Order, device: torch.device) -> dict[str, Any]:
     logger.setLevel(logging.INFO)
     together = order.zero == "zero3.json"
     decoder = Decoder(built.runner.stage, built.runner.groups, plan.source.shape, calls_together=together)
-    prompts = Prompts([[5] * order.lengths[1]] * order.rows, (), order.steps)
+    prompts = Prompts([[5] * order.lengths[1]] * order.rows, [RowSettings((), order.steps)] * order.rows)
     found: list[list[dict[str, int]]] = []
 
     def agree(_: bool) -> bool:

@@ -133,7 +133,7 @@ def test_every_form_of_an_adapter_answers_alike(models: Models, alone: Path, tmp
 def count_prompts() -> None:
     """Print how many prompts each batch of the rank has."""
     before_call(
-        "megatron_tiedlora.evaluation.answering",
+        "megatron_tiedlora.evaluation.generate",
         "generate",
         lambda _, asked: print(f"prompts: {len(asked[0].prompts)}", file=sys.stderr),
     )
@@ -262,7 +262,7 @@ def test_ranks_that_read_other_rows_are_refused(models: Models, tmp_path: Path) 
 def stop_at_call(number: int, rank: str) -> None:
     """Rank `rank` is told to stop before the second batch; the others are not."""
     if os.environ["RANK"] == rank:
-        kill_at_call("megatron_tiedlora.evaluation.answering", "generate", call=2, number=number)
+        kill_at_call("megatron_tiedlora.evaluation.generate", "generate", call=2, number=number)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -19,7 +19,7 @@ from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.training.finish import score_rows
 
@@ -97,7 +97,7 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(
     rows = [json.loads(line) for line in base.train.read_text().splitlines()]
     encoded, _ = encode_prompts(tokenizer, [Example(row["prompt"], "", "here") for row in rows], max_length=60)
     prompts = [ids.tolist() for ids in encoded]
-    (rows_of_ids,) = generate(decoder, [Prompts(prompts, (tokenizer.eos_token_id,), 8)])
+    (rows_of_ids,) = generate(decoder, [Prompts(prompts, [RowSettings((tokenizer.eos_token_id,), 8)] * len(prompts))])
     lengths = [len(ids) for ids in rows_of_ids]
     chosen = [rows[lengths.index(min(lengths))], rows[lengths.index(8)]]
     assert min(lengths) < 8

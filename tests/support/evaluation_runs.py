@@ -88,7 +88,8 @@ def answers_of(engine: Any = None, **settings: Any) -> dict[str, list[Answer]]:
     scored, found = read_scored(plans), {}
     if engine:
         with closing(engine(plans, scored)) as answerer:
-            return answer_all(answerer, scored, grid=Grid(0, 1))
+            sampling = next(iter(plans.values())).sampling
+            return answer_all(answerer, scored, grid=Grid(0, 1), sampling=sampling)
     for name, plan in plans.items():
         stage = load_model(plan.source, plan.adapter, dtype=torch.float32)
         answerer = Answerer(Decoder(stage, ParallelGroups(), plan.source.shape))

@@ -14,7 +14,7 @@ from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.convert import serving
 from megatron_tiedlora.evaluation.answering import BATCHES_AT_ONCE, Answerer, ScoredSet
-from megatron_tiedlora.evaluation.generate import Agree, Endings, Prompts
+from megatron_tiedlora.evaluation.generate import Agree, Endings, Prompts, RowSettings
 from megatron_tiedlora.evaluation.plan import EvaluationPlans
 from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, check_served, is_plain_lora, read_unloaded
 from megatron_tiedlora.integrations.vllm.serve import plugin_variables, slots_for
@@ -31,7 +31,7 @@ class VllmAnswerer(Answerer):
     def __init__(self, plans: EvaluationPlans, scored: Mapping[str, ScoredSet]) -> None:
         """Start vLLM with room for the longest sample. Raise UserError if it cannot serve the model or an adapter."""
         self.is_last, plan = True, next(iter(plans.values()))
-        self._sampling, shape = plan.sampling, plan.source.shape
+        shape = plan.source.shape
         longest, limit = max(map(_longest, scored.values())), shape.limit
         if longest > limit.tokens:
             said = f"--engine vllm: a sample has {longest} tokens, and the model {limit.reason}"
@@ -60,12 +60,13 @@ class VllmAnswerer(Answerer):
     def generate(self, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
         """Return the new tokens of each prompt of each adapter. vLLM's cache of prefixes keeps the earlier ones."""
         answers: list[list[list[int]]] = [[[] for _ in some.prompts] for some in given]
-        left = [(some, row, new) for some, own in zip(given, answers, strict=True) for row, new in enumerate(own)]
+        rows = ((some, row, new) for some, own in zip(given, answers, strict=True) for row, new in enumerate(own))
+        left = [(some.adapter, some.prompts[row], some.settings[row], new) for some, row, new in rows]
         while left:
-            asked = [([*some.prompts[row], *new], some.adapter) for some, row, new in left]
-            outputs = self._ask(asked, [self._next_tokens(*one) for one in left])
+            asked = [([*prompt, *new], adapter) for adapter, prompt, _, new in left]
+            outputs = self._ask(asked, [self._next_tokens(own, new) for *_, own, new in left])
             pairs = zip(left, outputs, strict=True)
-            left = [one for one, output in pairs if not _extend(one[2], output.outputs[0].token_ids, one[0])]
+            left = [one for one, output in pairs if not _extend(one[3], output.outputs[0].token_ids, one[2])]
             agree(not left)
         return answers
 
@@ -93,16 +94,15 @@ class VllmAnswerer(Answerer):
         prompts, shows = [{"prompt_token_ids": ids} for ids, _ in asked], sys.stderr.isatty()
         return list(self._llm.generate(prompts, list(parameters), lora_request=requests, use_tqdm=shows))
 
-    def _next_tokens(self, some: Prompts, row: int, new: Sequence[int]) -> Any:
+    def _next_tokens(self, own: RowSettings, new: Sequence[int]) -> Any:
         """Return vLLM's parameters for the next tokens of a row that has `new` ones, until the next test of its end."""
-        count = some.max_new_tokens - len(new)
-        if some.is_end is not Prompts.is_end:
+        count, how = own.max_new_tokens - len(new), own.sampling
+        if own.is_end is not RowSettings.is_end:
             count = min(count, max(len(new), _FIRST_TOKENS))
-        how = self._sampling
         options: dict[str, Any] = {"temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k}
         if how.temperature:
-            options["seed"] = stream_seed(how.seed, f"sampling.{some.numbers[row]}.{len(new)}")
-        options |= {"ignore_eos": True, "stop_token_ids": sorted(some.end_ids)}  # which include the tokenizer's EOS
+            options["seed"] = stream_seed(how.seed, f"sampling.{own.number}.{len(new)}")
+        options |= {"ignore_eos": True, "stop_token_ids": sorted(own.end_ids)}  # which include the tokenizer's EOS
         return self._parameters(**options, max_tokens=count, detokenize=False)
 
 
@@ -127,14 +127,14 @@ def _lora_options(plans: EvaluationPlans, folders: Mapping[str, Path]) -> dict[s
     return {**sizes, "lora_target_modules": serving.vllm_modules(targets), "additional_config": config}
 
 
-def _extend(new: list[int], tokens: Sequence[int], some: Prompts) -> bool:
+def _extend(new: list[int], tokens: Sequence[int], own: RowSettings) -> bool:
     """Append tokens to the answer `new` until it ends. Return whether it has. Raise RuntimeError if there are none."""
     if not tokens:
         raise RuntimeError("vLLM returned no token; its own messages may say why")
     for token in tokens:
-        if token in some.end_ids:
+        if token in own.end_ids:
             return True
         new.append(token)
-        if some.is_end(new):
+        if own.is_end(new):
             return True
-    return len(new) >= some.max_new_tokens
+    return len(new) >= own.max_new_tokens

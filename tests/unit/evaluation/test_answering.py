@@ -20,7 +20,7 @@ from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import Answerer, ScoredSet, _stop_test, _text, answer_all, encode_scored
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, generate
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.groups import Grid
 
@@ -76,7 +76,8 @@ def alone(folder: Path) -> list[Answer]:
 def test_answers_stand_in_the_samples_order_and_end_before_the_stop(folder: Path, alone: list[Answer]) -> None:
     assert [answer.example for answer in alone] == examples()
     scored = scored_of(folder, examples(), stop=None)
-    prompts = Prompts([prompt.tolist() for prompt in scored.prompts], scored.encoding.end_ids, NEW_TOKENS)
+    settings = [RowSettings(scored.encoding.end_ids, NEW_TOKENS)] * len(scored.prompts)
+    prompts = Prompts([prompt.tolist() for prompt in scored.prompts], settings)
     (rows,) = generate(build(folder, grid=Grid(0, 1)), [prompts])
     texts = [scored.encoding.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     assert [answer.prediction for answer in alone] == [text.split(STOP)[0].strip() for text in texts]

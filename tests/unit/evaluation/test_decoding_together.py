@@ -19,7 +19,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.evaluation.decoder import AdapterRows, Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.sampling import GREEDY, Sampling
 from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
@@ -59,8 +59,10 @@ def prompts_of(name: str) -> list[list[int]]:
     return [[draw.randint(3, 319) for _ in range(draw.randint(1, 30))] for _ in range(NUM_PROMPTS[name])]
 
 
-def asked(name: str, *, end: int = EOS_ID) -> Prompts:
-    return Prompts(prompts_of(name), (end,), MOST[name], adapter=name)
+def asked(name: str, adapter: str | None = None, *, end: int = EOS_ID, how: Sampling = GREEDY) -> Prompts:
+    prompts = prompts_of(name)
+    settings = [RowSettings((end,), MOST[name], sampling=how, number=number) for number in range(len(prompts))]
+    return Prompts(prompts, settings, name if adapter is None else adapter)
 
 
 def decoder_of(
@@ -76,8 +78,8 @@ def decoder_of(
     return Decoder(stage, groups, source.shape, **options)
 
 
-def alone(decoder: Decoder, name: str, *, end: int = EOS_ID) -> list[list[int]]:
-    return generate(decoder, [Prompts(prompts_of(name), (end,), MOST[name])])[0]
+def alone(decoder: Decoder, name: str, *, end: int = EOS_ID, how: Sampling = GREEDY) -> list[list[int]]:
+    return generate(decoder, [asked(name, "", end=end, how=how)])[0]
 
 
 def chosen_logits(decoder: Decoder, shares: list[tuple[str, list[list[int]]]]) -> list[torch.Tensor]:
@@ -135,15 +137,15 @@ def test_logits_have_the_bits_of_a_decoder_of_its_own(
 @pytest.mark.parametrize(("calls_together", "sampling"), [(False, GREEDY), (True, GREEDY), (False, SAMPLED)])
 def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together: bool, sampling: Sampling) -> None:
     """Also if some end early, as they do with an end token that one of them soon gives."""
-    together = decoder_of(folder, calls_together=calls_together, sampling=sampling)
-    own = {name: decoder_of(folder, name, sampling=sampling) for name in ADAPTERS}
-    expected = {name: alone(decoder, name) for name, decoder in own.items()}
+    together = decoder_of(folder, calls_together=calls_together)
+    own = {name: decoder_of(folder, name) for name in ADAPTERS}
+    expected = {name: alone(decoder, name, how=sampling) for name, decoder in own.items()}
     assert len({str(rows) for rows in expected.values()}) == len(expected)
-    found = generate(together, [asked(name) for name in ADAPTERS])
+    found = generate(together, [asked(name, how=sampling) for name in ADAPTERS])
     assert dict(zip(ADAPTERS, found, strict=True)) == expected
     end = expected["b"][0][1]
-    found = generate(together, [asked(name, end=end) for name in ("d", "b", "a")])
-    assert found == [alone(own[name], name, end=end) for name in ("d", "b", "a")]
+    found = generate(together, [asked(name, end=end, how=sampling) for name in ("d", "b", "a")])
+    assert found == [alone(own[name], name, end=end, how=sampling) for name in ("d", "b", "a")]
     assert min(map(len, found[1])) < MOST["b"]
 
 
@@ -151,9 +153,9 @@ def test_an_adapter_that_has_ended_leaves(folder: Path) -> None:
     """The stage sees the rows of the others alone; a finished one costs nothing."""
     decoder = decoder_of(folder)
     prompts = [[5, 5, 5, last] for last in range(3, 9)]
-    soon = Prompts(prompts, (), 6, lambda row: len(row) == 3, adapter="a")
+    soon = Prompts(prompts, [RowSettings((), 6, lambda row: len(row) == 3)] * len(prompts), "a")
     with calls_of(decoder) as shapes:
-        generate(decoder, [soon, Prompts(prompts[1:], (), 6, adapter="b")])
+        generate(decoder, [soon, Prompts(prompts[1:], [RowSettings((), 6)] * len(prompts[1:]), "b")])
     assert [torch.Size(shape).numel() for shape in shapes] == [44, 11, 11, 5, 5, 5]
 
 
@@ -175,8 +177,9 @@ def test_likelihoods_of_one_of_several(folder: Path, name: str) -> None:
 def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, Any]:
     grid = Grid(torch.distributed.get_rank(), world_size, tp_size=tp, pp_size=pp)
     kinds = (False, GREEDY), (True, GREEDY), (True, SAMPLED)
-    decoders = [decoder_of(Path(folder), grid=grid, calls_together=one, sampling=other) for one, other in kinds]
-    tokens = [generate(decoder, [asked(name) for name in ADAPTERS]) for decoder in decoders]
+    decoders = [decoder_of(Path(folder), grid=grid, calls_together=one) for one, _ in kinds]
+    pairs = zip(decoders, kinds, strict=True)
+    tokens = [generate(decoder, [asked(name, how=how) for name in ADAPTERS]) for decoder, (_, how) in pairs]
     return {"tokens": tokens, "likelihoods": ending_log_likelihoods(decoders[1], samples("a"), adapter="a")}
 
 
@@ -185,7 +188,7 @@ def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, An
 def test_every_layout(folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
     """All ranks have all tokens; three stages have parts with some of the adapters under way."""
     expected, sampled = (
-        [alone(decoder_of(folder, name, sampling=one), name) for name in ADAPTERS] for one in (GREEDY, SAMPLED)
+        [alone(decoder_of(folder, name), name, how=one) for name in ADAPTERS] for one in (GREEDY, SAMPLED)
     )
     likelihoods = ending_log_likelihoods(decoder_of(folder, "a"), samples("a"))
     world = tp * pp

@@ -21,6 +21,7 @@ from megatron_tiedlora.evaluation.decoder import Decoder
 from megatron_tiedlora.evaluation.generate import (
     TOKENS_BETWEEN_AGREEMENTS,
     Prompts,
+    RowSettings,
     _groups,
     ending_log_likelihoods,
     generate,
@@ -101,7 +102,7 @@ def expected(references: dict[str, Reference]) -> Expected:
 
 
 def decode(decoder: Decoder, batch: list[list[int]], *, eos_id: int = EOS_ID, new: int = NEW_TOKENS) -> list[list[int]]:
-    return generate(decoder, [Prompts(batch, (eos_id,), new)])[0]
+    return generate(decoder, [Prompts(batch, [RowSettings((eos_id,), new)] * len(batch))])[0]
 
 
 # One process ----------------------------------------------------------------------------------------------------
@@ -140,7 +141,8 @@ def test_decoding_ends_at_eos_for_each_prompt_alone(decoder: Decoder, references
 def test_decoding_ends_where_it_is_told_to(decoder: Decoder) -> None:
     batch = prompts(seed=7, count=5)
     free = decode(decoder, batch)
-    given = Prompts(batch, (EOS_ID,), NEW_TOKENS, lambda row: row[-1] % 7 == 0 and len(row) > 2)
+    own = RowSettings((EOS_ID,), NEW_TOKENS, lambda row: row[-1] % 7 == 0 and len(row) > 2)
+    given = Prompts(batch, [own] * len(batch))
     (rows,) = generate(decoder, [given])
     for row, whole in zip(rows, free, strict=True):
         end = next((i + 1 for i, token in enumerate(whole) if token % 7 == 0 and i > 1), NEW_TOKENS)
@@ -160,7 +162,7 @@ def test_the_model_is_called_once_a_token_and_no_more_once_all_are_done(decoder:
     assert len(calls) == 6
     # Another rank has work left: this one is asked on and on, and rests.
     asked: list[bool] = []
-    given = Prompts([prompt], (row[stop],), NEW_TOKENS)
+    given = Prompts([prompt], [RowSettings((row[stop],), NEW_TOKENS)])
     with calls_of(decoder) as calls:
         again = generate(decoder, [given], agree=lambda mine: bool(asked.append(mine)))
     assert again == [[row[:stop]]] and len(calls) == stop + 1
@@ -175,7 +177,7 @@ def test_ranks_that_call_together_call_equally_often(references: dict[str, Refer
     row = decode(decoder, [prompt])[0]
     stop, asked = next(index for index in range(1, NEW_TOKENS) if row[index] not in row[:index]), []
     with calls_of(decoder) as calls:
-        given = Prompts([prompt], (row[stop],), NEW_TOKENS)
+        given = Prompts([prompt], [RowSettings((row[stop],), NEW_TOKENS)])
         rows = generate(decoder, [given], agree=lambda mine: bool(asked.append(mine)))
     assert rows == [[row[:stop]]] and len(calls) == NEW_TOKENS
     assert asked == [False] * stop + [True] * (NEW_TOKENS - stop)
@@ -280,7 +282,7 @@ def _stopped(decoder: Decoder, batch: list[list[int]]) -> list[list[int]]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(decoder, [Prompts(batch, (EOS_ID,), NEW_TOKENS)], agree=refuse)
+        generate(decoder, [Prompts(batch, [RowSettings((EOS_ID,), NEW_TOKENS)] * len(batch))], agree=refuse)
     return decode(decoder, batch, new=3)
 
 

@@ -16,7 +16,7 @@ from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.evaluation import sampling
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, generate
 from megatron_tiedlora.evaluation.sampling import GREEDY, RowSamplings, Sampling, choose
 from megatron_tiedlora.parallel.groups import Grid
 
@@ -160,8 +160,8 @@ def prompts() -> Rows:
 
 def sample(decoder: Decoder, numbers: Sequence[int] = range(11), *, how: Sampling = SAMPLING, new: int = 12) -> Rows:
     """The answers of the prompts with these numbers."""
-    decoder.sampling = how
-    return generate(decoder, [Prompts([prompts()[n] for n in numbers], (), new, numbers=numbers)])[0]
+    settings = [RowSettings((), new, sampling=how, number=number) for number in numbers]
+    return generate(decoder, [Prompts([prompts()[n] for n in numbers], settings)])[0]
 
 
 def whole_pass(decoder: Decoder, prompt: list[int], answer: list[int]) -> Any:
@@ -189,8 +189,8 @@ def test_company_changes_nothing_and_the_seed_does(folder: Path) -> None:
     for other in others:
         assert sum(one != two for one, two in zip(other, expected, strict=True)) > 8
     assert others[2] != others[3]
-    decoder.sampling = SAMPLING
-    (alike,) = generate(decoder, [Prompts([prompts()[0]] * 5, (), 12)])
+    settings = [RowSettings((), 12, sampling=SAMPLING, number=number) for number in range(5)]
+    (alike,) = generate(decoder, [Prompts([prompts()[0]] * 5, settings)])
     assert len({tuple(row) for row in alike}) == 5 and alike[0] == expected[0]  # row 0 has the noise of row 0
 
 

@@ -28,7 +28,7 @@ from megatron_tiedlora.evaluation import decoder as decoding
 from megatron_tiedlora.evaluation import generate as module
 from megatron_tiedlora.evaluation import sampling, step_graphs
 from megatron_tiedlora.evaluation.decoder import Decoder
-from megatron_tiedlora.evaluation.generate import Prompts, ending_log_likelihoods, generate
+from megatron_tiedlora.evaluation.generate import Prompts, RowSettings, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.step_graphs import StepGraphs, find_step_graphs
 from megatron_tiedlora.model.attention import rotation_table
 from megatron_tiedlora.model.stage import Stage
@@ -54,7 +54,7 @@ def prompts(seed: int, count: int = 6, longest: int = 30) -> Rows:
 
 
 def decode(decoder: Decoder, batch: Rows, *, new: int = NEW, ends: tuple[int, ...] = ()) -> Rows:
-    return generate(decoder, [Prompts(batch, ends, new)])[0]
+    return generate(decoder, [Prompts(batch, [RowSettings(ends, new)] * len(batch))])[0]
 
 
 def logits_of(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[torch.Tensor]:
@@ -166,13 +166,14 @@ def test_several_adapters_of_which_some_have_ended(folder: Path, monkeypatch: py
         Decoder(load_model(source, adapters, dtype=torch.float32), ParallelGroups(), source.shape) for _ in range(2)
     )
     graphs, plain.granularity = recorded(ours, granularity=8), 8
-    asked = [Prompts(prompts(0), (), 7, adapter="a"), Prompts(prompts(1, longest=11), (), NEW, adapter="b")]
+    asked = [Prompts(prompts(0), [RowSettings((), 7)] * 6, "a")]
+    asked.append(Prompts(prompts(1, longest=11), [RowSettings((), NEW)] * 6, "b"))
     expected = logits_of(monkeypatch, lambda: generate(plain, asked))
     found = logits_of(monkeypatch, lambda: generate(ours, asked))
     assert len(found) == len(expected) and all(map(torch.equal, found, expected))
     assert {len(found.inputs[0].flatten()) for found in graphs.captured} == {6, 12}  # of one adapter, and of both
     for name in adapters:  # the second has the caches of the first
-        alone = [Prompts(prompts(2), (), NEW, adapter=name)]
+        alone = [Prompts(prompts(2), [RowSettings((), NEW)] * 6, name)]
         assert generate(ours, alone) == generate(plain, alone)
     assert len({found.step.keywords["caches"][0].keys.data_ptr() for found in graphs.captured[-2:]}) == 1
 

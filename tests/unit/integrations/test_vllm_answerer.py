@@ -29,7 +29,7 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.convert import serving
 from megatron_tiedlora.evaluation.answering import read_scored
-from megatron_tiedlora.evaluation.generate import Prompts
+from megatron_tiedlora.evaluation.generate import RowSettings
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.integrations.vllm.answerer import VllmAnswerer, _extend
 from megatron_tiedlora.parallel.shard_spec import stream_seed
@@ -125,7 +125,7 @@ def test_answers_are_those_of_the_decoder(vllm: list[StandIn], given: dict[str, 
 
 
 def test_the_end_of_an_answer_within_what_vllm_returns() -> None:
-    some, new = Prompts([[1]], {9}, 5, lambda row: row[-1] == 7), [1]
+    some, new = RowSettings({9}, 5, lambda row: row[-1] == 7), [1]
     assert [_extend(new, tokens, some) for tokens in ([2], [9, 3], [7, 3], [4, 5, 6])] == [False, True, True, True]
     assert new == [1, 2, 7, 4, 5, 6]
     with pytest.raises(RuntimeError, match="vLLM returned no token"):

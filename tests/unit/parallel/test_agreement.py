@@ -28,7 +28,7 @@ from megatron_tiedlora.parallel import agreement
 from megatron_tiedlora.parallel.agreement import (
     SentTensor,
     decided_by_rank_0,
-    first_message,
+    first_messages,
     gather_on_rank_0,
     num_differing,
     packed,
@@ -120,10 +120,10 @@ def _agree() -> dict[str, Any]:
         "large": torch.equal(sent.state["A"], large["A"]),
         "gathered": texts,
         "large gathered": [len(text) for text in gather_on_rank_0("x" * (LARGE * (rank == 1)), kind=str) or []],
-        "nothing to say": first_message(None),
-        "first": first_message(f"{rank} {TEXT}" if rank else None),
-        "empty": first_message("" if rank == 1 else None),
-        "half a pair": first_message("\ud800"),
+        "nothing to say": first_messages([None]),
+        "first": first_messages([f"{rank} {TEXT}" if rank else None]),
+        "empty": first_messages(["" if rank == 1 else None]),
+        "half a pair": first_messages(["\ud800"]),
         "raised": [_raised(None), _raised(UserError(f"of rank {rank}")), _raised(UserError("x") if rank else None)],
         "differing": (num_differing(TEXT), num_differing(f"{TEXT} {min(rank, 1)}")),
     }
@@ -143,8 +143,8 @@ def test_all_ranks_have_the_same(tmp_path: Path) -> None:
     for rank, here in enumerate(found):
         assert all(here["values"]) and len(here["values"]) == 11, (rank, here["values"])
         assert here["large"]
-        assert here["nothing to say"] is None and here["first"] == f"1 {TEXT}", "the lowest rank that has one"
-        assert here["empty"] == "" and here["half a pair"] == "\\ud800"
+        assert here["nothing to say"] == [None] and here["first"] == [f"1 {TEXT}"], "the lowest rank that has one"
+        assert here["empty"] == [""] and here["half a pair"] == ["\\ud800"]
         assert here["differing"] == (0, 2)
         assert here["raised"] == [None, "of rank 0", None], "rank 0's alone"
     assert all(here["gathered"] is None and here["large gathered"] == [] for here in found[1:])
@@ -187,8 +187,8 @@ def _count() -> list[Traffic]:
     counted = []
     rank = distributed.get_rank()
     calls: list[Callable[[], object]] = [
-        lambda: first_message(None),
-        lambda: first_message("é" if rank else None),
+        lambda: first_messages([None]),
+        lambda: first_messages(["é" if rank else None]),
         lambda: decided_by_rank_0(lambda: "é", kind=str),
     ]
     for call in calls:
@@ -213,7 +213,7 @@ def test_one_rank_sends_nothing() -> None:
     thing = object()
     assert decided_by_rank_0(lambda: thing, kind=str) is thing
     assert gather_on_rank_0(thing, kind=str) == [thing]
-    assert first_message("text") == "text" and num_differing("text") == 0
+    assert first_messages(["text"]) == ["text"] and num_differing("text") == 0
     error = UserError("mine")
     with pytest.raises(UserError) as caught:
         decided_by_rank_0(lambda: _raise(error))

@@ -356,7 +356,7 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
     monkeypatch.setattr(throughput, "rank_number", lambda *, local: rank)
     monkeypatch.setattr(throughput, "compiled_kernels", lambda *_, **__: seen.append("compiles") or EAGER)
     monkeypatch.setattr(throughput, "sum_over_ranks", lambda _: seen.append("meets"))
-    monkeypatch.setattr(throughput, "first_message", lambda message: message)
+    monkeypatch.setattr(throughput, "first_messages", lambda messages: messages)
     throughput.choose_kernels(plan, torch.device(device))
     assert seen.count("compiles") == 1
     assert (seen.index("meets") < seen.index("compiles")) == waits

@@ -19,7 +19,7 @@ from megatron_tiedlora.engine.engine import make_topology
 from megatron_tiedlora.parallel import groups as collectives
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import ALONE, Grid, RankGroup, TensorParallel, TrafficCounter
-from megatron_tiedlora.parallel.loss import VocabularyShard, run_with_early_backward, sums_by_adapter, token_losses
+from megatron_tiedlora.parallel.loss import VocabularyShard, run_with_early_backward, token_losses
 
 SIZES = (2, 3, 4)
 RANKS = 4
@@ -83,7 +83,7 @@ def try_loss(group: RankGroup) -> dict[tuple[torch.dtype, float | None], Any]:
         here = slice(group.rank * share, (group.rank + 1) * share)
         rows, frozen = logits.clone().requires_grad_(), FrozenWeight(torch.eye(VOCABULARY, dtype=dtype)[here])
         shard = VocabularyShard(frozen, here.start, group, rows_at_once=3, cap=cap)
-        loss = sums_by_adapter(token_losses(rows, labels, shard), ())
+        loss = token_losses(rows, labels, shard).sum()
         (loss * 0.37).backward()
         assert rows.grad is not None
         found[dtype, cap] = loss.detach(), rows.grad[:, here].clone()

@@ -138,7 +138,7 @@ def _sums(ring: int) -> dict[str, Any]:
         "max": agreement.max_over_ranks([*value, -math.inf, float(rank)]),
         "numbers": agreement.gather_numbers(2**62 + rank),
         "none": agreement.sum_over_ranks([]),
-        "first": agreement.first_message(f"of {rank}" if rank >= 2 else None),
+        "first": agreement.first_messages([f"of {rank}" if rank >= 2 else None]),
         "between": between.item(),
         "traffic": dict(counter.traffic.messages),
     }

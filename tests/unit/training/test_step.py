@@ -58,8 +58,8 @@ class Rank:
         self.losses, self.found_norms, self.number = dict.fromkeys(names, loss), dict.fromkeys(names, norm), wish
         self.optimizers = self
 
-    def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        assert (accumulation_steps, dp_size) == (5, 1)
+    def divisors(self, num_supervised: int, num_passes: int) -> tuple[float, ...]:
+        assert num_passes == 5
         return (float(num_supervised),)
 
     def accumulate(self, inputs: list[Any], divisors: Mapping[str, Any], between: Any) -> dict[str, float]:
