@@ -43,16 +43,8 @@ ADAPTER, RESULT, MODEL, KILLED, MESSAGES = "adapter.safetensors", "result.json",
 STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step on all ranks, and the learning rate
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can partition in any layout. Its vocabulary size is odd.
-SHAPE: dict[str, Any] = {
-    **presets.PRESETS["llama2-7b"],
-    "architectures": ["LlamaForCausalLM"],  # so that transformers is not needed
-    "vocab_size": 1003,
-    "hidden_size": 512,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-}
+SHAPE = presets.small_llama(1003, 512, 768, 8, 16, 8)
+SHAPE["architectures"] = ["LlamaForCausalLM"]  # so that transformers is not needed
 # Relative errors of losses and of the adapter's change. Elements with tiny gradients may change with either sign.
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 CHANGE_BOUND = 5e-3
