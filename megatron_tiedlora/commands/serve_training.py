@@ -35,9 +35,3 @@ def main(settings: ServiceSettings) -> int:
 
         serve_rank(settings, rank, world_size, stop, end)
     return end.status
-
-
-if __name__ == "__main__":
-    from megatron_tiedlora.commands.front import run
-
-    run("serve-training")
