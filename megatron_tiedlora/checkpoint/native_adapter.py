@@ -19,17 +19,7 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
 from megatron_tiedlora.base import files
-from megatron_tiedlora.base.files import (
-    Count,
-    Guard,
-    Real,
-    Size,
-    Text,
-    new_folder,
-    unguarded,
-    with_checksums,
-    write_json,
-)
+from megatron_tiedlora.base.files import Count, Guard, Real, Size, Text, new_folder, unguarded, with_checksums
 from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import METHODS
@@ -119,7 +109,7 @@ def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: Base
     """Write the two files of an adapter into an existing folder. `save_adapter` writes a new folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
-    write_json(folder / CONFIG_FILE, with_checksums(content, files=[folder / WEIGHTS_FILE]))
+    files.write_json(folder / CONFIG_FILE, with_checksums(content, files=[folder / WEIGHTS_FILE]))
 
 
 def tensor_file_sha256(config: AdapterConfig, state: StateDict) -> str:
