@@ -33,7 +33,7 @@ from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base import child_process, presets
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
-from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
+from megatron_tiedlora.runtime import ending, launch_env, machine, process_group
 from megatron_tiedlora.selfcheck import parts, reference, running, step_bench
 from megatron_tiedlora.selfcheck.timing import seconds_of_call
 
@@ -371,7 +371,7 @@ def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path
 
 def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> int:
     """Train with a heartbeat, as tiedlora train does, until the last rank kills itself. Return the exit status."""
-    with ending.reported_end(rank, world_size, stopping.StopRequests()) as end:
+    with ending.reported_end() as end:
         run = started(case, folder, rank, world_size)
         end.watch_peers(1.0)
         end.finished_step = lambda: run.train_step.finished[ONLY]
