@@ -329,11 +329,14 @@ class TiedAdapter(nn.Module):
         """Return the description of the full adapter."""
         return self.part.config
 
-    def load_full(self, values: Mapping[str, Tensor]) -> None:
-        """Copy this rank's shards of the full tensors in `values` into the parameters. The shapes must match."""
+    def load_full(self, values: Mapping[str, Tensor] | None = None) -> "TiedAdapter":
+        """Copy this rank's shards of the full tensors in `values` [the initial values] into the parameters, and return
+        the adapter. The shapes must match."""
+        values = initial_values(self.part.config) if values is None else values
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self.part.shard(name, values[name]))
+        return self
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
         """Return the updates of each adapted layer of the stage. A and F have the sizes of this rank's shard of W.

@@ -274,7 +274,7 @@ class TiedLoraModel(BaseTuner):
         described = config.resolve(self._source.shape, self._found)
         adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(described))
         if not any(weight.is_meta for weight in adapter.parameters()):  # meta with low_cpu_mem_usage
-            adapter.load_full(tied_adapter.initial_values(described))
+            adapter.load_full()
         return adapter, load_model.find_places(self._source.shape, described)
 
     def _create_and_replace(
