@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, Slots, SomeTokens, factors_of_layers, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, find_method
-from megatron_tiedlora.base.shapes import QKV, ModelShape, ShardedDim, linear_sizes
+from megatron_tiedlora.base.shapes import QKV, ModelShape, NamedLinear, linear_sizes
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
 
@@ -24,24 +24,9 @@ from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
 
 
 @dataclass(frozen=True)
-class Target:
-    """A linear with weight W (out, in) in every adapted layer: z = W x + (alpha / r) diag(v) B diag(u) A x.
-
-    Attributes:
-        name: the linear's name in `BlockShape.adaptable`.
-        blocks: the output sizes of the fused matrices, in order.
-        sharded_dim: how tensor-parallel ranks shard W: "column" shards the rows of each block, "row" its columns.
-    """
-
-    name: str
-    in_size: int
-    blocks: tuple[int, ...]
-    sharded_dim: ShardedDim
-
-    @property
-    def out_size(self) -> int:
-        """Return the number of rows of W."""
-        return sum(self.blocks)
+class Target(NamedLinear):
+    """A linear with weight W (out, in) in every adapted layer: z = W x + (alpha / r) diag(v) B diag(u) A x. Its name is
+    that in `BlockShape.adaptable`."""
 
     @property
     def prefix(self) -> str:
@@ -344,11 +329,14 @@ class TiedAdapter(nn.Module):
         """Return the description of the full adapter."""
         return self.part.config
 
-    def load_full(self, values: Mapping[str, Tensor]) -> None:
-        """Copy this rank's shards of the full tensors in `values` into the parameters. The shapes must match."""
+    def load_full(self, values: Mapping[str, Tensor] | None = None) -> "TiedAdapter":
+        """Copy this rank's shards of the full tensors in `values` [the initial values] into the parameters, and return
+        the adapter. The shapes must match."""
+        values = initial_values(self.part.config) if values is None else values
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self.part.shard(name, values[name]))
+        return self
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
         """Return the updates of each adapted layer of the stage. A and F have the sizes of this rank's shard of W.

@@ -64,6 +64,20 @@ def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
         raise UserError(f"{said} ({error.strerror or error}){fix}") from None
 
 
+@contextmanager
+def library_errors(said: str, *, fix: str = "") -> Iterator[None]:
+    """Convert any error of a library that reads a broken file into a `UserError`, as `os_errors` does. Ctrl-C,
+    SystemExit and the signal that stops a run are not converted."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # a corrupt file raises anything from KeyError to a Rust panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{said} ({first_line(error)}){fix}") from error
+
+
 def one_line(text: str) -> str:
     """Return a text as one `printable` line. The middle of a very long text is replaced by "..."."""
     return _cut(printable(_cut(text)))  # shortened first, so that `printable` never reads gigabytes

@@ -142,6 +142,11 @@ _ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 PRESETS = {name: {**common, **dict(zip(SIZES, row, strict=True))} for name, (common, row) in _ROWS.items()}
 
 
+def small_llama(vocab_size: int, *sizes: int) -> dict[str, Any]:
+    """Return the config.json of a LLaMA 2 with another vocabulary and other SIZES, for checks and measurements."""
+    return {**_LLAMA2, "vocab_size": vocab_size, **dict(zip(SIZES, sizes, strict=True))}
+
+
 def is_preset(name: str) -> bool:
     """Return whether --model NAME is a preset and not a folder with the same name."""
     try:

@@ -20,21 +20,16 @@ _FIELDS = {QKV: "qkv", OUTPUT: "output", GATE_UP: "gate_up", DOWN: "down"}  # th
 ATTENTION_TARGETS, MLP_TARGETS = (QKV,), (GATE_UP, DOWN)  # targets in attention and in the MLP
 
 
-class LinearSizes(NamedTuple):
-    """The sizes and the sharded dimension of a linear, as in `LinearShape`."""
-
-    in_size: int
-    blocks: tuple[int, ...]
-    sharded_dim: ShardedDim
+LinearSizes = tuple[int, tuple[int, ...], ShardedDim]  # in_size, blocks and sharded_dim of a linear
 
 
 def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, LinearSizes]:
     """Return the sizes and the sharded dimension of each target, by name."""
     return {
-        QKV: LinearSizes(hidden_size, qkv_rows, "column"),
-        OUTPUT: LinearSizes(qkv_rows[0], (hidden_size,), "row"),
-        GATE_UP: LinearSizes(hidden_size, (intermediate_size, intermediate_size), "column"),
-        DOWN: LinearSizes(intermediate_size, (hidden_size,), "row"),
+        QKV: (hidden_size, qkv_rows, "column"),
+        OUTPUT: (qkv_rows[0], (hidden_size,), "row"),
+        GATE_UP: (hidden_size, (intermediate_size, intermediate_size), "column"),
+        DOWN: (intermediate_size, (hidden_size,), "row"),
     }
 
 
@@ -227,29 +222,38 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
-class LinearShape:
-    """A linear y = W x + b with W of shape (out_size, in_size), or an embedding that looks up the rows of W.
+class NamedLinear:
+    """The name, the sizes and the sharded dimension of a linear with weight W (out_size, in_size).
 
     Attributes:
-        name: name of the module within its layer ("attention.qkv"). The embedding and the head also are layers.
         blocks: output sizes of the fused matrices, in order (query, key, value).
         sharded_dim: how W is sharded over tensor-parallel ranks. "column": the rows of each block; "row": its columns;
             "vocabulary": the rows, padded with zeros so that all ranks have equally many.
-        sources: the stored rows of each block.
-        bias: whether b exists; b is sharded like the rows of W.
     """
 
     name: str
     in_size: int
     blocks: tuple[int, ...]
     sharded_dim: ShardedDim
-    sources: tuple[StoredRows, ...]
-    bias: bool = False
 
     @property
     def out_size(self) -> int:
         """Return the number of rows of W."""
         return sum(self.blocks)
+
+
+@dataclass(frozen=True)
+class LinearShape(NamedLinear):
+    """A linear y = W x + b with W of shape (out_size, in_size), or an embedding that looks up the rows of W.
+
+    Attributes:
+        name: name of the module within its layer ("attention.qkv"). The embedding and the head also are layers.
+        sources: the stored rows of each block.
+        bias: whether b exists; b is sharded like the rows of W.
+    """
+
+    sources: tuple[StoredRows, ...]
+    bias: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -301,7 +305,8 @@ class BlockShape:
         """Return a copy of this block with different heads and a different MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
         linears: dict[str, Any] = {
-            _FIELDS[name]: replace(linear, **sizes[name]._asdict()) for name, linear in self.adaptable.items()
+            _FIELDS[name]: LinearShape(linear.name, *sizes[name], linear.sources, linear.bias)
+            for name, linear in self.adaptable.items()
         }
         return replace(self, heads=heads, **linears)
 

@@ -227,9 +227,8 @@ def load_model(
 
 def adapter_shard(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
     """Return this rank's shard of an adapter for a stage with these layers, on `device`."""
-    part = TiedAdapter(AdapterShard.of_stage(adapter.config, layers, grid.tp_rank, grid.tp_size)).to(device)
-    part.load_full(adapter.state)
-    return part
+    part = AdapterShard.of_stage(adapter.config, layers, grid.tp_rank, grid.tp_size)
+    return TiedAdapter(part).to(device).load_full(adapter.state)
 
 
 # One layer at a time --------------------------------------------------------------------------------------------------

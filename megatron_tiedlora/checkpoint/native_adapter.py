@@ -19,17 +19,7 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
 from megatron_tiedlora.base import files
-from megatron_tiedlora.base.files import (
-    Count,
-    Guard,
-    Real,
-    Size,
-    Text,
-    new_folder,
-    unguarded,
-    with_checksums,
-    write_json,
-)
+from megatron_tiedlora.base.files import Count, Guard, Real, Size, Text, new_folder, unguarded, with_checksums
 from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import METHODS
@@ -115,11 +105,11 @@ def changed_tensors(config: AdapterConfig, shape: ModelShape) -> dict[str, Adapt
     return {name: AdaptedTensor(target, rule, name) for rule, target in changed for name in rule.hf_names}
 
 
-def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict) -> None:
+def write_adapter_files(folder: Path, adapter: NativeAdapter) -> None:
     """Write the two files of an adapter into an existing folder. `save_adapter` writes a new folder atomically."""
-    save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
-    content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
-    write_json(folder / CONFIG_FILE, with_checksums(content, files=[folder / WEIGHTS_FILE]))
+    save_file({name: adapter.state[name].contiguous() for name in adapter.config.tensors}, folder / WEIGHTS_FILE)
+    content = {**StoredAdapter.of(adapter.config, adapter.base_identity).fields(), "version": __version__}
+    files.write_json(folder / CONFIG_FILE, with_checksums(content, files=[folder / WEIGHTS_FILE]))
 
 
 def tensor_file_sha256(config: AdapterConfig, state: StateDict) -> str:
@@ -127,12 +117,10 @@ def tensor_file_sha256(config: AdapterConfig, state: StateDict) -> str:
     return hashlib.sha256(save({name: state[name].contiguous() for name in config.tensors})).hexdigest()
 
 
-def save_adapter(
-    folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict, *, guard: Guard = unguarded
-) -> None:
+def save_adapter(folder: Path, adapter: NativeAdapter, *, guard: Guard = unguarded) -> None:
     """Write or replace an adapter folder atomically. Raise UserError if the folder cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
-        write_adapter_files(temporary, config, base_identity, state)
+        write_adapter_files(temporary, adapter)
 
 
 def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:

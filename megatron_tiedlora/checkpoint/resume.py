@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.adapters.tying import MOMENTS
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.files import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.checkpoint import native_adapter
-from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, StateDict
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.parallel.agreement import SentTensor
 
@@ -67,7 +66,7 @@ class Checkpoint:
 
     folder: Path
     progress: Progress
-    adapter: native_adapter.NativeAdapter
+    adapter: NativeAdapter
     moments: Mapping[str, SentTensor]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
@@ -77,10 +76,8 @@ def save_checkpoint(
     checkpoints: Path,
     *,
     progress: Progress,
-    config: AdapterConfig,
-    base_identity: BaseIdentity,
-    state: Mapping[str, torch.Tensor],
-    moments: Mapping[str, torch.Tensor],
+    adapter: NativeAdapter,
+    moments: StateDict,
     settings: Mapping[str, Any],
     keep: int = 1,
     guard: Guard = unguarded,
@@ -91,25 +88,19 @@ def save_checkpoint(
     resumed, are also removed. Raise UserError if the checkpoint cannot be written. The previous checkpoint and `latest`
     are then unchanged.
     """
-    folder, content = checkpoints / f"step_{progress.step}", (config, base_identity, state, moments, progress, settings)
+    folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
-        write_checkpoint_files(temporary, *content)
+        write_checkpoint_files(temporary, adapter, moments, progress, settings)
     move_latest(checkpoints, progress.step, guard=guard)
     remove_superseded(checkpoints, progress, keep=keep, later=True, guard=guard)
     return folder
 
 
 def write_checkpoint_files(
-    folder: Path,
-    config: AdapterConfig,
-    base_identity: BaseIdentity,
-    state: Mapping[str, torch.Tensor],
-    moments: Mapping[str, torch.Tensor],
-    progress: Progress,
-    settings: Mapping[str, Any],
+    folder: Path, adapter: NativeAdapter, moments: StateDict, progress: Progress, settings: Mapping[str, Any]
 ) -> None:
     """Write the files of a checkpoint into an existing folder. Raise UserError if they cannot be written."""
-    native_adapter.write_adapter_files(folder, config, base_identity, state)
+    native_adapter.write_adapter_files(folder, adapter)
     save_file({name: tensor.contiguous() for name, tensor in moments.items()}, folder / STATE_FILE)
     names = native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, STATE_FILE
     content = {**asdict(progress), "settings": dict(settings)}

@@ -61,15 +61,13 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
     """
     with _opened(file) as stream:
         header = _read_header(file, stream)
-        entries = header.entries
-
-        def check_type(name: str) -> None:
-            if entries[name]["dtype"] not in FLOAT_TYPES:
-                said = f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point"
+        check_tensors(file, header.shapes, shapes)
+        for name, entry in header.entries.items():
+            if entry["dtype"] not in FLOAT_TYPES:
+                said = f"{file}: {name} is {as_given(entry['dtype'])}, not floating point"
                 raise UserError(f"{said}; copy the file again")
-
-        check_tensors(file, header.shapes, shapes, check_type)
-        sizes = (FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries.values())
+        entries = header.entries.values()
+        sizes = (FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries)
         expected = header.begin + sum(sizes)
         stream.seek(0)
         raw = stream.read(expected + 1)
@@ -94,17 +92,13 @@ def damaged_model(said: str) -> UserError:
     return UserError(f"{said}; download the model again")
 
 
-def check_tensors(
-    source: Path | str, found: TensorShapes, wanted: TensorShapes, check: Callable[[str], object] = str
-) -> None:
-    """Raise UserError unless `found` has the names and shapes in `wanted`. `check` is called with each name for a
-    further check. The message begins with `source`."""
+def check_tensors(source: Path | str, found: TensorShapes, wanted: TensorShapes) -> None:
+    """Raise UserError, which begins with `source`, unless `found` has the names and shapes in `wanted`."""
     for name, shape in wanted.items():
         if name not in found:
             raise UserError(f"{source}: tensor {name} is missing; give an intact copy")
         if found[name] != shape:
             raise UserError(f"{source}: {name} has shape {shown(found[name])}, expected {shape}; give an intact copy")
-        check(name)
     for name in found:
         if name not in wanted:
             raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there; give an intact copy")

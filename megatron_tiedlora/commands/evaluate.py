@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING
 from megatron_tiedlora.base.installation import require_extra, require_vllm
 from megatron_tiedlora.base.messages import show
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
-from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.launch_env import prepare_environment
 
 if TYPE_CHECKING:
     from megatron_tiedlora.base.output_folder import NewOutput
     from megatron_tiedlora.evaluation.answering import ScoredSet
     from megatron_tiedlora.evaluation.plan import EvaluationPlans
     from megatron_tiedlora.runtime.ending import End
-    from megatron_tiedlora.runtime.stopping import StopRequests
 
 _LIBRARIES = {"rougeL": "rouge_score", "bleu": "sacrebleu"}  # of metrics; an environment of vLLM may lack them
 
@@ -42,28 +41,24 @@ def main(settings: EvaluateSettings) -> int:
     check_files_exist(settings)
     # These import torch, which takes a second. --help, a wrong flag and a missing file do not wait for this import.
     from megatron_tiedlora.runtime.ending import reported_end
-    from megatron_tiedlora.runtime.stopping import StopRequests
 
     prepare_environment()
-    rank, world_size = rank_and_world_size()
-    for name in os.environ.keys() - given if uses_vllm else ():  # vLLM's processes must not read these
-        del os.environ[name]
-    stop = StopRequests()
-    stop.install()
-    with reported_end(rank, world_size, stop) as end:
+    with reported_end() as end:
+        for name in os.environ.keys() - given if uses_vllm else ():  # vLLM's processes must not read these
+            del os.environ[name]
         end.unsaved = "nothing was written"
-        _evaluate(settings, rank, world_size, stop, end)
+        _evaluate(settings, end)
     return end.status
 
 
-def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
+def _evaluate(settings: EvaluateSettings, end: End) -> None:
     # These import transformers, which takes seconds; signals are handled already.
     from megatron_tiedlora.evaluation.answering import Answerer, answer_all, read_scored
     from megatron_tiedlora.evaluation.plan import plan_evaluations
     from megatron_tiedlora.evaluation.results import headline, score_answers, score_table, write_results
 
-    is_main, uses_vllm = rank == 0, settings.engine == "vllm"
-    plans = plan_evaluations(settings, rank=rank, world_size=world_size)
+    is_main, stop, uses_vllm = end.rank == 0, end.stop, settings.engine == "vllm"
+    plans = plan_evaluations(settings, rank=end.rank, world_size=end.world_size)
     plan, scored = next(iter(plans.values())), read_scored(plans)
     if not uses_vllm:
         from megatron_tiedlora.adapters.adapter_groups import ONLY
@@ -72,7 +67,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         from megatron_tiedlora.evaluation.decoder import Decoder
         from megatron_tiedlora.runtime.process_group import join_process_group
 
-        device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
+        device = join_process_group(settings.timeout_minutes, expected_ranks=end.world_size)
         end.watch_peers(settings.timeout_minutes)
         output = take_results_folder(settings, plans, scored, end)
         groups = make_groups(plan.grid, make_process_grid(plan.grid))

@@ -10,16 +10,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.files import TEMPORARY_PREFIX, file_sha256, new_file
 from megatron_tiedlora.base.installation import require_extra
 from megatron_tiedlora.base.messages import UserError, show, user_path
-from megatron_tiedlora.base.output_folder import NewOutput, make_own_folder, require_room, take_output, user_cache
-from megatron_tiedlora.base.ownership import FolderTaken
+from megatron_tiedlora.base.output_folder import make_own_folder, require_room, take_output, user_cache
+from megatron_tiedlora.base.ownership import retried
 from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
 
@@ -48,7 +48,9 @@ def main(settings: PrepareDemoSettings) -> int:
             make_own_folder(user_cache())
             output.parent.mkdir(parents=True, exist_ok=True)
             require_room(output.parent, NEEDED_MB * 10**6, output=output)
-            made = take_demo(output)
+            hint = "wait until it ends, or give another --output"
+            take = partial(take_output, output, reject=reject_others, hint=hint)
+            made = retried(take, seconds=LOCK_SECONDS, pause=1)
             try:
                 if not is_ready(output) or force:  # no other process has made the model meanwhile
                     temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=made.partial)
@@ -66,18 +68,6 @@ def reject_others(output: Path) -> None:
     """Raise UserError if the folder is not empty and has no demo model. An earlier demo model may be replaced."""
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
-
-
-def take_demo(output: Path) -> NewOutput:
-    """Lock and return the output folder. Wait at most LOCK_SECONDS for another process, and then raise UserError."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return take_output(output, reject=reject_others, hint="wait until it ends, or give another --output")
-        except FolderTaken:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
 
 
 def is_ready(output: Path) -> bool:

@@ -8,7 +8,7 @@
 from megatron_tiedlora.base.installation import require_extra
 from megatron_tiedlora.base.messages import show, user_path
 from megatron_tiedlora.config.service_settings import ServiceSettings
-from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
+from megatron_tiedlora.runtime.launch_env import prepare_environment
 
 
 def main(settings: ServiceSettings) -> int:
@@ -22,22 +22,12 @@ def main(settings: ServiceSettings) -> int:
         return 0
     require_extra("train")
     from megatron_tiedlora.runtime.ending import reported_end
-    from megatron_tiedlora.runtime.stopping import StopRequests
 
     prepare_environment()
-    rank, world_size = rank_and_world_size()
-    stop = StopRequests()
-    stop.install()
-    with reported_end(rank, world_size, stop) as end:
+    with reported_end() as end:
         end.unsaved = "all that was accepted is in --state"
         # This imports DeepSpeed and transformers, which takes seconds.
         from megatron_tiedlora.service.serve import serve_rank
 
-        serve_rank(settings, rank, world_size, stop, end)
+        serve_rank(settings, end.rank, end.world_size, end.stop, end)
     return end.status
-
-
-if __name__ == "__main__":
-    from megatron_tiedlora.commands.front import run
-
-    run("serve-training")

@@ -134,14 +134,10 @@ _COLUMNS = {table: [field.name for field in fields(kind)] for table, kind in _TA
 _SEARCHED = [name for name in FILTERS if name in _COLUMNS["adapters"]]
 
 
-def _column(name: str, kind: Any) -> str:
-    plain, *optional = typing.get_args(kind) or (kind,)
-    sql_type = {str: "TEXT", int: "INTEGER", float: "REAL"}[plain]
-    return f"{name} {sql_type}{'' if optional else ' NOT NULL'}"
-
-
 def _table(name: str, kind: type, key: str) -> str:
-    columns = (_column(*item) for item in typing.get_type_hints(kind).items())
+    types = {str: "TEXT", int: "INTEGER", float: "REAL"}
+    hints = ((column, typing.get_args(of) or (of,)) for column, of in typing.get_type_hints(kind).items())
+    columns = (f"{column} {types[plain]}{'' if optional else ' NOT NULL'}" for column, (plain, *optional) in hints)
     return f"CREATE TABLE {name} ({', '.join(columns)}, PRIMARY KEY ({key}))"
 
 

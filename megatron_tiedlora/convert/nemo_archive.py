@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.messages import UserError, first_line, shown
+from megatron_tiedlora.base.messages import UserError, library_errors, os_errors, shown
 
 # Maximum bytes of a pickle, and of the list of an archive's files. A model of 96 layers needs a fifth of these.
 _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
@@ -113,16 +113,8 @@ def _check_ckpt(file: str) -> list[int]:
 @contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
     """Convert an error about broken content to a one-line UserError with the file, the text `what` and the reason."""
-    try:
+    with library_errors(f"{path}: {what}"), os_errors(f"{path}: cannot be read", fix="; check the file"):
         yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
-    except BaseException as error:  # broken content raises anything from KeyError to a Rust panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{path}: {what} ({first_line(error)})") from None
 
 
 # The tar -----------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def import_peft(
             names = ("tokenizer", "tokenizer_hash", *base_identity.FORMAT_FIELDS)
             kept = {name: getattr(trained, name) for name in names}
             own = replace(identify_model(source, "fp32"), **kept)
-            native_adapter.write_adapter_files(temporary, opened.config, own, opened.state)
+            native_adapter.write_adapter_files(temporary, replace(opened.adapter, base_identity=own))
     return opened
 
 

@@ -36,7 +36,7 @@ from megatron_tiedlora.data.splits import Encoding, check_shape, make_example
 from megatron_tiedlora.data.tables import num_bytes
 from megatron_tiedlora.data.task import Example, Reading, Segment
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
-from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
+from megatron_tiedlora.data.tokenizer import Tokenizer, start_ids, tokenizer_errors
 
 
 class Encoded(NamedTuple):
@@ -197,7 +197,7 @@ def _num_turns(example: Example) -> int:
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
     """Return the text of token ids. Raises UserError with the tokenizer's name if its library fails."""
-    with library_errors(tokenizer.name_or_path, "the tokenizer cannot decode some token ids"):
+    with tokenizer_errors(tokenizer.name_or_path, "the tokenizer cannot decode some token ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
@@ -248,7 +248,7 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> 
     if not texts:
         return []
     more = {"split_special_tokens": True} if plain else {}
-    with library_errors(tokenizer.name_or_path, "cannot encode a text"):
+    with tokenizer_errors(tokenizer.name_or_path, "cannot encode a text"):
         encoded = tokenizer(
             list(texts),
             add_special_tokens=False,

@@ -5,7 +5,7 @@ block of samples at a time, so they need memory for only one block.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -32,6 +32,11 @@ Indices = Sequence[int] | NDArray[np.int64] | slice
 _BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # maximum samples and tokens per block; a longer sample is its own block
 
 
+def _total(values: Callable[["TokenDataset", slice], NDArray[Any]]) -> cached_property[int]:
+    """Return an attribute with the sum of `values`, which returns one number for each sample of a block."""
+    return cached_property(lambda dataset: sum(int(values(dataset, block).sum()) for block in dataset._blocks()))
+
+
 @dataclass(frozen=True)
 class TokenDataset:
     """The samples of a split.
@@ -41,6 +46,9 @@ class TokenDataset:
     supervised: (N,) bool, whether each token is supervised; always False for the first token of a sample.
     facts: (m,) of dtype `FACTS`; by default only the field `supervised` is computed.
     order: (n,) int64, the index of each sample of the split among the stored ones; may repeat. Default: 0 to m - 1.
+    num_tokens, num_supervised: the total number of tokens and of supervised tokens of all samples.
+    truncated_prompts: the number of prompts from which the middle was removed.
+    shortened_chats, lost_turns: the number of chats from which turns were removed, and the number of these turns.
     """
 
     tokens: NDArray[np.int32]
@@ -85,35 +93,16 @@ class TokenDataset:
         """Return the number of tokens of each sample, (n,) int64."""
         return self.lengths_of(slice(None))
 
-    @cached_property
-    def num_tokens(self) -> int:
-        """Return the total number of tokens of all samples."""
-        return sum(int(self.lengths_of(block).sum()) for block in self._blocks())
+    num_tokens = _total(lambda self, block: self.lengths_of(block))
+    num_supervised = _total(lambda self, block: self.num_supervised_of(block))
+    truncated_prompts = _total(lambda self, block: self._facts("cut", block))
+    shortened_chats = _total(lambda self, block: self._facts("lost_turns", block) > 0)
+    lost_turns = _total(lambda self, block: self._facts("lost_turns", block))
 
     @cached_property
     def longest(self) -> int:
         """Return the number of tokens of the longest sample; 0 if there are no samples."""
         return max((int(self.lengths_of(block).max()) for block in self._blocks()), default=0)
-
-    @cached_property
-    def num_supervised(self) -> int:
-        """Return the total number of supervised tokens of all samples."""
-        return sum(int(self.num_supervised_of(block).sum()) for block in self._blocks())
-
-    @cached_property
-    def truncated_prompts(self) -> int:
-        """Return the number of prompts from which the middle was removed."""
-        return sum(int(self._facts("cut", block).sum()) for block in self._blocks())
-
-    @cached_property
-    def shortened_chats(self) -> int:
-        """Return the number of chats from which turns were removed."""
-        return sum(int((self._facts("lost_turns", block) > 0).sum()) for block in self._blocks())
-
-    @cached_property
-    def lost_turns(self) -> int:
-        """Return the total number of turns that were removed from chats."""
-        return sum(int(self._facts("lost_turns", block).sum()) for block in self._blocks())
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32] | None:

@@ -13,13 +13,13 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tiedlora.base.files import file_sha256, read_json_object, read_small_text
-from megatron_tiedlora.base.messages import UserError, first_line, shown, user_path
+from megatron_tiedlora.base.messages import UserError, first_line, library_errors, shown, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -32,6 +32,7 @@ _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.
 
 # First transformers release that follows a SentencePiece model's own settings. Earlier ones silently produce wrong ids.
 _EXACT_SENTENCEPIECE = (5, 24)
+_FIX = "; give --tokenizer an HF tokenizer folder or a SentencePiece tokenizer.model"
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "</s> <unk> a   b", "")
 
 
@@ -57,18 +58,9 @@ def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
     return tokenizer
 
 
-@contextmanager
-def library_errors(source: str | Path, what: str) -> Iterator[None]:
-    """Convert any error of a tokenizer's library to a UserError of one line with `source`, `what` and the reason.
-    Ctrl-C, SystemExit and the signal that stops a run are not converted."""
-    try:
-        yield
-    except UserError:
-        raise
-    except BaseException as error:  # a corrupt file raises anything from KeyError to a Rust panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise _rejection(str(source), f"{what} ({first_line(error)})") from error
+def tokenizer_errors(source: str | Path, what: str) -> AbstractContextManager[None]:
+    """Convert any error of a tokenizer's library to a UserError of one line with `source`, `what` and the reason."""
+    return library_errors(f"{source}: {what}", fix=_FIX)
 
 
 def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
@@ -76,7 +68,7 @@ def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
     bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     if add_bos != "auto":
         return bos if add_bos == "true" else []
-    with library_errors(tokenizer.name_or_path, "cannot encode a text"):
+    with tokenizer_errors(tokenizer.name_or_path, "cannot encode a text"):
         ids = list(tokenizer("a", verbose=False)["input_ids"])
         plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     starts = (start for start in range(len(ids)) if ids[start : start + len(plain)] == plain)
@@ -208,7 +200,7 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
-    with library_errors(path, "is not a SentencePiece model"):
+    with tokenizer_errors(path, "is not a SentencePiece model"):
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         expected = [processor.encode(text) for text in _PROBES]
     check_conversion(path)
@@ -245,7 +237,7 @@ def _guarded(source: Path, load: Callable[[], object]) -> Tokenizer:
     """Return the tokenizer that `load` returns. Raises UserError, with `source`, if loading it or using it fails."""
     from transformers import PreTrainedTokenizerBase
 
-    with library_errors(source, "cannot be read as a tokenizer"):
+    with tokenizer_errors(source, "cannot be read as a tokenizer"):
         tokenizer = load()
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
         # The tokenizer is tried, because files with values of wrong types are loaded and fail only when they are used.
@@ -263,7 +255,7 @@ def _check_size(file: Path) -> None:
 
 
 def _rejection(source: str, reason: str) -> UserError:
-    return UserError(f"{source}: {reason}; give --tokenizer an HF tokenizer folder or a SentencePiece tokenizer.model")
+    return UserError(f"{source}: {reason}{_FIX}")
 
 
 # Hash of a tokenizer -------------------------------------------------------------------------------------------------

@@ -228,8 +228,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
 
 def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
     """Return the adapter on the model's device, and, by module name, the weights that it changes."""
-    update = TiedAdapter(AdapterShard.whole(adapter.config)).requires_grad_(False)
-    update.load_full(adapter.state)
+    update = TiedAdapter(AdapterShard.whole(adapter.config)).requires_grad_(False).load_full(adapter.state)
     places = dict(load_model.find_places(model_source(model).shape, adapter.config))
     device = base_layer_of(model.get_submodule(next(iter(places)))).weight.device
     return (update if device.type == "meta" else update.to(device)), places  # meta: an offloaded module

@@ -117,7 +117,7 @@ def _hide_paths(folder: Path, facts: "CardFacts") -> None:
     tokenizer = None if given is None else without_folders(given, facts.settings)
     (folder / NATIVE_FOLDER).mkdir()
     base = replace(adapter.base_identity, base_model=facts.base, tokenizer=tokenizer)
-    write_adapter_files(folder / NATIVE_FOLDER, adapter.config, base, adapter.state)
+    write_adapter_files(folder / NATIVE_FOLDER, replace(adapter, base_identity=base))
     record = files.read_json_object(folder / EXPORT_RECORD, kind="the record of an export")
     record.pop(BASE_PATH, None)
     files.write_json(folder / EXPORT_RECORD, {**record, "base_model": facts.base, "tokenizer": tokenizer})

@@ -274,7 +274,7 @@ class TiedLoraModel(BaseTuner):
         described = config.resolve(self._source.shape, self._found)
         adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(described))
         if not any(weight.is_meta for weight in adapter.parameters()):  # meta with low_cpu_mem_usage
-            adapter.load_full(tied_adapter.initial_values(described))
+            adapter.load_full()
         return adapter, load_model.find_places(self._source.shape, described)
 
     def _create_and_replace(
@@ -343,7 +343,9 @@ class TiedLoraModel(BaseTuner):
         described, source = adapter.config, f"adapter {adapter_name}"
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         wanted = {name: described.shape(name) for name in described.tensors}
-        check_tensors(source, found, wanted, lambda name: check_finite(source, name, state_dict[name]))
+        check_tensors(source, found, wanted)
+        for name, tensor in state_dict.items():
+            check_finite(source, name, tensor)
         native_adapter.check_values(described, state_dict, source=source)
         start = "" if isinstance(model, cls) else "base_model."
         held = (name for name, _ in adapter.named_parameters())

@@ -15,14 +15,8 @@ import torch
 from megatron_tiedlora.base import files, shapes
 from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
 from megatron_tiedlora.config.settings import GPU_NAMES
-from megatron_tiedlora.model.fused_attention import (
-    CANDIDATES,
-    TILES,
-    AttentionRoute,
-    FusedKernel,
-    Installed,
-    is_installed,
-)
+from megatron_tiedlora.model import fused_attention
+from megatron_tiedlora.model.fused_attention import CANDIDATES, TILES, AttentionRoute, FusedKernel, Installed
 
 _KNOWN = files.read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
 _BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in shapes.BASE_NAMES]}
@@ -216,7 +210,7 @@ def attention_in_words(
     words = f"{route}; {known[name].value} of the peak in bf16 is expected" if name in known else str(route)
     if route.otherwise in known and name != route.otherwise:
         words += f" ({known[route.otherwise].value} for other rows)"
-    if faster is None or is_installed(str(faster.kernel)):  # a kernel that is installed does not run here
+    if faster is None or fused_attention.is_installed(str(faster.kernel)):  # an installed kernel does not run here
         return words
     return f"{words}, and {known[faster.name].value} with {faster.name}: {faster.install}"
 

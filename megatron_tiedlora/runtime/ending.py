@@ -32,7 +32,7 @@ from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime import heartbeat
 from megatron_tiedlora.runtime.heartbeat import Heartbeat, PeerFailure
-from megatron_tiedlora.runtime.launch_env import first_to_fail
+from megatron_tiedlora.runtime.launch_env import first_to_fail, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import gpu_name, leave_process_group
 from megatron_tiedlora.runtime.run_folder import LOGS_FOLDER, RunFolder, State
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
@@ -329,14 +329,18 @@ class End:
 
 
 @contextmanager
-def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End]:
-    """Report how the block ended: it finished, was stopped by a signal, or failed.
+def reported_end() -> Iterator[End]:
+    """Handle signals on this rank, and report how the block ended: it finished, was stopped by a signal, or failed.
 
     After a stop, no exception is raised (see `End.status`). A failure ends the process.
 
     Raises:
         SystemExit: the run failed, and this is its only rank.
+        UserError: see `rank_and_world_size`.
     """
+    rank, world_size = rank_and_world_size()
+    stop = StopRequests()
+    stop.install()
     end = End(rank, world_size, stop)
     with end.held, end._open, end._reserve:
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, AdapterSegment
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import RandomWeights, load_base_weights
@@ -191,9 +191,7 @@ def random_stage(
 
 def whole_adapter(config: AdapterConfig, device: torch.device, *, tp_size: int = 1) -> TiedAdapter:
     """Return an adapter of all layers with its initial values, or the first rank's shard of it."""
-    adapter = TiedAdapter(AdapterShard(config, config.layers, 0, tp_size)).to(device)
-    adapter.load_full(initial_values(config))
-    return adapter
+    return TiedAdapter(AdapterShard(config, config.layers, 0, tp_size)).to(device).load_full()
 
 
 def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:

@@ -28,7 +28,7 @@ import psutil
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.presets import PRESETS, is_preset
+from megatron_tiedlora.base.presets import is_preset, small_llama
 from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.model import batch, families, fused_attention
@@ -52,14 +52,6 @@ _LAYERS = 33  # so many layers that their launches are visible in the noise of a
 _LENGTH = 64
 _MICRO_BATCHES = 8  # in the step of two stages
 _TINY_REPEATS, _REPEATS = 20, 5
-_TINY = {
-    **PRESETS["llama2-7b"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-}
 _UNKNOWN = ("block", "step", "instruction")
 _NOTHING = Constant(0.0, "not measured yet")
 
@@ -333,7 +325,7 @@ class _Measure:
 
 
 def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> MeasuredStep:
-    shape = families.shape_from_hf({**_TINY, "num_hidden_layers": num_layers}, source="tiny")
+    shape = families.shape_from_hf(small_llama(256, 64, 128, num_layers, 4, 2), source="tiny")
     source = ModelSource("tiny", None, shape)
     return measured_step(machine, {"length": _LENGTH, **more}, repeats=_TINY_REPEATS, source=source)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.presets import PRESETS
+from megatron_tiedlora.base.presets import PRESETS, small_llama
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.config import cli, tool_settings
 from megatron_tiedlora.data.loader import TrainingStep
@@ -31,15 +31,7 @@ from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchm
 
 MOST_LAYERS = 8  # in the runs of the parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
-SMALL: dict[str, Any] = {
-    **PRESETS["llama2-7b"],
-    "vocab_size": 1000,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SMALL = small_llama(1000, 256, 512, 2, 4, 2)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -143,7 +143,7 @@ def _write_adapters(source: ModelSource, config: AdapterConfig, folder: Path, se
         adapter = NativeAdapter(config, identity, state)
         if reason := ServedAdapter(source, adapter).why_not_tied:
             raise UserError(f"--{reason}, so it has no tied slots; give tl6")
-        save_adapter(folder / NATIVE / str(number), config, identity, state)
+        save_adapter(folder / NATIVE / str(number), adapter)
         export_peft(source, adapter, folder / EXPANDED / str(number), base_differs=True, identify=lambda *_: identity)
 
 

@@ -33,7 +33,7 @@ from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base import child_process, presets
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
-from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
+from megatron_tiedlora.runtime import ending, launch_env, machine, process_group
 from megatron_tiedlora.selfcheck import parts, reference, running, step_bench
 from megatron_tiedlora.selfcheck.timing import seconds_of_call
 
@@ -43,16 +43,8 @@ ADAPTER, RESULT, MODEL, KILLED, MESSAGES = "adapter.safetensors", "result.json",
 STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step on all ranks, and the learning rate
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can partition in any layout. Its vocabulary size is odd.
-SHAPE: dict[str, Any] = {
-    **presets.PRESETS["llama2-7b"],
-    "architectures": ["LlamaForCausalLM"],  # so that transformers is not needed
-    "vocab_size": 1003,
-    "hidden_size": 512,
-    "intermediate_size": 768,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-}
+SHAPE = presets.small_llama(1003, 512, 768, 8, 16, 8)
+SHAPE["architectures"] = ["LlamaForCausalLM"]  # so that transformers is not needed
 # Relative errors of losses and of the adapter's change. Elements with tiny gradients may change with either sign.
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 CHANGE_BOUND = 5e-3
@@ -379,7 +371,7 @@ def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path
 
 def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> int:
     """Train with a heartbeat, as tiedlora train does, until the last rank kills itself. Return the exit status."""
-    with ending.reported_end(rank, world_size, stopping.StopRequests()) as end:
+    with ending.reported_end() as end:
         run = started(case, folder, rank, world_size)
         end.watch_peers(1.0)
         end.finished_step = lambda: run.train_step.finished[ONLY]

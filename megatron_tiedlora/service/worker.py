@@ -17,7 +17,7 @@ from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets
 from megatron_tiedlora.base.files import new_folder
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
-from megatron_tiedlora.checkpoint.native_adapter import save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,
     Progress,
@@ -185,16 +185,17 @@ class Worker:
         layout = self.plan.layout_of(config)
         state = self.runner.full_state(model, layout)
         moments = stored_moments(self.runner.full_moments(model, layout)) if given.optimizer else {}
+        adapter = NativeAdapter(config, self._identity, state)
 
         def write() -> None:
             if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                 require_finite("adapter", math.nan, step=step, saved_step=None)
             if not given.optimizer:
-                save_adapter(Path(given.folder), config, self._identity, state)
+                save_adapter(Path(given.folder), adapter)
                 return
             with new_folder(Path(given.folder)) as temporary:
                 progress = Progress(step=step, consumed_samples=step)
-                write_checkpoint_files(temporary, config, self._identity, state, moments, progress, {})
+                write_checkpoint_files(temporary, adapter, moments, progress, {})
 
         decided_by_rank_0(write)
 

@@ -17,7 +17,7 @@ from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.files import Count, Guard, Real, Text, read_fields, read_json_object, write_json
 from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
-from megatron_tiedlora.checkpoint.native_adapter import save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint, stored_moments
 from megatron_tiedlora.config.cli import HALVING_REASON
 from megatron_tiedlora.config.settings import Settings
@@ -400,6 +400,7 @@ class AdapterRun:
             return
         self.checks.before_save(self.progress.step)
         state = self.runner.full_state(self.name, self.layout)
+        adapter = NativeAdapter(self.plan.adapter, self.base_identity, state)
         moments = self.runner.full_moments(self.name, self.layout) if new else {}
 
         def write() -> None:
@@ -411,16 +412,14 @@ class AdapterRun:
                 save_checkpoint(
                     self.folder.checkpoints,
                     progress=self.progress,
-                    config=self.plan.adapter,
-                    base_identity=self.base_identity,
-                    state=state,
+                    adapter=adapter,
                     moments=stored_moments(moments),
                     settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256, **self.recorded_start},
                     keep=self.plan.settings.keep_checkpoints,
                     guard=self.folder.guard,
                 )
             if best:
-                save_adapter(self.folder.adapter, self.plan.adapter, self.base_identity, state, guard=self.folder.guard)
+                save_adapter(self.folder.adapter, adapter, guard=self.folder.guard)
 
         decided_by_rank_0(write)
         self.saved_step = self.progress.step

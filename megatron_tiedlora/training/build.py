@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Dropout
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.checkpoint import base_identity as identity
@@ -235,9 +235,7 @@ def make_adapter(
     """Return this rank's shard of an adapter, with the stages of `plan`. Without full tensors in `state` it gets its
     initial values."""
     part = AdapterShard.of_stage(config, plan.stage.layers, plan.grid.tp_rank, plan.grid.tp_size)
-    adapter = TiedAdapter(part).to(device)
-    adapter.load_full(initial_values(config) if state is None else state)
-    return adapter
+    return TiedAdapter(part).to(device).load_full(state)
 
 
 def own_optimizer(settings: Settings, adapter: TiedAdapter) -> OwnOptimizer:

@@ -3,9 +3,7 @@
 from megatron_tiedlora.base.messages import named, show
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.ending import End, reported_end
-from megatron_tiedlora.runtime.launch_env import rank_and_world_size
 from megatron_tiedlora.runtime.process_group import join_process_group, make_deterministic
-from megatron_tiedlora.runtime.stopping import StopRequests
 
 
 def train_rank(settings: Settings) -> End:
@@ -16,10 +14,8 @@ def train_rank(settings: Settings) -> End:
     """
     if settings.deterministic:
         make_deterministic()
-    rank, world_size = rank_and_world_size()
-    stop = StopRequests()
-    stop.install()
-    with reported_end(rank, world_size, stop) as end:
+    with reported_end() as end:
+        rank, world_size, stop = end.rank, end.world_size, end.stop
         # These imports of DeepSpeed and transformers take seconds, so signals are handled before.
         from megatron_tiedlora.planning.adapter_plans import plan_and_read
         from megatron_tiedlora.planning.planned import longest_run

@@ -374,7 +374,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
     resume.move_latest(folder.checkpoints, progress.step, guard=folder.guard)
     if progress.best_step is not None:
         best = load_native_adapter(folder.checkpoints / f"step_{progress.best_step}")
-        save_adapter(folder.adapter, best.config, best.base_identity, best.state, guard=folder.guard)
+        save_adapter(folder.adapter, best, guard=folder.guard)
 
 
 def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> None:

@@ -44,7 +44,7 @@ def test_a_broken_adapter(
 ) -> None:
     whole, folder = tmp_path_factory.mktemp("whole"), area / "adapter"
     for method, native in natives.items():
-        save_adapter(whole / method, native.config, native.base_identity, native.state)
+        save_adapter(whole / method, native)
 
     def body(draw: Draw) -> object:
         method = draw.say(draw.choice(sorted(natives)))
@@ -240,10 +240,8 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     remove_leftovers(run.path)  # as a run does first when the folder is its own
     adopt_checkpoint(run, load_checkpoint(run.checkpoints / "step_4"))
     moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
-    save_checkpoint(
-        run.checkpoints, progress=Progress(6, 9, 0.1, 6, 0, 6), config=native.config,
-        base_identity=native.base_identity, state=native.state, moments=moments, settings={},
-    )  # fmt: skip
+    progress = Progress(6, 9, 0.1, 6, 0, 6)
+    save_checkpoint(run.checkpoints, progress=progress, adapter=native, moments=moments, settings={})
     for rank in (0, 1):
         log = RankLog()
         with log.opened(run.path, rank):
@@ -280,7 +278,7 @@ def test_a_run_folder_may_itself_be_a_link(native: NativeAdapter, area: Path) ->
 
 def test_an_adapter_that_is_a_link_to_nothing_is_replaced(native: NativeAdapter, area: Path) -> None:
     _link(area / "adapter", area / "nothing")
-    save_adapter(area / "adapter", native.config, native.base_identity, native.state)
+    save_adapter(area / "adapter", native)
     assert not (area / "adapter").is_symlink() and not (area / "nothing").exists()
     check_adapter(load_native_adapter(area / "adapter"))
 
@@ -288,7 +286,7 @@ def test_an_adapter_that_is_a_link_to_nothing_is_replaced(native: NativeAdapter,
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @pytest.mark.timeout(30, method="thread")  # a wait inside of a library is ended by no signal
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area: Path, name: str) -> None:
-    save_adapter(area / "adapter", native.config, native.base_identity, native.state)
+    save_adapter(area / "adapter", native)
     (area / "adapter" / name).unlink()
     os.mkfifo(area / "adapter" / name)
     refused(area, lambda: load_native_adapter(area / "adapter"), name)

@@ -135,7 +135,7 @@ def test_a_broken_index(natives: dict[str, NativeAdapter], area: Path, examples:
     folder = (area / "adapters").resolve()
     for place, method in zip((*ADAPTERS, "../outside"), ("tl6", "tl5", "lora", "vera"), strict=True):
         native = natives[method]
-        save_adapter(folder / place, native.config, native.base_identity, native.state)
+        save_adapter(folder / place, native)
     for words in ([], ["alias", "prod", "one"], ["alias", "best", "runs/three"], ["tag", "one", "keep", "good"]):
         assert call("index", [str(folder), *words]) == 0
     (folder / "linked").symlink_to(area / "outside")
@@ -186,7 +186,7 @@ PAGE = 512  # bytes, SQLite's smallest
 def folder(native: NativeAdapter, area: Path) -> Path:
     """A folder with the adapter `one` and its index, beside an adapter that is not in it."""
     for place in ("adapters/one", "outside"):
-        save_adapter(area / place, native.config, native.base_identity, native.state)
+        save_adapter(area / place, native)
     assert call("index", [str(area / "adapters")]) == 0
     return area / "adapters"
 

@@ -35,7 +35,7 @@ NATIVE = [f"native/{CONFIG}", f"native/{WEIGHTS}"]
 def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, native, _ = with_adapter(base, "tl6", (1, 3), targets=("qkv", "down_proj"))
     folder = tmp_path_factory.mktemp("peft")
-    save_adapter(folder / "adapter", native.config, native.base_identity, native.state)
+    save_adapter(folder / "adapter", native)
     export_peft(source, native, folder / "exported", native=folder / "adapter")
     return folder / "exported"
 

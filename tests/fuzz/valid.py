@@ -6,7 +6,7 @@ The bounds are wide: they tell what cannot be from what is odd.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,11 @@ def write_run(path: Path, native: NativeAdapter) -> RunFolder:
     run.settings.write_text("seed: 1\n")
     run.metrics.write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
     for step in (2, 4):
+        state = {name: tensor * (1 if name in "uv" else step / 4) for name, tensor in native.state.items()}
         save_checkpoint(
             run.checkpoints,
             progress=Progress(step, BATCH * step, 0.5, 2, 1 if step == 4 else 0, step),
-            config=native.config,
-            base_identity=native.base_identity,
-            state={name: tensor * (1 if name in "uv" else step / 4) for name, tensor in native.state.items()},
+            adapter=replace(native, state=state),
             moments={name: tensor / step for name, tensor in moments_of(native).items()},
             keep=2,
             settings={"method": "tl6", "rank": 4, "layers": [1, 3], "global_batch_size": BATCH, "data_sha256": "0"},

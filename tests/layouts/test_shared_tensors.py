@@ -190,7 +190,7 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
     way, layers, groups = FILES[name]
     with tl6_shares(way):
         source, adapter, oracle = with_adapter(model, "tl6", layers, targets=ALL_TARGETS, groups=groups or GROUPS[way])
-        save_adapter(tmp_path / "native", adapter.config, adapter.base_identity, adapter.state)
+        save_adapter(tmp_path / "native", adapter)
         native = load_native_adapter(tmp_path / "native")
         assert native.equals(replace(adapter, base_identity=native.base_identity))
         merge_adapter(source, native, tmp_path / "merged")

@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def thousand(llama: ServedModel) -> list[str]:
             name: value * (1 + 0.5 * torch.rand(value.shape, generator=generator))
             for name, value in first.state.items()
         }
-        save_adapter(llama.root / f"many/a{number:04}", first.config, first.base_identity, state)
+        save_adapter(llama.root / f"many/a{number:04}", replace(first, state=state))
     return [f"many/a{number:04}" for number in range(MANY)]
 
 
@@ -210,7 +210,7 @@ def not_finite(model: ServedModel) -> None:
     """A value that is not finite, with checksums that fit."""
     adapter = model.native("bad-value", "tl6", seed=77)
     state = {**adapter.state, "u": torch.full_like(adapter.state["u"], float("inf"))}
-    save_adapter(model.root / "bad-value", adapter.config, adapter.base_identity, state)
+    save_adapter(model.root / "bad-value", replace(adapter, state=state))
     reseal(model.root / "bad-value")
 
 

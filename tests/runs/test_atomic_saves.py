@@ -32,7 +32,7 @@ def kept(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, native: NativeAdapter) -> None:
-    save_adapter(folder, native.config, native.base_identity, native.state)
+    save_adapter(folder, native)
 
 
 # --------------------------------------------------------------------------------------------- whole or not at all
@@ -107,6 +107,7 @@ def test_leftovers_of_killed_writers_are_removed_or_given_back(tmp_path: Path) -
 # the first line alone is one at which a forked child is killed.
 KILLER = """
 import itertools, os, shutil, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from megatron_tiedlora.base import files
@@ -120,14 +121,13 @@ root, swap = Path(sys.argv[2]), files._exchange
 old = native_adapter.load_native_adapter(Path(sys.argv[1]))
 
 def write_adapter(value):
-    native_adapter.save_adapter(root / "adapter", old.config, old.base_identity, full(value))
+    native_adapter.save_adapter(root / "adapter", replace(old, state=full(value)))
 
 def write_checkpoint(step, value):
     files.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
     resume.save_checkpoint(
         root, progress=resume.Progress(step=step, consumed_samples=step, best_metric=1.0, best_step=2),
-        config=old.config, base_identity=old.base_identity,
-        state=full(value), moments=moments_of(old, value), settings={"value": value})
+        adapter=replace(old, state=full(value)), moments=moments_of(old, value), settings={"value": value})
 
 def full(value):
     return {name: torch.full_like(tensor, value) for name, tensor in old.state.items()}
@@ -247,13 +247,12 @@ def main(arguments):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(arguments[0]), resource.RLIM_INFINITY))
     if arguments[1] == "adapter":
-        save_adapter(root / "adapter", adapter.config, adapter.base_identity, adapter.state)
+        save_adapter(root / "adapter", adapter)
     elif arguments[1] == "text":
         write_text(root / "latest", "new" * 1000)
     else:
         save_checkpoint(
-            root, progress=Progress(step=2), config=adapter.config,
-            base_identity=adapter.base_identity, state=adapter.state, settings={},
+            root, progress=Progress(step=2), adapter=adapter, settings={},
             moments={"exp_avg.B": torch.ones(100_000)})
     return 0
 

@@ -123,7 +123,7 @@ def test_dropout_is_for_training_steps_and_resumes_anywhere(base: Base, tmp_path
 def started(base: Base) -> Path:
     """Four steps from a `vera` in base.folder/start; the run's settings name none of its facts."""
     _, native, _ = with_adapter(base.model, "vera", (2, 3), targets=("qkv", "down_proj"))
-    save_adapter(base.folder / "start", native.config, native.base_identity, native.state)
+    save_adapter(base.folder / "start", native)
     run(base, base.folder / "started", rank=None, max_steps=4, init_from=base.folder / "start")
     return base.folder / "started"
 
@@ -157,7 +157,7 @@ def test_it_resumes_without_the_folder_that_it_started_from(base: Base, started:
     again(init_from=start, prelude=partial(kill_at_step, 2), expect=143)
     shutil.rmtree(start)
     _, other, _ = with_adapter(base.model, "lora", seed=9)
-    save_adapter(start, other.config, other.base_identity, other.state)
+    save_adapter(start, other)
     again(init_from=start, resume="auto")
     assert_same_run(tmp_path / "run", started)
     names = ("init_from_sha256", "data_sha256_by_source")

@@ -346,7 +346,7 @@ OUTPUTS = {  # of each command that makes a folder: script, flag, and where it w
 @pytest.mark.parametrize("command", OUTPUTS)
 def test_an_output_has_one_maker(base: Base, native: NativeAdapter, tmp_path: Path, command: str) -> None:
     adapter, output = tmp_path / "adapter", tmp_path / "out"
-    save_adapter(adapter, native.config, native.base_identity, native.state)
+    save_adapter(adapter, native)
     script, flag, module = OUTPUTS[command]
     words = [f"--adapter={adapter}", f"--model={base.model}", f"--{flag}={output}"]
     if command == "evaluate":

@@ -379,6 +379,7 @@ def sgd(parameters: Any, *, weight_decay: float, lr: float = 0.0, betas: Any = N
 
 def run_case(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Any) -> dict[str, Any]:
     """Train as a run does, into the output folder; this rank's part of the adapter, and on rank 0 the full one."""
+    from megatron_tiedlora.adapters import tied_adapter
     from megatron_tiedlora.adapters.adapter_groups import ONLY
     from megatron_tiedlora.planning.adapter_plans import prepare_data
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
@@ -397,7 +398,7 @@ def run_case(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Any) -> di
         patch.setattr(build, "AdamW", sgd)
     if case.get("start"):
         values = load_file(case["start"])
-        patch.setattr(build, "initial_values", lambda _: values)
+        patch.setattr(tied_adapter, "initial_values", lambda _: values)
     # Counting a model's operations takes longer than these steps, and no test of theirs reads a rate.
     patch.setattr(throughput, "step_flops", lambda *_: Counter(linears=1))
     built = build.build_model({ONLY: plan}, device)

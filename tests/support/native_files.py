@@ -68,7 +68,7 @@ def reseal(folder: Path) -> None:
 def write_native(folder: Path, model: Path, adapter: OracleAdapter) -> NativeAdapter:
     """Write `adapter` as a native adapter of the model folder `model` to `folder`."""
     native = native_adapter(find_model(str(model)), adapter)
-    save_adapter(folder, native.config, native.base_identity, native.state)
+    save_adapter(folder, native)
     return native
 
 
@@ -102,9 +102,7 @@ def save_step(root: Path, native: NativeAdapter, step: int, best: int | None, **
     return save_checkpoint(
         root,
         progress=Progress(step=step, consumed_samples=4 * step, best_metric=0.5, best_step=best, evaluated_step=step),
-        config=native.config,
-        base_identity=native.base_identity,
-        state=native.state,
+        adapter=native,
         moments=moments_of(native, float(step)),
         **{**settings, **keywords},
     )

@@ -21,7 +21,7 @@ from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets
 from megatron_tiedlora.base.presets import PRESETS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.native_adapter import save_adapter
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, sharded, write_files
 from megatron_tiedlora.model.families import shape_from_hf
@@ -66,7 +66,7 @@ def write_wide_adapter(folder: Path, model: Path, targets: Sequence[str], *, ran
     state = {name: torch.randn(config.shape(name), generator=draw).mul_(0.1) for name in config.tensors}
     with BaseWeights(model, source.shape) as weights:
         base = identify_base(source, weights, "bf16")
-    save_adapter(folder, config, base, state)
+    save_adapter(folder, NativeAdapter(config, base, state))
     return folder
 
 

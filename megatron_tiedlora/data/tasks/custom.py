@@ -11,14 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.data.readers import (
-    checked_text,
-    describe_fields,
-    is_empty,
-    required_text,
-    required_texts,
-    without,
-)
+from megatron_tiedlora.data import readers
+from megatron_tiedlora.data.readers import checked_text, describe_fields, required_text, required_texts, without
 from megatron_tiedlora.data.task import Parts, Reading, Task, template_fields
 from megatron_tiedlora.data.turns import ASSISTANT, USER, Conversation, Turn, make_conversation, read_turns
 
@@ -180,7 +174,7 @@ def find_shape(
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
     found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # a field is null
     preference = ""
-    if any(not is_empty(row.get(name)) for name in ("rejected", "rejected_response", "rejected_messages")):
+    if any(not readers.is_empty(row.get(name)) for name in ("rejected", "rejected_response", "rejected_messages")):
         preference = ". Training on preference data is not supported"
     if not found:
         after = " (as named by --columns)" if columns else ""
@@ -206,7 +200,7 @@ def find_shape(
             )
     for name, value in row.items():
         unread = name in _LOOKS_LIKE_DATA and name not in (*shape.fields, REFERENCES) and name not in named
-        if unread and not is_empty(value):
+        if unread and not readers.is_empty(value):
             said = f"{source}: field {name!r} looks like data, but is not read from rows of shape {shape.name}"
             raise UserError(f"{said}; name the fields to read with --columns {_choice(shape, columns)}{preference}")
     return shape

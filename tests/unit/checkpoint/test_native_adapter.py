@@ -77,7 +77,7 @@ def test_all_tensors_are_written_whole_and_come_back(
     full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
-    save_adapter(tmp_path / "again", loaded.config, loaded.base_identity, loaded.state)
+    save_adapter(tmp_path / "again", loaded)
     assert files_of(tmp_path / "again") == files_of(tmp_path / "adapter")
 
 

@@ -284,9 +284,8 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
     """The native adapter that travels in its export comes back; without it the PEFT tensors give the same weights."""
     native = load_native_adapter(exported / "adapter")
     export_peft(find_model(str(base)), native, tmp_path / "plain")
-    content = {"config": native.config, "base_identity": native.base_identity, "state": native.state}
     step = Progress(step=1)
-    checkpoint = save_checkpoint(tmp_path / "checkpoints", progress=step, moments={}, settings={}, **content)
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", progress=step, moments={}, settings={}, adapter=native)
     wanted, output = files_of(exported / "merged"), tmp_path / "merged"
     for folder in (checkpoint, exported / "peft", tmp_path / "plain"):
         assert call("merge", ["--adapter", str(folder), "--output", str(output)]) == 0

@@ -330,7 +330,7 @@ def test_an_export_keeps_the_storage_format_of_the_base(separate: Path, tmp_path
     """So its adapter is used with the base that training saw, also if it comes back as a plain LoRA."""
     source, native, _ = with_adapter(separate, "tl6")
     folder, quantised = tmp_path / "run", replace(native.base_identity, base_format="nf4", base_stored="bf16")
-    save_adapter(folder, native.config, quantised, native.state)
+    save_adapter(folder, replace(native, base_identity=quantised))
     export_peft(source, load_native_adapter(folder), tmp_path / "peft", native=folder)
     opened = open_adapter(str(tmp_path / "peft"), str(separate))
     assert opened.adapter.base_identity == quantised

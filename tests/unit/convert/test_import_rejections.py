@@ -173,8 +173,7 @@ def test_folders_that_hold_no_peft_adapter(separate: Path, given: Path, tmp_path
 
 def test_kinds_of_folders(separate: Path, given: Path, tmp_path: Path) -> None:
     native = write_native(tmp_path / "run" / "adapter", separate, with_adapter(separate, "tl5")[2])
-    content = {"config": native.config, "base_identity": native.base_identity, "state": native.state}
-    step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), moments={}, settings={}, **content)
+    step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), moments={}, settings={}, adapter=native)
     assert adapter_kind(str(tmp_path / "run" / "adapter")) == adapter_kind(step) == "native"
     assert adapter_kind(given / "plain") == "peft"
     (tmp_path / "odd").mkdir()

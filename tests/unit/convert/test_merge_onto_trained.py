@@ -119,7 +119,7 @@ def test_an_adapter_of_a_plain_base_has_no_other(
     merge_adapter(trained.source, adapter, tmp_path / "plain")
     assert "merged_onto" not in json.loads((tmp_path / "plain" / MERGE_RECORD).read_text())
     native = trained.on("fp8")
-    save_adapter(tmp_path / "native", native.config, native.base_identity, native.state)
+    save_adapter(tmp_path / "native", native)
     assert load_native_adapter(tmp_path / "native").base_identity == native.base_identity
     words = ["--adapter", str(tmp_path / "native"), "--output", str(tmp_path / "fp8"), "--onto", "trained"]
     assert call("merge", words) == 0 and "note" not in capsys.readouterr().out

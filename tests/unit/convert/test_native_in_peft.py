@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_what_this_version_exported_stays_the_same_bits() -> None:
 def test_an_adapter_that_is_replaced_during_the_export_is_found(separate: Path, tmp_path: Path) -> None:
     source, native = written(separate, tmp_path)
     other = {name: -tensor for name, tensor in native.state.items()}
-    save_adapter(tmp_path / "adapter", native.config, native.base_identity, other)
+    save_adapter(tmp_path / "adapter", replace(native, state=other))
     said = refusal(export_peft, source, native, tmp_path / "peft", native=tmp_path / "adapter")
     assert "adapter: was replaced while it was read; run the command again" in said
     assert not (tmp_path / "peft").exists()

@@ -145,7 +145,7 @@ def test_no_folder_is_published(
                 Path(name).touch()
     adapter, run = load_native_adapter(run_folder / "adapter"), tmp_path / "run"
     base_of = replace(adapter.base_identity, tokenizer=given.get("tokenizer"))
-    save_adapter(run / "adapter", adapter.config, base_of, adapter.state)
+    save_adapter(run / "adapter", replace(adapter, base_identity=base_of))
     record = {} if recorded is None else {"hub_names": recorded}
     (run / "run.yaml").write_text(yaml.safe_dump({**SETTINGS, **given, **record, "seed": 7}))
     assert expected in card(run, tmp_path / "out")

@@ -57,7 +57,7 @@ def test_an_adapter_that_is_trained_further_decides(tmp_path: Path) -> None:
     """Its method, rank, alpha and layers are not among the settings that were given."""
     model = write_tiny_model(tmp_path / "model")
     _, native, _ = with_adapter(model, "vera", (2, 3), targets=("qkv", "down_proj"))
-    save_adapter(tmp_path / "start", native.config, native.base_identity, native.state)
+    save_adapter(tmp_path / "start", native)
     plan = plan_of(model, init_from=str(tmp_path / "start"), train_file="x")
     own, width = native.config, plan.source.shape.hidden_size
     expected = {"rank": own.rank, "scale": own.scale, "width": width, "num_layers": 2, "num_linears": 2, "steps": 2000}

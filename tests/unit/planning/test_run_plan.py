@@ -223,6 +223,6 @@ def test_the_rank_of_an_adapter_to_start_from_is_not_questioned(tmp_path: Path) 
     source, native, _ = with_adapter(write_tiny_model(tmp_path / "model"), "lora", targets=["o_proj"])
     wide = replace(native.config, rank=40)
     state = {name: torch.ones(wide.shape(name)) for name in wide.tensors}
-    save_adapter(tmp_path / "wide", wide, native.base_identity, state)
+    save_adapter(tmp_path / "wide", replace(native, config=wide, state=state))
     plan = plan_of_folder(tmp_path / "model", init_from=str(tmp_path / "wide"), dry_run=True)
     assert plan.adapter.rank == 40 and source.shape.hidden_size == 32 and not plan.rank_excess

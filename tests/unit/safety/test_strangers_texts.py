@@ -29,7 +29,7 @@ from megatron_tiedlora.data.readers import read_lines, read_rows, without_line_b
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tasks.hellaswag import clean
-from megatron_tiedlora.data.tokenizer import end_ids, library_errors, load_tokenizer
+from megatron_tiedlora.data.tokenizer import end_ids, load_tokenizer, tokenizer_errors
 from megatron_tiedlora.evaluation.answering import _cut
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 from megatron_tiedlora.runtime.launch_env import slurm_hosts
@@ -301,9 +301,9 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Stop, GeneratorExit])
 def test_what_ends_a_run_is_no_library_s_error(error: type[BaseException]) -> None:
-    with pytest.raises(error), library_errors("a", "fails"):
+    with pytest.raises(error), tokenizer_errors("a", "fails"):
         raise error
-    with pytest.raises(UserError, match=r"^a: fails \(ValueError\); give"), library_errors("a", "fails"):
+    with pytest.raises(UserError, match=r"^a: fails \(ValueError\); give"), tokenizer_errors("a", "fails"):
         raise ValueError
 
 

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny_model(root / "model")
     write_rows(root / "rows.jsonl", 8)
     source, native, _ = with_adapter(model, "tl5", (1, 3), targets=TARGETS)
-    save_adapter(root / "native", native.config, native.base_identity, native.state)
+    save_adapter(root / "native", native)
     export_peft(source, load_native_adapter(root / "native"), root / "peft", native=root / "native")
     for name, modules in {"lora": ["q_proj", "v_proj"], "o": ["o_proj"]}.items():
         lora_model(model, r=3, lora_alpha=5, target_modules=modules).save_pretrained(root / name)
@@ -110,7 +110,7 @@ def test_a_setting_that_contradicts_it_is_rejected_with_both_values(folder: Path
 def test_what_is_no_adapter_of_this_model_is_rejected(folder: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", num_kv_heads=4, tokenizer=False)
     _, native, _ = with_adapter(other, "tl5")
-    save_adapter(tmp_path / "native", native.config, native.base_identity, native.state)
+    save_adapter(tmp_path / "native", native)
     lora_model(other, r=2, target_modules=["k_proj"]).save_pretrained(tmp_path / "peft")
     (tmp_path / "run").mkdir()
     shutil.copytree(folder / "native", tmp_path / "run" / "adapter")
@@ -173,9 +173,7 @@ def run(folder: Path, tmp_path: Path) -> Path:
     save_checkpoint(
         tmp_path / "run" / "checkpoints",
         progress=Progress(step=1, consumed_samples=256),
-        config=native.config,
-        base_identity=native.base_identity,
-        state=native.state,
+        adapter=native,
         moments=moments_of(native, 0.0),
         settings={**plan.resolved_settings(), "data_sha256": "data"},
     )
