@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from support.fake_desk import FakeDesk
+from support.ranks import wait_for
 from support.service_facts import FACTS
 
 from megatron_tiedlora.base.messages import UserError
@@ -141,6 +142,7 @@ def test_a_model_has_what_its_client_asks_for(client: Client) -> None:
         ({"base_model": "org/base:tl9"}, "unknown method 'tl9' (did you mean tl"),
         ({"user_metadata": {"method": 3}}, "unknown method '3'"),
         ({"user_metadata": {"note": "x" * 20000}}, "user_metadata: has 20,004 characters"),
+        ({"session_id": "\ud800"}, "the body is not valid JSON"),
         ({"lora_config": {"rank": 0}}, "lora_config.rank = 0: input should be greater than or equal to 1"),
         ({"lora_config": {"train_mlp": False, "train_attn": False}}, "nothing is trained"),
         ({"optimizer_config": {"type": "dimuon"}}, "optimizer_config.type = 'dimuon': input should be 'adamw'"),
@@ -176,13 +178,13 @@ def test_a_rejected_operation_uses_its_number_up(client: Client) -> None:
     sent = passed(model, 3)
     sent.loss_fn = "gspo"
     futures = [json.loads(client.sent_pass(sent.SerializeToString())[1])]
-    futures.append(client.post("optim_step", model_id=model, seq_id=4, adam_params={"beta1": 1.0})[1])
+    futures.append(client.post("optim_step", model_id=model, seq_id=4, adam_params={"learning_rate": 1e38})[1])
     futures.append(client.post("optim_step", model_id=model, seq_id=5, optimizer_params={"type": "dimuon"})[1])
     load = {"path": "tinker://x/weights/y", "optimizer": True}
     futures.append(client.post("load_weights", model_id=model, seq_id=6, **load)[1])
     said = [client.post("retrieve_future", **future)[1] for future in futures]
     assert all(answer["category"] == "user" for answer in said)
-    parts = ("'gspo': is not supported", "adam_params.beta1 = 1.0", "optimizer_params", "unknown")
+    parts = ("'gspo': is not supported", "adam_params.learning_rate = 1e+38", "optimizer_params", "unknown")
     assert all(part in answer["error"] for part, answer in zip(parts, said, strict=True))
     assert [event[3] for event in client.desk.events if event[0] == "reject"] == ["3", "4", "5", "6"]
     sent.model_id = "of nobody"
@@ -395,6 +397,45 @@ def test_a_long_poll_holds_no_thread(client: Client) -> None:
     for poll in polls:
         poll.join(10)
         assert not poll.is_alive()
+
+
+def test_a_poll_ends_with_its_client(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves nothing, and an owner has so many at once."""
+    monkeypatch.setattr("megatron_tiedlora.service.http._POLLS_AT_ONCE", 3)
+    model, address = client.made(), urlsplit(client.url)
+    client.desk.holds = True
+    _, found = client.post("optim_step", model_id=model, seq_id=1)
+    polls = client.desk.answers[found["request_id"]][2]
+    opened = []
+    for number in range(3):
+        opened.append(http.client.HTTPConnection(address.hostname or "", address.port or 0, timeout=20))
+        headers = {"X-API-Key": client.key, "Content-Type": "application/json"}
+        opened[-1].request("POST", API + "retrieve_future", json.dumps(found), headers)
+        wait_for(lambda: len(polls) > number, "a poll")  # noqa: B023
+    status, refused = client.post("retrieve_future", **found)
+    assert status == 429 and refused["error"].startswith("3 requests for results wait already")
+    for connection in opened:
+        connection.close()
+    wait_for(lambda: not polls, "the polls to end")
+    client.desk.release()
+    assert client.post("retrieve_future", **found)[0] == 200
+
+
+def _keys(folder: Path) -> Path:
+    new_token(folder / "tokens", "bob")
+    return folder / "tokens"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\nG"])
+def test_a_connection_without_a_request_is_closed(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr("megatron_tiedlora.service.http._IDLE_SECONDS", 0.3)
+    with serving(make_app(client.desk, TokenFile(_keys(tmp_path)), FACTS), take_port("127.0.0.1", 0)) as url:
+        with socket.create_connection(("127.0.0.1", urlsplit(url).port or 0), timeout=10) as connection:
+            connection.sendall(sent)
+            while connection.recv(1000):
+                pass  # the answer to a complete request
 
 
 def test_results_of_others_are_unknown(client: Client, tmp_path: Path) -> None:
