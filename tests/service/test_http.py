@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 import pytest
 from support.fake_desk import FakeDesk
-from support.ranks import wait_for
 from support.service_facts import FACTS
 
 from megatron_tiedlora.base.messages import UserError
@@ -397,45 +396,6 @@ def test_a_long_poll_holds_no_thread(client: Client) -> None:
     for poll in polls:
         poll.join(10)
         assert not poll.is_alive()
-
-
-def test_a_poll_ends_with_its_client(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves nothing, and an owner has so many at once."""
-    monkeypatch.setattr("megatron_tiedlora.service.http._POLLS_AT_ONCE", 3)
-    model, address = client.made(), urlsplit(client.url)
-    client.desk.holds = True
-    _, found = client.post("optim_step", model_id=model, seq_id=1)
-    polls = client.desk.answers[found["request_id"]][2]
-    opened = []
-    for number in range(3):
-        opened.append(http.client.HTTPConnection(address.hostname or "", address.port or 0, timeout=20))
-        headers = {"X-API-Key": client.key, "Content-Type": "application/json"}
-        opened[-1].request("POST", API + "retrieve_future", json.dumps(found), headers)
-        wait_for(lambda: len(polls) > number, "a poll")  # noqa: B023
-    status, refused = client.post("retrieve_future", **found)
-    assert status == 429 and refused["error"].startswith("3 requests for results wait already")
-    for connection in opened:
-        connection.close()
-    wait_for(lambda: not polls, "the polls to end")
-    client.desk.release()
-    assert client.post("retrieve_future", **found)[0] == 200
-
-
-def _keys(folder: Path) -> Path:
-    new_token(folder / "tokens", "bob")
-    return folder / "tokens"
-
-
-@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET /api/v1/healthz HTTP/1.1\r\nHost: x\r\n\r\nG"])
-def test_a_connection_without_a_request_is_closed(
-    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
-) -> None:
-    monkeypatch.setattr("megatron_tiedlora.service.http._IDLE_SECONDS", 0.3)
-    with serving(make_app(client.desk, TokenFile(_keys(tmp_path)), FACTS), take_port("127.0.0.1", 0)) as url:
-        with socket.create_connection(("127.0.0.1", urlsplit(url).port or 0), timeout=10) as connection:
-            connection.sendall(sent)
-            while connection.recv(1000):
-                pass  # the answer to a complete request
 
 
 def test_results_of_others_are_unknown(client: Client, tmp_path: Path) -> None:
