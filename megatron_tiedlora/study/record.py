@@ -154,7 +154,7 @@ def rate_text(rate: float | str) -> str:
     return f"{mantissa}e{exponent + len(text) - 1}"
 
 
-RUNS, GROUPS, SCORES, LOGS, JOBS = "runs", "groups", "scores", "logs", "jobs"
+SCORES = "scores"  # a folder, and the part of a study that scores the best runs
 
 
 @dataclass(frozen=True)
@@ -172,32 +172,25 @@ class StudyFolder:
 
     settings = PathIn(SWEEP_FILE)
     base = PathIn(job_settings.SWEEP_BASE)
+    runs = PathIn("runs")  # the folder of each run, by its name
+    groups = PathIn("groups")  # the folder of each group of runs that are trained together, by its first run
+    scores = PathIn(SCORES)  # the folder of each score, by the name of the run, or `base` for the base model
+    logs = PathIn("logs")
+    jobs = PathIn("jobs")
 
     @property
     def status(self) -> Path:
         """The file that tells how the last launch ended, in the folder that it locks; it is missing while one runs."""
-        return (self.path / JOBS / self.part if self.part else self.path) / job_settings.SWEEP_STATUS
+        return (self.jobs / self.part if self.part else self.path) / job_settings.SWEEP_STATUS
 
     @property
     def guard(self) -> Guard:
         """A function that raises UserError if this sweep may no longer write to the folder."""
         return unguarded if self.owner is None else self.owner.check
 
-    def run(self, name: str) -> Path:
-        """Return the run folder of the run called `name`."""
-        return self.path / RUNS / name
-
-    def group(self, name: str) -> Path:
-        """Return the folder of several runs that are trained together. `name` is the name of the first run."""
-        return self.path / GROUPS / name
-
-    def score(self, name: str) -> Path:
-        """Return the folder with the score of the run called `name`. The name `base` means the base model."""
-        return self.path / SCORES / name
-
     def log(self, name: str) -> Path:
         """Return the log file of the command called `name`."""
-        return self.path / LOGS / f"{name}.log"
+        return self.logs / f"{name}.log"
 
 
 @dataclass(frozen=True)
@@ -224,11 +217,11 @@ def check_folder(folder: StudyFolder) -> None:
 
     The folder of a launch that was killed before it wrote its settings is accepted."""
     path = folder.path
-    folders = (RUNS, GROUPS, SCORES, LOGS, JOBS)
+    folders = (folder.runs, folder.groups, folder.scores, folder.logs, folder.jobs)
     # The folder also has YAML lists of adapters, and temporary files of them if a sweep was killed.
-    found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(files.TEMPORARY_PREFIX))
+    found = (item for item in folder.groups.glob("*") if not item.name.startswith(files.TEMPORARY_PREFIX))
     groups = (item for item in found if item.suffix != ".yaml")
-    reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *(path / JOBS).glob("*"), *groups)
+    reject_links(*folders, *folder.runs.glob("*"), *folder.jobs.glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
@@ -283,7 +276,7 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
     """Write sweep.yaml and base.json before the first launch. Raises UserError if a file cannot be written."""
-    for path in (folder.path, folder.path / GROUPS):
+    for path in (folder.path, folder.groups):
         files.remove_leftovers(path, guard=folder.guard)
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
     found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
@@ -416,7 +409,7 @@ def best_runs(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> tuple
     """
     by_rate, sign = dict[float | str, dict[Run, float]](), 1.0 if metric == "loss" else -1.0
     for run in runs:
-        end = read_run(folder.run(run.name))
+        end = read_run(folder.runs / run.name)
         if end.state == "finished" and end.best is not None:
             by_rate.setdefault(run.learning_rate, {})[run] = sign * end.best
     best = min(by_rate.values(), key=lambda of_rate: (-len(of_rate), fmean(of_rate.values())), default={})
@@ -458,13 +451,13 @@ def read_study(path: Path) -> Study:
     metric = command.train.eval_metric
     best = {point: best_runs(folder, grid.runs(point), metric=metric) for point in grid.points}
     names = [BASE_NAME, *(run.name for runs in best.values() for run in runs)]
-    found = {name: read_score(folder.score(name)) for name in names}
-    scores = read_scored({folder.score(name): score for name, score in found.items() if score}, base.metric)
+    found = {name: read_score(folder.scores / name) for name in names}
+    scores = read_scored({folder.scores / name: score for name, score in found.items() if score}, base.metric)
     results = {point: _read_result(folder, grid.runs(point), best[point], base, scores) for point in grid.points}
     of_rows = marked(Settings, group="data", by_content=True)
     given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in of_rows}}
     own_rows = tuple(name for name, value in given.items() if value is not None)
-    of_base = scores.get(folder.score(BASE_NAME))
+    of_base = scores.get(folder.scores / BASE_NAME)
     return Study(path, base, grid, estimated({None: of_base} if of_base else {}), results, own_rows)
 
 
@@ -472,8 +465,8 @@ def _read_result(
     folder: StudyFolder, runs: Sequence[Run], best: tuple[Run, ...], base: BaseRecord, scored: AllScored
 ) -> Result:
     point, trained = runs[0].point, base.trained[runs[0].point.name]
-    ends = {run: read_run(folder.run(run.name)) for run in runs}
-    scores = {run.seed: one for run in best if (one := scored.get(folder.score(run.name))) is not None}
+    ends = {run: read_run(folder.runs / run.name) for run in runs}
+    scores = {run.seed: one for run in best if (one := scored.get(folder.scores / run.name)) is not None}
     missing = {run: end.reason for run, end in ends.items() if best and end.state != "finished"}
     missing |= {run: "no score" for run in best if scores and run.seed not in scores}
     stopped = tuple((run, end.halved.removeprefix(HALVING_REASON)) for run, end in ends.items() if end.halved)
@@ -481,6 +474,6 @@ def _read_result(
         return Result(point, trained, stopped=stopped)
     rate: Any = best[0].learning_rate
     if rate == "auto":  # the run has recorded the number
-        rate = read_yaml(str(RunFolder(folder.run(best[0].name)).settings), Settings)["learning_rate"]
+        rate = read_yaml(str(RunFolder(folder.runs / best[0].name).settings), Settings)["learning_rate"]
     validation = fmean(value for run in best if (value := ends[run].best) is not None)
     return Result(point, trained, best, rate, validation, tuple(missing.items()), scores, stopped)

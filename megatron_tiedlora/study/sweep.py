@@ -113,7 +113,7 @@ def submission(plan: SweepPlan) -> slurm.Submission:
     words += [f"--{name}={fields.flag_value(value)}" for name, value in given.items() if value is not None]
     groups = {runs[0].name: [run.name for run in runs] for runs in plan.groups()}
     scored = (record.BASE_NAME, *chosen_runs(plan).values())
-    unscored = [name for name in scored if record.read_score(folder.score(name)) is None]
+    unscored = [name for name in scored if record.read_score(folder.scores / name) is None]
     return slurm.Submission(folder, plan.options, words, groups, unscored)
 
 
@@ -129,7 +129,7 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
         numbers = replace(jobs, folder=folder).submit()
     slurm.call_slurm("scontrol", "release", numbers[0])  # it could not lock its part before
     said = f"  submitted jobs {', '.join(numbers)}; cancel with: scancel {' '.join(numbers)}"
-    show("", said, f"  logs in {folder.path / record.LOGS}")
+    show("", said, f"  logs in {folder.logs}")
     return 0
 
 
@@ -140,10 +140,10 @@ def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> owne
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
     hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it (--take_over takes the"
-    own, hint = record.StudyFolder(folder, part=part).status.parent, f"{hint} folder anyway)"
-    lock = ownership.take_folder(own, take_over=take_over, hint=hint)
+    study, hint = record.StudyFolder(folder, part=part), f"{hint} folder anyway)"
+    lock = ownership.take_folder(study.status.parent, take_over=take_over, hint=hint)
     try:
-        for other in [folder] if part else sorted((folder / record.JOBS).glob("*")):
+        for other in [folder] if part else sorted(study.jobs.glob("*")):
             if take_over and not part:
                 ownership.take_folder(other, take_over=True, hint=hint).release()
             else:
@@ -199,7 +199,7 @@ class Sweep:
                 self._take_scores()
             if part in (None, record.BASE_NAME):
                 self._score({base: record.BASE_NAME})
-            elif is_last and record.read_score(self.folder.score(record.BASE_NAME)) is None:
+            elif is_last and record.read_score(self.folder.scores / record.BASE_NAME) is None:
                 self._note(base, None, base)
             for runs in () if self.given_up else groups:
                 (self._note_runs if is_last else self._train)(runs)
@@ -211,14 +211,14 @@ class Sweep:
         """Show the number of finished runs and scores in the progress bar."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
         names = (record.BASE_NAME, *chosen_runs(self.plan).values())
-        done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
+        done += sum(record.read_score(self.folder.scores / name) is not None for name in names)
         self._done = done
         self._bar.update(done - self._bar.n)
 
     def _part(self, run: record.Run) -> float:
         """Return the fraction of the run's steps that are done, from 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
-        row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
+        row = last_row(run_folder.RunFolder(self.folder.runs / run.name).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _train(self, runs: Group) -> None:
@@ -229,11 +229,11 @@ class Sweep:
         done = list(filter(self.plan.is_finished, runs))
         left = [run for run in runs if run not in done]
         for run in left:  # if this launch fails, an old status must not be read as its reason
-            discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
-        file, output = folder.group(f"{first}.yaml"), folder.group(first)
+            discard(run_folder.RunFolder(folder.runs / run.name).status, guard=folder.guard)
+        file, output = folder.groups / f"{first}.yaml", folder.groups / first
         with suppress(OSError):  # writing the file then reports what is wrong
             file.parent.mkdir(exist_ok=True)
-        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
+        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.runs / run.name)} for run in runs]
         files.write_yaml(file, entries, guard=folder.guard)
         given = {name: value for name, value in self.command.shared.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
@@ -241,7 +241,7 @@ class Sweep:
         self._training = left
         ended = self._start(f"group {first}", "train", given)
         self._training = []
-        if any(record.read_run(folder.run(run.name)).reason == signal.SIGUSR1.name for run in left):
+        if any(record.read_run(folder.runs / run.name).reason == signal.SIGUSR1.name for run in left):
             self.stop.received.append(signal.SIGUSR1)  # Slurm sends it to the ranks alone before the time limit
         elif ended:
             self._note_runs(runs, before=done)
@@ -249,7 +249,7 @@ class Sweep:
     def _note_runs(self, runs: Group, before: Sequence[record.Run] = ()) -> None:
         """Print how the runs of a group ended. `before` are those that had finished before."""
         for run in runs:
-            end = record.read_run(self.folder.run(run.name))
+            end = record.read_run(self.folder.runs / run.name)
             words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
             if run not in before:
                 self._note(run.name, words, f"group {runs[0].name}", end.reason)
@@ -257,30 +257,31 @@ class Sweep:
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or several runs together. `wanted` maps score names to run names."""
         folder, train, settings = self.folder, self.command.train, self.command.settings
-        left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
+        left = {item: name for item, name in wanted.items() if record.read_score(folder.scores / name) is None}
         if not left or self.stop.received:
             return
         is_base = record.BASE_NAME in left.values()
-        output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
+        output = folder.scores / record.BASE_NAME if is_base else folder.groups / record.SCORES
         discard(output, guard=folder.guard)  # the folder of an earlier launch has no result
         given = {n: getattr(train, n) for n in fields.marked(adapter_settings.EvaluateSettings, shared=True)}
         given |= {"max_length": with_models_length(train, self.plan.source).max_length, "output_dir": output}
         given |= {"batch_size": settings.test_batch_size, "limit": self.plan.test_limit}
-        words = () if is_base else ("--adapters", *(f"{name}={folder.run(name) / 'adapter'}" for name in left.values()))
+        adapters = (f"{name}={folder.runs / name / 'adapter'}" for name in left.values())
+        words = () if is_base else ("--adapters", *adapters)
         log = f"score {record.BASE_NAME}" if is_base else record.SCORES
         if not self._start(log, "evaluate", given, words):
             return
         self._take_scores()
         for item, name in left.items():
-            score = record.read_score(folder.score(name))
+            score = record.read_score(folder.scores / name)
             words_of = None if score is None else f"{self.plan.base.metric} {score.value:.2f} % ({name})"
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
         """Move the scores of a joint evaluation, or of a killed sweep, to the score folders of the runs."""
-        made = self.folder.group(record.SCORES)
+        made = self.folder.groups / record.SCORES
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
-            target = self.folder.score(found.parent.name)
+            target = self.folder.scores / found.parent.name
             discard(target, guard=self.folder.guard)  # an earlier folder has no result, or the same one
             with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
@@ -379,7 +380,7 @@ class Sweep:
         if failures:
             gave_up = "; nothing else was started" if self.given_up else ""
             line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up}"
-            show(f"{line} (logs in {folder.path / record.LOGS})", file=sys.stderr)
+            show(f"{line} (logs in {folder.logs})", file=sys.stderr)
         return 1 if failures else 0
 
 
