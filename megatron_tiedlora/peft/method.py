@@ -102,26 +102,14 @@ def native_arguments(folder: Path) -> dict[str, Any]:
     """Return the `TiedLoraConfig` arguments for an adapter folder in this package's format.
 
     Raises:
-        UserError: the folder's config is not valid, or a checksum does not match.
+        UserError: the folder's config is not valid, or a checksum does not match. The weights file may be missing.
     """
-    config, base, _ = native_adapter.read_config(folder)
+    config, base, sums = native_adapter.read_config(folder)
     content = native_adapter.StoredAdapter.of(config, base).fields()
     same = {name: content[name] for name in (*_SAME_NAMES, *_FOR_PEFT)}
-    unchecked = None if weights_match(folder) else str(folder)
-    return {**same, "r": config.rank, "base": asdict(base), "unchecked": unchecked}
-
-
-def weights_match(folder: Path) -> bool:
-    """Check the weights file of an adapter folder against its checksum. Returns False if the file does not exist.
-
-    Raises:
-        UserError: the checksum differs, or the config is not valid.
-    """
-    weights, (*_, sums) = folder / native_adapter.WEIGHTS_FILE, native_adapter.read_config(folder)
-    if not weights.is_file():
-        return False
-    files.check_file(weights, sums)
-    return True
+    if is_there := (weights := folder / native_adapter.WEIGHTS_FILE).is_file():
+        files.check_file(weights, sums)
+    return {**same, "r": config.rank, "base": asdict(base), "unchecked": None if is_there else str(folder)}
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):
@@ -337,7 +325,7 @@ class TiedLoraModel(BaseTuner):
             UserError: a tensor is missing or unknown, has a wrong shape, or has invalid values.
         """
         if config.unchecked is not None:  # by now the weights are in the hub's cache, next to the config
-            weights_match(Path(config.unchecked))
+            native_arguments(Path(config.unchecked))  # compares them with their checksum
             config.unchecked = None
         adapter = cls._adapter_of(model, adapter_name)
         described, source = adapter.config, f"adapter {adapter_name}"
