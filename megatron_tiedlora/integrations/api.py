@@ -5,7 +5,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -293,13 +293,10 @@ def train(settings: Settings) -> TrainedRun:
 @contextmanager
 def _restored_process() -> Iterator[None]:
     """Leave the process group, and restore environment variables and signal handlers, when the block ends."""
-    unset = [name for name in RANK_VARIABLES if name not in os.environ]
-    handlers = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
-    try:
+    with ExitStack() as restored:
+        for number in stopping.STOP_SIGNALS:
+            restored.callback(signal.signal, number, signal.getsignal(number))
+        for name in {*RANK_VARIABLES} - os.environ.keys():
+            restored.callback(os.environ.pop, name, None)
+        restored.callback(process_group.leave_process_group)
         yield
-    finally:
-        process_group.leave_process_group()
-        for name in unset:
-            os.environ.pop(name, None)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

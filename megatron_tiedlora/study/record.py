@@ -10,11 +10,12 @@ the test scores in per cent. They are read from the files of tiedlora train and 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
+
+import numpy as np
 
 from megatron_tiedlora.base import files, ownership
 from megatron_tiedlora.base.files import Guard, Size, Text, read_fields, read_json_object, unguarded
@@ -147,11 +148,7 @@ def rate_text(rate: float | str) -> str:
     """Return a learning rate as text for names, such as 1e-4, 2.5e-5 or auto. Different rates have different texts."""
     if isinstance(rate, str):
         return rate
-    sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
-    assert not sign and isinstance(exponent, int)
-    text = "".join(map(str, digits))
-    mantissa = text[0] + (f".{text[1:]}" if len(text) > 1 else "")
-    return f"{mantissa}e{exponent + len(text) - 1}"
+    return np.format_float_scientific(rate, trim="-", exp_digits=1).replace("e+", "e")
 
 
 SCORES = "scores"  # a folder, and the part of a study that scores the best runs

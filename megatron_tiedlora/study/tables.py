@@ -261,14 +261,9 @@ def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
     and P%."""
     ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
     shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
-    cells = [
-        *_score_texts(record),
-        ranks[0],
-        shares[0],
-        _number(record.get("decline_percent")),
-        _difference_text(record),
-    ]
-    return cells + ([_number(record.get("paper_score")), ranks[1], shares[1]] if with_paper else [])
+    decline_percent, paper_score = (_number(record.get(name)) for name in ("decline_percent", "paper_score"))
+    cells = [*_score_texts(record), ranks[0], shares[0], decline_percent, _difference_text(record)]
+    return cells + ([paper_score, ranks[1], shares[1]] if with_paper else [])
 
 
 def _score_texts(record: TableRow) -> tuple[str, str]:
