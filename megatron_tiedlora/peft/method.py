@@ -266,7 +266,7 @@ class TiedLoraModel(BaseTuner):
         return adapter, load_model.find_places(self._source.shape, described)
 
     def _create_and_replace(
-        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **_: Any
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, *_: Any
     ) -> None:
         if not isinstance(target, TiedLoraLinear):
             layer = TiedLoraLinear(target, self.tied_lora_adapters).train(target.training)
@@ -285,7 +285,7 @@ class TiedLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor], **_: Any
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, Any], unwanted_adapter_names: Any = ()
     ) -> dict[str, torch.Tensor]:
         """Return the tensors A, B, u and v of an adapter in fp32, as they are saved."""
         described = cls._adapter_of(model, adapter_name).config
