@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -41,12 +40,7 @@ _LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense
 Rank = dict[str, torch.Tensor]
 
 
-def convert_nemo(
-    nemo: Path,
-    output: Path,
-    *,
-    new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
-) -> dict[str, Any]:
+def convert_nemo(nemo: Path, output: Path, *, take_over: bool = False) -> dict[str, Any]:
     """Write the model of the file `nemo` as a `stablelm` folder atomically, and return its config.
 
     Weights keep their dtype, but norms are fp32. Padding rows beyond the tokenizer's vocabulary are left out.
@@ -64,7 +58,7 @@ def convert_nemo(
     check_conversion(nemo)
     with readable(nemo, f"{tokenizer_file} cannot be read as a SentencePiece model"):
         vocab_size, ids, settings = _read_tokenizer(sentencepiece)
-    with new(output) as temporary:
+    with output_folder.new_output(output, take_over=take_over) as temporary:
         tensors = stablelm_tensors(archive, model, temporary, vocab_size=vocab_size)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         config = {**model.hf_config(vocab_size=vocab_size), **ids, "dtype": dtype}

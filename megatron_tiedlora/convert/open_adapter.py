@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,7 +117,7 @@ def import_peft(
     *,
     base_differs: bool = False,
     say: Callable[[str], object] = str,
-    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    take_over: bool = False,
 ) -> OpenedAdapter:
     """Write the PEFT adapter in `folder` as a native adapter folder for `model` atomically, and return the adapter.
 
@@ -127,7 +127,7 @@ def import_peft(
         model: as for `open_adapter`.
         base_differs: import even if the adapter was trained on a different base. A copied adapter keeps its own base.
         say: called with each note.
-        new: returns a context that creates the output folder.
+        take_over: as in `take_output`.
 
     Raises:
         UserError: the adapter cannot be read or has a different base, or the output exists.
@@ -145,7 +145,7 @@ def import_peft(
     )
     for note in (*opened.notes, *notes, *([] if opened.apart is None else [opened.apart])):
         say(note)
-    with new(output) as temporary:
+    with new_output(output, take_over=take_over) as temporary:
         if native is not None:
             native_adapter.copy_adapter_files(folder / inputs.NATIVE_FOLDER, temporary, native)
         else:
