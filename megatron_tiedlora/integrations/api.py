@@ -27,7 +27,6 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 from megatron_tiedlora.runtime import launch_env, process_group, stopping
-from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES
 from megatron_tiedlora.training.run import train_rank
 
 
@@ -296,7 +295,7 @@ def _restored_process() -> Iterator[None]:
     with ExitStack() as restored:
         for number in stopping.STOP_SIGNALS:
             restored.callback(signal.signal, number, signal.getsignal(number))
-        for name in {*RANK_VARIABLES} - os.environ.keys():
+        for name in {*launch_env.RANK_VARIABLES} - os.environ.keys():
             restored.callback(os.environ.pop, name, None)
         restored.callback(process_group.leave_process_group)
         yield

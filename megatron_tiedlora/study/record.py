@@ -81,9 +81,9 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The training settings of this run that the grid determines."""
-        found = {"method": self.point.method, "rank": self.point.rank, "learning_rate": self.learning_rate}
-        own = {"layers": self.point.layer, "seed": self.seed}
-        return found | {name: value for name, value in own.items() if value is not None}
+        own = {"method": self.point.method, "rank": self.point.rank, "learning_rate": self.learning_rate}
+        own |= {"layers": self.point.layer, "seed": self.seed}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
