@@ -21,9 +21,8 @@ from megatron_tiedlora.checkpoint import base_identity, native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_model, identify_shape
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
-from megatron_tiedlora.convert import export_peft, inputs
+from megatron_tiedlora.convert import export_peft, inputs, vera_files
 from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora
-from megatron_tiedlora.convert.vera_files import native_vera, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
 AdapterKind = Literal["native", "peft"]
@@ -216,8 +215,8 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
             native = native if tied else None
             found = native_lora(lora, source) if native is None else Native(native.config, native.state)
         case "VERA":
-            vera = read_vera(folder, content, source)
-            found, notes = native_vera(vera, source), vera.notes
+            vera = vera_files.read_vera(folder, content, source)
+            found, notes = vera_files.native_vera(vera, source), vera.notes
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
     config, state, why = found

@@ -18,10 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter
 from megatron_tiedlora.base.installation import require_extra
 from megatron_tiedlora.base.messages import UserError, user_path
-from megatron_tiedlora.checkpoint import load_model, sources
+from megatron_tiedlora.checkpoint import load_model, sources, tensor_files
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
-from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
@@ -72,7 +71,7 @@ def load_base(
     folder = (source := sources.find_model(model or trained.base_model)).weights_folder()
     # The config's own may name code on the hub.
     keywords.setdefault("attn_implementation", source.attention_in_transformers)
-    load, own = getattr(transformers, source.auto_class).from_pretrained, dtype or DTYPES[trained.dtype]
+    load, own = getattr(transformers, source.auto_class).from_pretrained, dtype or tensor_files.DTYPES[trained.dtype]
     return load(folder, dtype=own, use_safetensors=True, trust_remote_code=False, **keywords).eval()
 
 

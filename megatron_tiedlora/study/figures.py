@@ -6,9 +6,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base import files
+from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.estimates import Estimate, averaged
 from megatron_tiedlora.study.record import Study
@@ -43,10 +42,10 @@ def draw_figures(studies: Sequence[Study], folder: Path, *, guard: files.Guard =
     label = f"mean score of {len(studies)} tasks" if len(studies) > 1 else metric_title(studies[0])
     panels = {"figure2.png": list[Callable[[Any], None]](), "figure3.png": list[Callable[[Any], None]]()}
     for name, methods in (("all methods", METHOD_NAMES), ("LoRA, VeRA, TL5, TL6", BEST_METHODS)):
-        heading = f"{last_name(studies[0].base.model)}: {name}"
+        heading = f"{output_folder.last_name(studies[0].base.model)}: {name}"
         panels["figure2.png"].append(partial(_draw, studies, title=heading, label=label, methods=methods))
     for study in studies:
-        heading = f"{last_name(study.base.model)}: {title(study)}"
+        heading = f"{output_folder.last_name(study.base.model)}: {title(study)}"
         one = partial(_draw, [study], title=heading, label=metric_title(study), methods=METHOD_NAMES, published=True)
         panels["figure3.png"].append(one)
     for name, own in panels.items():

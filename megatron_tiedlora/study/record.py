@@ -18,7 +18,6 @@ from typing import Any, get_args
 import numpy as np
 
 from megatron_tiedlora.base import files, ownership
-from megatron_tiedlora.base.files import Guard, Size, Text, read_fields, read_json_object, unguarded
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
@@ -181,9 +180,9 @@ class StudyFolder:
         return (self.jobs / self.part if self.part else self.path) / job_settings.SWEEP_STATUS
 
     @property
-    def guard(self) -> Guard:
+    def guard(self) -> files.Guard:
         """A function that raises UserError if this sweep may no longer write to the folder."""
-        return unguarded if self.owner is None else self.owner.check
+        return files.unguarded if self.owner is None else self.owner.check
 
     def log(self, name: str) -> Path:
         """Return the log file of the command called `name`."""
@@ -199,14 +198,14 @@ class BaseRecord:
         file_sha256: SHA-256 of each local data file, by the name of the file.
     """
 
-    model: Text
-    base_hash: Text
-    num_layers: Size
-    trained: dict[Text, Size]
-    paper_model: Text | None  # the paper's model whose published scores are shown with the study's
-    task: Text
-    metric: Text
-    file_sha256: dict[Text, Text]
+    model: files.Text
+    base_hash: files.Text
+    num_layers: files.Size
+    trained: dict[files.Text, files.Size]
+    paper_model: files.Text | None  # the paper's model whose published scores are shown with the study's
+    task: files.Text
+    metric: files.Text
+    file_sha256: dict[files.Text, files.Text]
 
 
 def check_folder(folder: StudyFolder) -> None:
@@ -291,10 +290,10 @@ def read_command(folder: StudyFolder) -> SweepCommand:
 
 def read_base(folder: StudyFolder) -> BaseRecord:
     """Read and return base.json. Raises UserError if it is not valid; the message names the problem."""
-    content = read_json_object(folder.base, kind="a sweep's folder")
+    content = files.read_json_object(folder.base, kind="a sweep's folder")
     if "num_layers" not in content:
         raise UserError(f"{folder.base}: this file is from a different version; give a new --output_dir")
-    return read_fields(folder.base, content, BaseRecord)
+    return files.read_fields(folder.base, content, BaseRecord)
 
 
 BASE_NAME = "base"
@@ -384,7 +383,7 @@ def read_run(folder: Path) -> RunEnd:
     state, reason, best = status.get("state"), status.get("reason", ""), None
     with suppress(UserError):  # there is no checkpoint, or it is broken
         last = named_checkpoint(run.checkpoints)
-        progress = {} if last is None else read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
+        progress = {} if last is None else files.read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
         value: Any = progress.get("best_metric")
         best = float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # only a finite number
     if state == "finished" and best is None:
@@ -423,11 +422,11 @@ def read_score(folder: Path) -> Score | None:
     if not file.is_file():
         return None
     try:
-        content = read_json_object(file, kind="results")
+        content = files.read_json_object(file, kind="results")
         (low, high), value, count = (content[name] for name in ("confidence_interval", "score", "n"))
         numbers = {"value": value, "low": low, "high": high, "num_samples": count}
         texts = {name: content.get(name, "") for name in ("metric", "signature")}
-        return read_fields(file, {**texts, **numbers}, Score)
+        return files.read_fields(file, {**texts, **numbers}, Score)
     except (UserError, KeyError, TypeError, ValueError):
         raise UserError(f"{file}: is not a result of tiedlora evaluate; remove the folder and start again") from None
 

@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_tiedlora.base import files, ownership, progress
-from megatron_tiedlora.base.files import Guard, discard, make_way_for_log, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, csv_text, os_errors, printable, show, user_path
 from megatron_tiedlora.cluster import launchers, start
 from megatron_tiedlora.config import adapter_settings, fields, job_settings
@@ -50,7 +49,7 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
     plan = launchers.plan_start(job, os.environ)
     with os_errors(f"{log}: cannot be written"):
         log.parent.mkdir(parents=True, exist_ok=True)
-        make_way_for_log(log)
+        files.make_way_for_log(log)
         with log.open("a+b", buffering=0) as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
             mark = LOG_MARK if stream.read(1) in (b"", b"\n") else f"\n{LOG_MARK}"  # a killed process may cut a line
@@ -93,7 +92,7 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
             plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner, part))
             if settings.part is None:
                 record.write_record(plan.folder, command, plan.base)
-            discard(plan.folder.status, guard=plan.folder.guard)
+            files.discard(plan.folder.status, guard=plan.folder.guard)
             work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
             try:
                 work.run()
@@ -125,7 +124,7 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
         folder = replace(plan.folder, owner=lock.owner)
         slurm.check_queue(folder)  # another command may have submitted them meanwhile
         record.write_record(folder, plan.command, plan.base)
-        discard(folder.status, guard=folder.guard)
+        files.discard(folder.status, guard=folder.guard)
         numbers = replace(jobs, folder=folder).submit()
     slurm.call_slurm("scontrol", "release", numbers[0])  # it could not lock its part before
     said = f"  submitted jobs {', '.join(numbers)}; cancel with: scancel {' '.join(numbers)}"
@@ -229,7 +228,7 @@ class Sweep:
         done = list(filter(self.plan.is_finished, runs))
         left = [run for run in runs if run not in done]
         for run in left:  # if this launch fails, an old status must not be read as its reason
-            discard(run_folder.RunFolder(folder.runs / run.name).status, guard=folder.guard)
+            files.discard(run_folder.RunFolder(folder.runs / run.name).status, guard=folder.guard)
         file, output = folder.groups / f"{first}.yaml", folder.groups / first
         with suppress(OSError):  # writing the file then reports what is wrong
             file.parent.mkdir(exist_ok=True)
@@ -262,7 +261,7 @@ class Sweep:
             return
         is_base = record.BASE_NAME in left.values()
         output = folder.scores / record.BASE_NAME if is_base else folder.groups / record.SCORES
-        discard(output, guard=folder.guard)  # the folder of an earlier launch has no result
+        files.discard(output, guard=folder.guard)  # the folder of an earlier launch has no result
         given = {n: getattr(train, n) for n in fields.marked(adapter_settings.EvaluateSettings, shared=True)}
         given |= {"max_length": with_models_length(train, self.plan.source).max_length, "output_dir": output}
         given |= {"batch_size": settings.test_batch_size, "limit": self.plan.test_limit}
@@ -282,11 +281,11 @@ class Sweep:
         made = self.folder.groups / record.SCORES
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.scores / found.parent.name
-            discard(target, guard=self.folder.guard)  # an earlier folder has no result, or the same one
+            files.discard(target, guard=self.folder.guard)  # an earlier folder has no result, or the same one
             with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
                 found.parent.replace(target)
-        discard(made, guard=self.folder.guard)
+        files.discard(made, guard=self.folder.guard)
 
     # One launch -------------------------------------------------------------------------------------------------------
 
@@ -360,7 +359,7 @@ class Sweep:
             for name, (why, log) in self.failures.items()
         ]
         own = {} if reason is None else {"reason": reason}
-        write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
+        files.write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
 
     def end(self) -> int:
         """Write the status, tables and figures, show the failures, and return the exit status."""
@@ -433,7 +432,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     return 0
 
 
-def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
+def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: files.Guard = files.unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures, and return the files."""
     made = {"table2": (tables.TABLE2_COLUMNS, tables.table2(studies), tables.table2_layout(studies))}
     if any(study.grid.table3 for study in studies):
@@ -443,5 +442,5 @@ def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard 
         own = {"md": table.markdown(), "csv": csv_text(columns, records), "tex": table.latex()}
         texts |= {f"{name}.{ending}": text for ending, text in own.items()}
     for name, text in texts.items():
-        write_text(folder / name, text, guard=guard)
+        files.write_text(folder / name, text, guard=guard)
     return [*(folder / name for name in texts), *figures.draw_figures(studies, folder, guard=guard)]
