@@ -93,11 +93,8 @@ def export(settings: adapter_settings.ExportSettings) -> int:
 
 def import_adapter(settings: adapter_settings.ImportSettings) -> int:
     """Convert a PEFT adapter to a native adapter. Return the exit status."""
-    output = settings.output
-    new = partial(new_output, take_over=settings.take_over)
-    opened = import_peft(
-        settings.model, settings.peft, output, base_differs=settings.base_differs, say=_show_note, new=new
-    )
+    output, chosen = settings.output, {"base_differs": settings.base_differs, "take_over": settings.take_over}
+    opened = import_peft(settings.model, settings.peft, output, say=_show_note, **chosen)
     config = opened.config
     targets = ", ".join(target.name for target in config.targets)
     what = f"{config.method} of rank {config.rank} on {targets} of {len(config.layers)} layers"
@@ -143,7 +140,7 @@ def convert(settings: ConvertNemoSettings) -> int:
         raise UserError(f"--nemo {settings.nemo}: no such file; give the path of a .nemo file")
     reject_existing(output, flag=f"--output {output}")
     try:
-        config = convert_nemo(settings.nemo, output, new=partial(new_output, take_over=settings.take_over))
+        config = convert_nemo(settings.nemo, output, take_over=settings.take_over)
     except UserError as error:
         show(f"error: {error}", file=sys.stderr)
         return 1

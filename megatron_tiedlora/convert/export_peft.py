@@ -176,7 +176,7 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
         path = user_path(value)
         is_pattern = glob.has_magic(value) and not path.exists()
         matches = [Path(match) for match in sorted(glob.glob(str(path)))] if is_pattern else [path]
-        folders = [folder for match in matches for folder in (_in_runs(match) if runs else [match])]
+        folders = [folder for match in matches for folder in (_adapters_in(match) if runs else [match])]
         adapters = [folder for folder in folders if (folder / native_adapter.CONFIG_FILE).is_file()]
         if is_pattern and not adapters:
             raise UserError(f"{flag} {value}: matches no folder of an adapter; check the pattern")
@@ -184,15 +184,12 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
     return list(found)
 
 
-def _in_runs(folder: Path) -> list[Path]:
-    """Return the adapter that `folder` is or contains, or the adapters of the runs in it; [] if there are none."""
-    folders = [folder] if _adapter_of(folder) or not folder.is_dir() else sorted(folder.iterdir())
-    return [adapter for path in folders if (adapter := _adapter_of(path)) is not None]
-
-
-def _adapter_of(folder: Path) -> Path | None:
-    """Return `folder` if it holds an adapter, else its subfolder `adapter` if that holds one, else None."""
-    return next((path for path in (folder, folder / "adapter") if (path / native_adapter.CONFIG_FILE).is_file()), None)
+def _adapters_in(folder: Path, *, deeper: bool = True) -> list[Path]:
+    """Return the adapter that `folder` is or contains, or if `deeper` those of the runs in it; [] if there are none."""
+    places = (path for path in (folder, folder / "adapter") if (path / native_adapter.CONFIG_FILE).is_file())
+    if (own := next(places, None)) is not None:
+        return [own]
+    return [adapter for run in sorted(folder.glob("*")) if deeper for adapter in _adapters_in(run, deeper=False)]
 
 
 def adapter_name(adapter: Path) -> str:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base import output_folder
+from megatron_tiedlora.base import output_folder, shapes
 from megatron_tiedlora.base.files import read_json_object, read_json_or_none, write_json
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.base.shapes import BASE_NAMES
 from megatron_tiedlora.checkpoint import base_identity, native_adapter, sources, tensor_files
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, ReadRows, row_blocks
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
@@ -266,8 +265,8 @@ def merged_onto(folder: Path) -> str | None:
     """
     file = folder / base_identity.MERGE_RECORD
     onto = read_json_object(file, kind="the record of a merge").get(MERGED_ONTO) if file.is_file() else None
-    if onto is not None and onto not in BASE_NAMES:
-        raise UserError(f"{file}: {MERGED_ONTO} = {shown(onto)} is not one of {', '.join(BASE_NAMES)}")
+    if onto is not None and onto not in shapes.BASE_NAMES:
+        raise UserError(f"{file}: {MERGED_ONTO} = {shown(onto)} is not one of {', '.join(shapes.BASE_NAMES)}")
     return onto
 
 

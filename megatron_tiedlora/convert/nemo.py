@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,12 +40,7 @@ _LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense
 Rank = dict[str, torch.Tensor]
 
 
-def convert_nemo(
-    nemo: Path,
-    output: Path,
-    *,
-    new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
-) -> dict[str, Any]:
+def convert_nemo(nemo: Path, output: Path, *, take_over: bool = False) -> dict[str, Any]:
     """Write the model of the file `nemo` as a `stablelm` folder atomically, and return its config.
 
     Weights keep their dtype, but norms are fp32. Padding rows beyond the tokenizer's vocabulary are left out.
@@ -63,7 +58,7 @@ def convert_nemo(
     check_conversion(nemo)
     with readable(nemo, f"{tokenizer_file} cannot be read as a SentencePiece model"):
         vocab_size, ids, settings = _read_tokenizer(sentencepiece)
-    with new(output) as temporary:
+    with output_folder.new_output(output, take_over=take_over) as temporary:
         tensors = stablelm_tensors(archive, model, temporary, vocab_size=vocab_size)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         config = {**model.hf_config(vocab_size=vocab_size), **ids, "dtype": dtype}
@@ -175,21 +170,19 @@ def _expected_shapes(
     """Return the shapes of a rank's tensors. The number of vocabulary rows, with padding, is read from `stored`."""
     hidden, ffn, ranks = model.hidden_size, model.ffn_size, model.tp_size
     embedding, head = ((*stored.get(name, ())[:1], hidden) for name in (_EMBEDDING, _HEAD))
+    sizes = (3 * hidden // ranks, hidden), (hidden, hidden // ranks), (2 * ffn // ranks, hidden), (hidden, ffn // ranks)
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: embedding} if pp_rank == 0 else {}
     for number in range(model.num_layers // model.pp_size):
         layer = f"encoder.layers.{number}"
         shapes |= {f"{layer}.{norm}.{part}": (hidden,) for norm in _LAYER_NORMS for part in ("weight", "bias")}
-        shapes[f"{layer}.self_attention.query_key_value.weight"] = (3 * hidden // ranks, hidden)
-        shapes[f"{layer}.self_attention.dense.weight"] = (hidden, hidden // ranks)
-        shapes[f"{layer}.mlp.dense_h_to_4h.weight"] = (2 * ffn // ranks, hidden)
-        shapes[f"{layer}.mlp.dense_4h_to_h.weight"] = (hidden, ffn // ranks)
+        shapes |= {f"{layer}.{name}.weight": size for name, size in zip(_LINEARS, sizes, strict=True)}
     if pp_rank == model.pp_size - 1:
         shapes |= {f"{_FINAL_NORM}.weight": (hidden,), f"{_FINAL_NORM}.bias": (hidden,), _HEAD: head}
     return shapes
 
 
 def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int) -> Iterator[StreamedTensor]:
-    yield _rows("model.embed_tokens.weight", _first_rows([rank[_EMBEDDING] for rank in stages[0]], vocab_size))
+    yield _joined("model.embed_tokens.weight", _first_rows([rank[_EMBEDDING] for rank in stages[0]], vocab_size))
     for number in range(model.num_layers):
         stage, local = divmod(number, model.num_layers // model.pp_size)  # a stage numbers its layers from 0
         ranks, theirs, ours = stages[stage], f"encoder.layers.{local}", f"model.layers.{number}"
@@ -198,14 +191,14 @@ def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int
         fused, output, gate_up, down = ([rank[f"{theirs}.{name}.weight"] for rank in ranks] for name in _LINEARS)
         heads = [head for part in fused for head in part.view(-1, 3, model.head_dim, model.hidden_size)]
         for index, name in enumerate("qkv"):
-            yield _rows(f"{ours}.self_attn.{name}_proj.weight", [head[index] for head in heads])
-        yield _columns(f"{ours}.self_attn.o_proj.weight", output)
+            yield _joined(f"{ours}.self_attn.{name}_proj.weight", [head[index] for head in heads])
+        yield _joined(f"{ours}.self_attn.o_proj.weight", output, dim=1)
         halves = [both.chunk(2) for both in gate_up]
-        yield _rows(f"{ours}.mlp.gate_proj.weight", [gate for gate, _ in halves])
-        yield _rows(f"{ours}.mlp.up_proj.weight", [up for _, up in halves])
-        yield _columns(f"{ours}.mlp.down_proj.weight", down)
+        yield _joined(f"{ours}.mlp.gate_proj.weight", [gate for gate, _ in halves])
+        yield _joined(f"{ours}.mlp.up_proj.weight", [up for _, up in halves])
+        yield _joined(f"{ours}.mlp.down_proj.weight", down, dim=1)
     yield from _norm("model.norm", stages[-1][0], _FINAL_NORM)
-    yield _rows("lm_head.weight", _first_rows([rank[_HEAD] for rank in stages[-1]], vocab_size))
+    yield _joined("lm_head.weight", _first_rows([rank[_HEAD] for rank in stages[-1]], vocab_size))
 
 
 def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
@@ -223,31 +216,21 @@ def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
 def _norm(name: str, rank: Rank, theirs: str) -> Iterator[StreamedTensor]:
     """Yield the weight and the bias of a norm. NeMo computes with weight + 1 in fp32."""
     weight, bias = (rank[f"{theirs}.{part}"].float() for part in ("weight", "bias"))
-    yield _rows(f"{name}.weight", [weight + 1])
-    yield _rows(f"{name}.bias", [bias])
+    yield _joined(f"{name}.weight", [weight + 1])
+    yield _joined(f"{name}.bias", [bias])
 
 
-def _first_rows(parts: Iterable[torch.Tensor], count: int) -> list[torch.Tensor]:
-    kept = []
-    for part in parts:
-        kept.append(part[:count])
-        count -= len(kept[-1])
-    return kept
+def _first_rows(parts: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    starts = accumulate(map(len, parts), initial=0)
+    return [part[: max(count - start, 0)] for part, start in zip(parts, starts, strict=False)]
 
 
-def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
-    """Return a tensor called `name` that concatenates `parts` along the rows."""
-    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-    return StreamedTensor(
-        name, parts[0].dtype, shape, lambda: (block for part in parts for block in part.split(_BLOCK_ROWS))
-    )
-
-
-def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
-    """Return a tensor called `name` that concatenates `parts` along the columns."""
-    shape = (len(parts[0]), sum(part.shape[1] for part in parts))
-    rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # `split` copies no values
-    return StreamedTensor(name, parts[0].dtype, shape, lambda: (torch.cat(row, dim=1) for row in rows))
+def _joined(name: str, parts: Sequence[torch.Tensor], *, dim: int = 0) -> StreamedTensor:
+    """Return a tensor called `name` that concatenates `parts` along the rows (0) or the columns (1)."""
+    shape = tuple(torch.cat([part.to("meta") for part in parts], dim).shape)
+    blocks = [part.split(_BLOCK_ROWS) for part in parts]  # `split` copies no values
+    rows = list(zip(*blocks, strict=True)) if dim else [(block,) for part in blocks for block in part]
+    return StreamedTensor(name, parts[0].dtype, shape, lambda: (torch.cat(row, dim) for row in rows))
 
 
 # The settings of a NeMo 1 model ---------------------------------------------------------------------------------------

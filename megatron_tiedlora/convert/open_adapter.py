@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,8 @@ from megatron_tiedlora.checkpoint import base_identity, native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, identify_model, identify_shape
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
-from megatron_tiedlora.convert import export_peft, inputs
+from megatron_tiedlora.convert import export_peft, inputs, vera_files
 from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora
-from megatron_tiedlora.convert.vera_files import native_vera, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
 AdapterKind = Literal["native", "peft"]
@@ -117,7 +116,7 @@ def import_peft(
     *,
     base_differs: bool = False,
     say: Callable[[str], object] = str,
-    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    take_over: bool = False,
 ) -> OpenedAdapter:
     """Write the PEFT adapter in `folder` as a native adapter folder for `model` atomically, and return the adapter.
 
@@ -127,7 +126,7 @@ def import_peft(
         model: as for `open_adapter`.
         base_differs: import even if the adapter was trained on a different base. A copied adapter keeps its own base.
         say: called with each note.
-        new: returns a context that creates the output folder.
+        take_over: as in `take_output`.
 
     Raises:
         UserError: the adapter cannot be read or has a different base, or the output exists.
@@ -145,7 +144,7 @@ def import_peft(
     )
     for note in (*opened.notes, *notes, *([] if opened.apart is None else [opened.apart])):
         say(note)
-    with new(output) as temporary:
+    with new_output(output, take_over=take_over) as temporary:
         if native is not None:
             native_adapter.copy_adapter_files(folder / inputs.NATIVE_FOLDER, temporary, native)
         else:
@@ -216,8 +215,8 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
             native = native if tied else None
             found = native_lora(lora, source) if native is None else Native(native.config, native.state)
         case "VERA":
-            vera = read_vera(folder, content, source)
-            found, notes = native_vera(vera, source), vera.notes
+            vera = vera_files.read_vera(folder, content, source)
+            found, notes = vera_files.native_vera(vera, source), vera.notes
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
     config, state, why = found

@@ -18,8 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_tiedlora.base import messages
-from megatron_tiedlora.base.installation import install_hint, missing_modules
+from megatron_tiedlora.base import installation, messages
 from megatron_tiedlora.base.messages import UserError, count_text, first_line, one_line, printable, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
@@ -30,8 +29,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource, read_shape
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
 from megatron_tiedlora.convert import inputs, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
-from megatron_tiedlora.model import weights
-from megatron_tiedlora.model.hf_config import read_hf_config
+from megatron_tiedlora.model import hf_config, weights
 
 _PROBED = (2, 48)  # rows of the input, and tokens per row
 LARGEST_WHOLE = 8_000_000_000  # maximum bytes of a model in fp32 that transformers and PEFT load by default
@@ -141,7 +139,7 @@ def choose_runtimes(
         if size > LARGEST_WHOLE:
             words = f"{messages.bytes_in_words(size)} in fp32; give --in {','.join(there)} to load all of it there too"
             return (), f"{source.name} takes {words}"
-        if peft is not None and missing_modules("peft"):
+        if peft is not None and installation.missing_modules("peft"):
             why = "peft is not installed, so it did not load the export"
         elif peft is not None and kind is not None:
             why = f"PEFT computes a base in {kind} differently, so it did not load the export; see --in"
@@ -195,8 +193,8 @@ def verify_export(
     imported = None if peft is None else read_peft(peft, source, tied=False)
     notes += () if imported is None else imported.notes
     exported = None if peft is None else compare_export(peft, source, adapter)
-    if imported is not None and "peft" in runtimes and missing_modules("peft"):
-        raise UserError(f"checking a PEFT adapter needs peft; {install_hint('peft')}")
+    if imported is not None and "peft" in runtimes and installation.missing_modules("peft"):
+        raise UserError(f"checking a PEFT adapter needs peft; {installation.install_hint('peft')}")
     bits = []
     if merged is not None:
         bits.append(compare_merged(source, adapter, merged, base_format=made_onto, progress=progress))
@@ -252,7 +250,7 @@ def verify_export(
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """Return {name: dtype} of the tensors in the merged folder. Raise UserError if the base has a different shape."""
     file = merged / "config.json"
-    found = replace(source, shape=read_shape(merged, read_hf_config(merged)))
+    found = replace(source, shape=read_shape(merged, hf_config.read_hf_config(merged)))
     if found.shape != source.shape:
         here, there = (identify_shape(model, "fp32", weights_hash="") for model in (found, source))
         sizes = ((name, getattr(here, name), getattr(there, name)) for name in SHAPE_FIELDS)

@@ -5,7 +5,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,14 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter
 from megatron_tiedlora.base.installation import require_extra
 from megatron_tiedlora.base.messages import UserError, user_path
-from megatron_tiedlora.checkpoint import load_model, sources
+from megatron_tiedlora.checkpoint import load_model, sources, tensor_files
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
-from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 from megatron_tiedlora.runtime import launch_env, process_group, stopping
-from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES
 from megatron_tiedlora.training.run import train_rank
 
 
@@ -73,7 +71,7 @@ def load_base(
     folder = (source := sources.find_model(model or trained.base_model)).weights_folder()
     # The config's own may name code on the hub.
     keywords.setdefault("attn_implementation", source.attention_in_transformers)
-    load, own = getattr(transformers, source.auto_class).from_pretrained, dtype or DTYPES[trained.dtype]
+    load, own = getattr(transformers, source.auto_class).from_pretrained, dtype or tensor_files.DTYPES[trained.dtype]
     return load(folder, dtype=own, use_safetensors=True, trust_remote_code=False, **keywords).eval()
 
 
@@ -292,13 +290,10 @@ def train(settings: Settings) -> TrainedRun:
 @contextmanager
 def _restored_process() -> Iterator[None]:
     """Leave the process group, and restore environment variables and signal handlers, when the block ends."""
-    unset = [name for name in RANK_VARIABLES if name not in os.environ]
-    handlers = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
-    try:
+    with ExitStack() as restored:
+        for number in stopping.STOP_SIGNALS:
+            restored.callback(signal.signal, number, signal.getsignal(number))
+        for name in {*launch_env.RANK_VARIABLES} - os.environ.keys():
+            restored.callback(os.environ.pop, name, None)
+        restored.callback(process_group.leave_process_group)
         yield
-    finally:
-        process_group.leave_process_group()
-        for name in unset:
-            os.environ.pop(name, None)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -18,7 +18,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 
-from megatron_tiedlora.base.messages import UserError, nearest_name
+from megatron_tiedlora.base.messages import UserError, naming, nearest_name
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import TARGETS_HELP
 from megatron_tiedlora.peft import TiedLoraConfig
@@ -42,10 +42,9 @@ _FIXES = {
 def axolotl_config(cfg: Mapping[str, Any]) -> TiedLoraConfig:
     """Return the PEFT config that axolotl's YAML keys describe. Raise UserError, with the key, on invalid values."""
     own = {name: cfg[key] for key, name in _KEYS.items() if cfg.get(key) is not None}
-    try:
-        return TiedLoraConfig(**own)
-    except UserError as error:
-        raise UserError(f"adapter: {NAME} (r is lora_r, alpha is lora_alpha): {error}") from None
+    with naming(f"adapter: {NAME} (r is lora_r, alpha is lora_alpha)"):
+        config = TiedLoraConfig(**own)
+    return config
 
 
 class TiedLoraArgs(BaseModel):

@@ -18,9 +18,7 @@ from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.messages import UserError, first_line, printable, user_path
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config import cli
-from megatron_tiedlora.config.adapter_settings import LICENCE, PushSettings
-from megatron_tiedlora.config.fields import declared, flag_value, marked
+from megatron_tiedlora.config import adapter_settings, cli, fields
 from megatron_tiedlora.config.settings import TASK_NAMES, Settings, make_settings
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
 from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER
@@ -30,11 +28,11 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 _TIED = "[Tied-LoRA](https://arxiv.org/abs/2311.09578)"
 _OTHERS = {"lora": "[LoRA](https://arxiv.org/abs/2106.09685)", "vera": "[VeRA](https://arxiv.org/abs/2310.11454)"}
-_MARKS = declared(Settings)
+_MARKS = fields.declared(Settings)
 _LICENCE_FIELDS = ("license", "license_name", "license_link")  # in the metadata of a card
 _LARGEST_CARD = 2**20  # bytes
 # Settings that a run derives from other settings and from its model, if they are not given.
-_DERIVED = marked(Settings, derived=True)
+_DERIVED = fields.marked(Settings, derived=True)
 
 
 def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
@@ -50,7 +48,7 @@ def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
         raise UserError(f"{flag} {name}: the owner is missing; give OWNER/NAME")
 
 
-def write_published(settings: PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
+def write_published(settings: adapter_settings.PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
     """Write the files of a hub repository: PEFT export, adapter in this package's format, model card and loss plot.
 
     Args:
@@ -105,7 +103,7 @@ def _licence(given: str | None, source: ModelSource, *, say: Callable[[str], obj
     texts = {name: printable(found[name]) for name in _LICENCE_FIELDS if isinstance(found.get(name), str)}
     if not texts.get("license_link", "https://").startswith("https://"):  # a file in the base's repository
         del texts["license_link"]
-    if re.fullmatch(LICENCE, texts.get("license", "")):
+    if re.fullmatch(adapter_settings.LICENCE, texts.get("license", "")):
         return texts
     say(f"the model card names no licence, since {card} names none; give it with --license ID")
     return {}
@@ -261,7 +259,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
     chosen |= {name: without_folders(str(chosen[name]), facts.settings) for name in chosen if _MARKS[name].holds}
     words = []
     for name, value in chosen.items():  # `=` joins a value that begins with a dash, so that it is not parsed as a flag
-        word = flag_value(value)
+        word = fields.flag_value(value)
         words.append(shlex.quote(f"--{name}={word}") if word.startswith("-") else f"--{name} {shlex.quote(word)}")
     command = f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}"
     # A prompt template may contain newlines and backticks.

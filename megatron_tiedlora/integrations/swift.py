@@ -18,7 +18,7 @@ from typing import Any
 from peft import get_peft_model
 from swift.tuner_plugin import PeftTuner, tuners_map
 
-from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.messages import UserError, naming, shown
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.peft import TiedLoraConfig
 
@@ -39,11 +39,10 @@ def swift_config(args: Any) -> TiedLoraConfig:
         raise UserError(f"--model_kwargs tied_lora_layers {given}: is not a list of layers; give one like [1, 3]")
     layers = [int(number) for number in re.findall(r"\d+", given)] if given else None
     own = {"method": args.tuner_type, "r": args.lora_rank, "alpha": args.lora_alpha, "seed": args.seed}
-    try:
-        return TiedLoraConfig(**own, layers=layers, targets=targets, task_type=args.task_type.upper())
-    except UserError as error:
-        said = "r is --lora_rank, alpha is --lora_alpha, targets is --target_modules"
-        raise UserError(f"--tuner_type {args.tuner_type} ({said}): {error}") from None
+    said = "r is --lora_rank, alpha is --lora_alpha, targets is --target_modules"
+    with naming(f"--tuner_type {args.tuner_type} ({said})"):
+        config = TiedLoraConfig(**own, layers=layers, targets=targets, task_type=args.task_type.upper())
+    return config
 
 
 class TiedLoraTuner(PeftTuner):

@@ -102,26 +102,14 @@ def native_arguments(folder: Path) -> dict[str, Any]:
     """Return the `TiedLoraConfig` arguments for an adapter folder in this package's format.
 
     Raises:
-        UserError: the folder's config is not valid, or a checksum does not match.
+        UserError: the folder's config is not valid, or a checksum does not match. The weights file may be missing.
     """
-    config, base, _ = native_adapter.read_config(folder)
+    config, base, sums = native_adapter.read_config(folder)
     content = native_adapter.StoredAdapter.of(config, base).fields()
     same = {name: content[name] for name in (*_SAME_NAMES, *_FOR_PEFT)}
-    unchecked = None if weights_match(folder) else str(folder)
-    return {**same, "r": config.rank, "base": asdict(base), "unchecked": unchecked}
-
-
-def weights_match(folder: Path) -> bool:
-    """Check the weights file of an adapter folder against its checksum. Returns False if the file does not exist.
-
-    Raises:
-        UserError: the checksum differs, or the config is not valid.
-    """
-    weights, (*_, sums) = folder / native_adapter.WEIGHTS_FILE, native_adapter.read_config(folder)
-    if not weights.is_file():
-        return False
-    files.check_file(weights, sums)
-    return True
+    if is_there := (weights := folder / native_adapter.WEIGHTS_FILE).is_file():
+        files.check_file(weights, sums)
+    return {**same, "r": config.rank, "base": asdict(base), "unchecked": None if is_there else str(folder)}
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):
@@ -278,14 +266,7 @@ class TiedLoraModel(BaseTuner):
         return adapter, load_model.find_places(self._source.shape, described)
 
     def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, *_: Any
     ) -> None:
         if not isinstance(target, TiedLoraLinear):
             layer = TiedLoraLinear(target, self.tied_lora_adapters).train(target.training)
@@ -304,12 +285,7 @@ class TiedLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: Any,
-        config: Any,
-        adapter_name: str,
-        state_dict: Mapping[str, torch.Tensor],
-        unwanted_adapter_names: Any = (),
+        cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, Any], unwanted_adapter_names: Any = ()
     ) -> dict[str, torch.Tensor]:
         """Return the tensors A, B, u and v of an adapter in fp32, as they are saved."""
         described = cls._adapter_of(model, adapter_name).config
@@ -337,7 +313,7 @@ class TiedLoraModel(BaseTuner):
             UserError: a tensor is missing or unknown, has a wrong shape, or has invalid values.
         """
         if config.unchecked is not None:  # by now the weights are in the hub's cache, next to the config
-            weights_match(Path(config.unchecked))
+            native_arguments(Path(config.unchecked))  # compares them with their checksum
             config.unchecked = None
         adapter = cls._adapter_of(model, adapter_name)
         described, source = adapter.config, f"adapter {adapter_name}"

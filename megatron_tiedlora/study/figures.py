@@ -6,12 +6,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base import files
+from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.estimates import Estimate, averaged
 from megatron_tiedlora.study.record import Study
-from megatron_tiedlora.study.tables import SECTION_TITLES, mean_base, metric_title, model_title, table2_cell, title
+from megatron_tiedlora.study.tables import SECTION_TITLES, mean_base, metric_title, table2_cell, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
 # Colours that red-green colour-blind readers can distinguish, in the order of the methods. The marks differ too.
@@ -42,10 +42,10 @@ def draw_figures(studies: Sequence[Study], folder: Path, *, guard: files.Guard =
     label = f"mean score of {len(studies)} tasks" if len(studies) > 1 else metric_title(studies[0])
     panels = {"figure2.png": list[Callable[[Any], None]](), "figure3.png": list[Callable[[Any], None]]()}
     for name, methods in (("all methods", METHOD_NAMES), ("LoRA, VeRA, TL5, TL6", BEST_METHODS)):
-        heading = f"{model_title(studies[0])}: {name}"
+        heading = f"{output_folder.last_name(studies[0].base.model)}: {name}"
         panels["figure2.png"].append(partial(_draw, studies, title=heading, label=label, methods=methods))
     for study in studies:
-        heading = f"{model_title(study)}: {title(study)}"
+        heading = f"{output_folder.last_name(study.base.model)}: {title(study)}"
         one = partial(_draw, [study], title=heading, label=metric_title(study), methods=METHOD_NAMES, published=True)
         panels["figure3.png"].append(one)
     for name, own in panels.items():

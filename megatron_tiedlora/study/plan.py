@@ -62,7 +62,7 @@ class SweepPlan:
 
     def is_finished(self, run: record.Run) -> bool:
         """Return whether the run has finished, in this launch of the sweep or in an earlier launch."""
-        return record.read_run(self.folder.run(run.name)).state == "finished"
+        return record.read_run(self.folder.runs / run.name).state == "finished"
 
     def groups(self) -> list[Group]:
         """Return the runs to train as groups. The runs of a group are trained together in one launch.
@@ -153,7 +153,7 @@ class SweepPlan:
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
         for run in self.runs:
-            end = record.read_run(self.folder.run(run.name))
+            end = record.read_run(self.folder.runs / run.name)
             states.append(end.state)
             best = "" if end.best is None else f", best validation {metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")

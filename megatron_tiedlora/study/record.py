@@ -10,14 +10,14 @@ the test scores in per cent. They are read from the files of tiedlora train and 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
 
+import numpy as np
+
 from megatron_tiedlora.base import files, ownership
-from megatron_tiedlora.base.files import Guard, Size, Text, read_fields, read_json_object, unguarded
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
@@ -80,9 +80,9 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The training settings of this run that the grid determines."""
-        found = {"method": self.point.method, "rank": self.point.rank, "learning_rate": self.learning_rate}
-        own = {"layers": self.point.layer, "seed": self.seed}
-        return found | {name: value for name, value in own.items() if value is not None}
+        own = {"method": self.point.method, "rank": self.point.rank, "learning_rate": self.learning_rate}
+        own |= {"layers": self.point.layer, "seed": self.seed}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,10 @@ def rate_text(rate: float | str) -> str:
     """Return a learning rate as text for names, such as 1e-4, 2.5e-5 or auto. Different rates have different texts."""
     if isinstance(rate, str):
         return rate
-    sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
-    assert not sign and isinstance(exponent, int)
-    text = "".join(map(str, digits))
-    mantissa = text[0] + (f".{text[1:]}" if len(text) > 1 else "")
-    return f"{mantissa}e{exponent + len(text) - 1}"
+    return np.format_float_scientific(rate, trim="-", exp_digits=1).replace("e+", "e")
 
 
-RUNS, GROUPS, SCORES, LOGS, JOBS = "runs", "groups", "scores", "logs", "jobs"
+SCORES = "scores"  # a folder, and the part of a study that scores the best runs
 
 
 @dataclass(frozen=True)
@@ -172,32 +168,25 @@ class StudyFolder:
 
     settings = PathIn(SWEEP_FILE)
     base = PathIn(job_settings.SWEEP_BASE)
+    runs = PathIn("runs")  # the folder of each run, by its name
+    groups = PathIn("groups")  # the folder of each group of runs that are trained together, by its first run
+    scores = PathIn(SCORES)  # the folder of each score, by the name of the run, or `base` for the base model
+    logs = PathIn("logs")
+    jobs = PathIn("jobs")
 
     @property
     def status(self) -> Path:
         """The file that tells how the last launch ended, in the folder that it locks; it is missing while one runs."""
-        return (self.path / JOBS / self.part if self.part else self.path) / job_settings.SWEEP_STATUS
+        return (self.jobs / self.part if self.part else self.path) / job_settings.SWEEP_STATUS
 
     @property
-    def guard(self) -> Guard:
+    def guard(self) -> files.Guard:
         """A function that raises UserError if this sweep may no longer write to the folder."""
-        return unguarded if self.owner is None else self.owner.check
-
-    def run(self, name: str) -> Path:
-        """Return the run folder of the run called `name`."""
-        return self.path / RUNS / name
-
-    def group(self, name: str) -> Path:
-        """Return the folder of several runs that are trained together. `name` is the name of the first run."""
-        return self.path / GROUPS / name
-
-    def score(self, name: str) -> Path:
-        """Return the folder with the score of the run called `name`. The name `base` means the base model."""
-        return self.path / SCORES / name
+        return files.unguarded if self.owner is None else self.owner.check
 
     def log(self, name: str) -> Path:
         """Return the log file of the command called `name`."""
-        return self.path / LOGS / f"{name}.log"
+        return self.logs / f"{name}.log"
 
 
 @dataclass(frozen=True)
@@ -209,14 +198,14 @@ class BaseRecord:
         file_sha256: SHA-256 of each local data file, by the name of the file.
     """
 
-    model: Text
-    base_hash: Text
-    num_layers: Size
-    trained: dict[Text, Size]
-    paper_model: Text | None  # the paper's model whose published scores are shown with the study's
-    task: Text
-    metric: Text
-    file_sha256: dict[Text, Text]
+    model: files.Text
+    base_hash: files.Text
+    num_layers: files.Size
+    trained: dict[files.Text, files.Size]
+    paper_model: files.Text | None  # the paper's model whose published scores are shown with the study's
+    task: files.Text
+    metric: files.Text
+    file_sha256: dict[files.Text, files.Text]
 
 
 def check_folder(folder: StudyFolder) -> None:
@@ -224,11 +213,11 @@ def check_folder(folder: StudyFolder) -> None:
 
     The folder of a launch that was killed before it wrote its settings is accepted."""
     path = folder.path
-    folders = (RUNS, GROUPS, SCORES, LOGS, JOBS)
+    folders = (folder.runs, folder.groups, folder.scores, folder.logs, folder.jobs)
     # The folder also has YAML lists of adapters, and temporary files of them if a sweep was killed.
-    found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(files.TEMPORARY_PREFIX))
+    found = (item for item in folder.groups.glob("*") if not item.name.startswith(files.TEMPORARY_PREFIX))
     groups = (item for item in found if item.suffix != ".yaml")
-    reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *(path / JOBS).glob("*"), *groups)
+    reject_links(*folders, *folder.runs.glob("*"), *folder.jobs.glob("*"), *groups)
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
@@ -283,7 +272,7 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
     """Write sweep.yaml and base.json before the first launch. Raises UserError if a file cannot be written."""
-    for path in (folder.path, folder.path / GROUPS):
+    for path in (folder.path, folder.groups):
         files.remove_leftovers(path, guard=folder.guard)
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
     found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
@@ -301,10 +290,10 @@ def read_command(folder: StudyFolder) -> SweepCommand:
 
 def read_base(folder: StudyFolder) -> BaseRecord:
     """Read and return base.json. Raises UserError if it is not valid; the message names the problem."""
-    content = read_json_object(folder.base, kind="a sweep's folder")
+    content = files.read_json_object(folder.base, kind="a sweep's folder")
     if "num_layers" not in content:
         raise UserError(f"{folder.base}: this file is from a different version; give a new --output_dir")
-    return read_fields(folder.base, content, BaseRecord)
+    return files.read_fields(folder.base, content, BaseRecord)
 
 
 BASE_NAME = "base"
@@ -394,7 +383,7 @@ def read_run(folder: Path) -> RunEnd:
     state, reason, best = status.get("state"), status.get("reason", ""), None
     with suppress(UserError):  # there is no checkpoint, or it is broken
         last = named_checkpoint(run.checkpoints)
-        progress = {} if last is None else read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
+        progress = {} if last is None else files.read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
         value: Any = progress.get("best_metric")
         best = float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # only a finite number
     if state == "finished" and best is None:
@@ -416,7 +405,7 @@ def best_runs(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> tuple
     """
     by_rate, sign = dict[float | str, dict[Run, float]](), 1.0 if metric == "loss" else -1.0
     for run in runs:
-        end = read_run(folder.run(run.name))
+        end = read_run(folder.runs / run.name)
         if end.state == "finished" and end.best is not None:
             by_rate.setdefault(run.learning_rate, {})[run] = sign * end.best
     best = min(by_rate.values(), key=lambda of_rate: (-len(of_rate), fmean(of_rate.values())), default={})
@@ -433,11 +422,11 @@ def read_score(folder: Path) -> Score | None:
     if not file.is_file():
         return None
     try:
-        content = read_json_object(file, kind="results")
+        content = files.read_json_object(file, kind="results")
         (low, high), value, count = (content[name] for name in ("confidence_interval", "score", "n"))
         numbers = {"value": value, "low": low, "high": high, "num_samples": count}
         texts = {name: content.get(name, "") for name in ("metric", "signature")}
-        return read_fields(file, {**texts, **numbers}, Score)
+        return files.read_fields(file, {**texts, **numbers}, Score)
     except (UserError, KeyError, TypeError, ValueError):
         raise UserError(f"{file}: is not a result of tiedlora evaluate; remove the folder and start again") from None
 
@@ -458,13 +447,13 @@ def read_study(path: Path) -> Study:
     metric = command.train.eval_metric
     best = {point: best_runs(folder, grid.runs(point), metric=metric) for point in grid.points}
     names = [BASE_NAME, *(run.name for runs in best.values() for run in runs)]
-    found = {name: read_score(folder.score(name)) for name in names}
-    scores = read_scored({folder.score(name): score for name, score in found.items() if score}, base.metric)
+    found = {name: read_score(folder.scores / name) for name in names}
+    scores = read_scored({folder.scores / name: score for name, score in found.items() if score}, base.metric)
     results = {point: _read_result(folder, grid.runs(point), best[point], base, scores) for point in grid.points}
     of_rows = marked(Settings, group="data", by_content=True)
     given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in of_rows}}
     own_rows = tuple(name for name, value in given.items() if value is not None)
-    of_base = scores.get(folder.score(BASE_NAME))
+    of_base = scores.get(folder.scores / BASE_NAME)
     return Study(path, base, grid, estimated({None: of_base} if of_base else {}), results, own_rows)
 
 
@@ -472,8 +461,8 @@ def _read_result(
     folder: StudyFolder, runs: Sequence[Run], best: tuple[Run, ...], base: BaseRecord, scored: AllScored
 ) -> Result:
     point, trained = runs[0].point, base.trained[runs[0].point.name]
-    ends = {run: read_run(folder.run(run.name)) for run in runs}
-    scores = {run.seed: one for run in best if (one := scored.get(folder.score(run.name))) is not None}
+    ends = {run: read_run(folder.runs / run.name) for run in runs}
+    scores = {run.seed: one for run in best if (one := scored.get(folder.scores / run.name)) is not None}
     missing = {run: end.reason for run, end in ends.items() if best and end.state != "finished"}
     missing |= {run: "no score" for run in best if scores and run.seed not in scores}
     stopped = tuple((run, end.halved.removeprefix(HALVING_REASON)) for run, end in ends.items() if end.halved)
@@ -481,6 +470,6 @@ def _read_result(
         return Result(point, trained, stopped=stopped)
     rate: Any = best[0].learning_rate
     if rate == "auto":  # the run has recorded the number
-        rate = read_yaml(str(RunFolder(folder.run(best[0].name)).settings), Settings)["learning_rate"]
+        rate = read_yaml(str(RunFolder(folder.runs / best[0].name).settings), Settings)["learning_rate"]
     validation = fmean(value for run in best if (value := ends[run].best) is not None)
     return Result(point, trained, best, rate, validation, tuple(missing.items()), scores, stopped)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.messages import UserError, naming, one_line
 from megatron_tiedlora.config import fields
-from megatron_tiedlora.study.record import BASE_NAME, LOGS, SCORES, StudyFolder
+from megatron_tiedlora.study.record import BASE_NAME, SCORES, StudyFolder
 
 SCRIPT_FILE, JOBS_FILE = "slurm.sbatch", "slurm.json"  # in the folder of the study
 _LONGEST_SECONDS = 120  # for an answer of slurmctld
@@ -128,7 +128,7 @@ class Submission:
     def commands(self, numbers: Sequence[str]) -> Iterator[list[str]]:
         """Yield the sbatch command of each job. Before the next one, the caller appends its number to `numbers`."""
         folder = self.folder.path.absolute()
-        logs = str(folder / LOGS).replace("%", "%%")
+        logs = str(self.folder.logs.absolute()).replace("%", "%%")
         for index, names in enumerate(self.parts):
             is_array = names == [*self.groups]
             words = [*self.options.words, f"--output={logs}/slurm-{'%A_%a' if is_array else '%j'}.out"]
@@ -144,7 +144,7 @@ class Submission:
         Raise UserError if Slurm rejects a job, or if a file cannot be written. Then no job is left in the queue."""
         folder, jobs = self.folder, list[str]()
         files.write_text(folder.path / SCRIPT_FILE, self.script, guard=folder.guard)
-        (folder.path / LOGS).mkdir(exist_ok=True)
+        folder.logs.mkdir(exist_ok=True)
         try:
             for words in self.commands(jobs):
                 jobs.append(call_slurm(*words).strip().partition(";")[0])  # a federation adds its cluster

@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_tiedlora.base import files, ownership, progress
-from megatron_tiedlora.base.files import Guard, discard, make_way_for_log, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, csv_text, os_errors, printable, show, user_path
 from megatron_tiedlora.cluster import launchers, start
 from megatron_tiedlora.config import adapter_settings, fields, job_settings
@@ -50,7 +49,7 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
     plan = launchers.plan_start(job, os.environ)
     with os_errors(f"{log}: cannot be written"):
         log.parent.mkdir(parents=True, exist_ok=True)
-        make_way_for_log(log)
+        files.make_way_for_log(log)
         with log.open("a+b", buffering=0) as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
             mark = LOG_MARK if stream.read(1) in (b"", b"\n") else f"\n{LOG_MARK}"  # a killed process may cut a line
@@ -93,7 +92,7 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
             plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner, part))
             if settings.part is None:
                 record.write_record(plan.folder, command, plan.base)
-            discard(plan.folder.status, guard=plan.folder.guard)
+            files.discard(plan.folder.status, guard=plan.folder.guard)
             work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
             try:
                 work.run()
@@ -113,7 +112,7 @@ def submission(plan: SweepPlan) -> slurm.Submission:
     words += [f"--{name}={fields.flag_value(value)}" for name, value in given.items() if value is not None]
     groups = {runs[0].name: [run.name for run in runs] for runs in plan.groups()}
     scored = (record.BASE_NAME, *chosen_runs(plan).values())
-    unscored = [name for name in scored if record.read_score(folder.score(name)) is None]
+    unscored = [name for name in scored if record.read_score(folder.scores / name) is None]
     return slurm.Submission(folder, plan.options, words, groups, unscored)
 
 
@@ -125,11 +124,11 @@ def submit_jobs(plan: SweepPlan, jobs: slurm.Submission) -> int:
         folder = replace(plan.folder, owner=lock.owner)
         slurm.check_queue(folder)  # another command may have submitted them meanwhile
         record.write_record(folder, plan.command, plan.base)
-        discard(folder.status, guard=folder.guard)
+        files.discard(folder.status, guard=folder.guard)
         numbers = replace(jobs, folder=folder).submit()
     slurm.call_slurm("scontrol", "release", numbers[0])  # it could not lock its part before
     said = f"  submitted jobs {', '.join(numbers)}; cancel with: scancel {' '.join(numbers)}"
-    show("", said, f"  logs in {folder.path / record.LOGS}")
+    show("", said, f"  logs in {folder.logs}")
     return 0
 
 
@@ -140,10 +139,10 @@ def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> owne
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
     hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it (--take_over takes the"
-    own, hint = record.StudyFolder(folder, part=part).status.parent, f"{hint} folder anyway)"
-    lock = ownership.take_folder(own, take_over=take_over, hint=hint)
+    study, hint = record.StudyFolder(folder, part=part), f"{hint} folder anyway)"
+    lock = ownership.take_folder(study.status.parent, take_over=take_over, hint=hint)
     try:
-        for other in [folder] if part else sorted((folder / record.JOBS).glob("*")):
+        for other in [folder] if part else sorted(study.jobs.glob("*")):
             if take_over and not part:
                 ownership.take_folder(other, take_over=True, hint=hint).release()
             else:
@@ -199,7 +198,7 @@ class Sweep:
                 self._take_scores()
             if part in (None, record.BASE_NAME):
                 self._score({base: record.BASE_NAME})
-            elif is_last and record.read_score(self.folder.score(record.BASE_NAME)) is None:
+            elif is_last and record.read_score(self.folder.scores / record.BASE_NAME) is None:
                 self._note(base, None, base)
             for runs in () if self.given_up else groups:
                 (self._note_runs if is_last else self._train)(runs)
@@ -211,14 +210,14 @@ class Sweep:
         """Show the number of finished runs and scores in the progress bar."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
         names = (record.BASE_NAME, *chosen_runs(self.plan).values())
-        done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
+        done += sum(record.read_score(self.folder.scores / name) is not None for name in names)
         self._done = done
         self._bar.update(done - self._bar.n)
 
     def _part(self, run: record.Run) -> float:
         """Return the fraction of the run's steps that are done, from 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
-        row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
+        row = last_row(run_folder.RunFolder(self.folder.runs / run.name).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _train(self, runs: Group) -> None:
@@ -229,11 +228,11 @@ class Sweep:
         done = list(filter(self.plan.is_finished, runs))
         left = [run for run in runs if run not in done]
         for run in left:  # if this launch fails, an old status must not be read as its reason
-            discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
-        file, output = folder.group(f"{first}.yaml"), folder.group(first)
+            files.discard(run_folder.RunFolder(folder.runs / run.name).status, guard=folder.guard)
+        file, output = folder.groups / f"{first}.yaml", folder.groups / first
         with suppress(OSError):  # writing the file then reports what is wrong
             file.parent.mkdir(exist_ok=True)
-        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
+        entries = [{"name": run.name, **run.settings, "output_dir": str(folder.runs / run.name)} for run in runs]
         files.write_yaml(file, entries, guard=folder.guard)
         given = {name: value for name, value in self.command.shared.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
@@ -241,7 +240,7 @@ class Sweep:
         self._training = left
         ended = self._start(f"group {first}", "train", given)
         self._training = []
-        if any(record.read_run(folder.run(run.name)).reason == signal.SIGUSR1.name for run in left):
+        if any(record.read_run(folder.runs / run.name).reason == signal.SIGUSR1.name for run in left):
             self.stop.received.append(signal.SIGUSR1)  # Slurm sends it to the ranks alone before the time limit
         elif ended:
             self._note_runs(runs, before=done)
@@ -249,7 +248,7 @@ class Sweep:
     def _note_runs(self, runs: Group, before: Sequence[record.Run] = ()) -> None:
         """Print how the runs of a group ended. `before` are those that had finished before."""
         for run in runs:
-            end = record.read_run(self.folder.run(run.name))
+            end = record.read_run(self.folder.runs / run.name)
             words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
             if run not in before:
                 self._note(run.name, words, f"group {runs[0].name}", end.reason)
@@ -257,35 +256,36 @@ class Sweep:
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or several runs together. `wanted` maps score names to run names."""
         folder, train, settings = self.folder, self.command.train, self.command.settings
-        left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
+        left = {item: name for item, name in wanted.items() if record.read_score(folder.scores / name) is None}
         if not left or self.stop.received:
             return
         is_base = record.BASE_NAME in left.values()
-        output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
-        discard(output, guard=folder.guard)  # the folder of an earlier launch has no result
+        output = folder.scores / record.BASE_NAME if is_base else folder.groups / record.SCORES
+        files.discard(output, guard=folder.guard)  # the folder of an earlier launch has no result
         given = {n: getattr(train, n) for n in fields.marked(adapter_settings.EvaluateSettings, shared=True)}
         given |= {"max_length": with_models_length(train, self.plan.source).max_length, "output_dir": output}
         given |= {"batch_size": settings.test_batch_size, "limit": self.plan.test_limit}
-        words = () if is_base else ("--adapters", *(f"{name}={folder.run(name) / 'adapter'}" for name in left.values()))
+        adapters = (f"{name}={folder.runs / name / 'adapter'}" for name in left.values())
+        words = () if is_base else ("--adapters", *adapters)
         log = f"score {record.BASE_NAME}" if is_base else record.SCORES
         if not self._start(log, "evaluate", given, words):
             return
         self._take_scores()
         for item, name in left.items():
-            score = record.read_score(folder.score(name))
+            score = record.read_score(folder.scores / name)
             words_of = None if score is None else f"{self.plan.base.metric} {score.value:.2f} % ({name})"
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
         """Move the scores of a joint evaluation, or of a killed sweep, to the score folders of the runs."""
-        made = self.folder.group(record.SCORES)
+        made = self.folder.groups / record.SCORES
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
-            target = self.folder.score(found.parent.name)
-            discard(target, guard=self.folder.guard)  # an earlier folder has no result, or the same one
+            target = self.folder.scores / found.parent.name
+            files.discard(target, guard=self.folder.guard)  # an earlier folder has no result, or the same one
             with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
                 found.parent.replace(target)
-        discard(made, guard=self.folder.guard)
+        files.discard(made, guard=self.folder.guard)
 
     # One launch -------------------------------------------------------------------------------------------------------
 
@@ -359,7 +359,7 @@ class Sweep:
             for name, (why, log) in self.failures.items()
         ]
         own = {} if reason is None else {"reason": reason}
-        write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
+        files.write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
 
     def end(self) -> int:
         """Write the status, tables and figures, show the failures, and return the exit status."""
@@ -379,7 +379,7 @@ class Sweep:
         if failures:
             gave_up = "; nothing else was started" if self.given_up else ""
             line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up}"
-            show(f"{line} (logs in {folder.path / record.LOGS})", file=sys.stderr)
+            show(f"{line} (logs in {folder.logs})", file=sys.stderr)
         return 1 if failures else 0
 
 
@@ -432,7 +432,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     return 0
 
 
-def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
+def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: files.Guard = files.unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures, and return the files."""
     made = {"table2": (tables.TABLE2_COLUMNS, tables.table2(studies), tables.table2_layout(studies))}
     if any(study.grid.table3 for study in studies):
@@ -442,5 +442,5 @@ def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard 
         own = {"md": table.markdown(), "csv": csv_text(columns, records), "tex": table.latex()}
         texts |= {f"{name}.{ending}": text for ending, text in own.items()}
     for name, text in texts.items():
-        write_text(folder / name, text, guard=guard)
+        files.write_text(folder / name, text, guard=guard)
     return [*(folder / name for name in texts), *figures.draw_figures(studies, folder, guard=guard)]

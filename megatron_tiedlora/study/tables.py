@@ -27,6 +27,7 @@ from typing import Any
 
 from megatron_tiedlora.base import messages, presets, shapes
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
+from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study.estimates import Estimate, averaged, difference
 from megatron_tiedlora.study.record import BASE_NAME, SINGLE_LAYER_TIED, BaseRecord, Point, Result, Study, rate_text
@@ -46,7 +47,7 @@ def paper_model(name: str, shape: shapes.ModelShape) -> str | None:
     for title in MODEL_TITLES:
         if shape == shape_from_hf(presets.PRESETS[title], source=title):
             return title
-    return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
+    return "gpt-2b-001" if last_name(name).lower() == "gpt-2b-001" else None
 
 
 def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
@@ -102,11 +103,6 @@ def metric_title(study: Study) -> str:
 def title(study: Study) -> str:
     """Return the title of a study: `task (metric)`."""
     return f"{study.base.task} ({metric_title(study)})"
-
-
-def model_title(study: Study) -> str:
-    """Return the last part of the base model's name."""
-    return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _record(
@@ -250,7 +246,7 @@ def table2_layout(studies: Sequence[Study]) -> "Table":
             mean = {"score": mean_base(studies)} if row[0] == BASE_NAME else by_task.get(AVERAGE, {})
             of_mean = [*(_number(mean.get(name)) for name in ("score", "decline_percent")), _difference_text(mean)]
             sections[-1][1].append(cells + (of_mean if several else []))
-    heading = f"Table 2: {model_title(studies[0])} on {', '.join(title(study) for study in studies)}"
+    heading = f"Table 2: {last_name(studies[0].base.model)} on {', '.join(title(study) for study in studies)}"
     missing = [] if sections else ["No method has a score yet.", ""]
     return Table(heading, header, sections, (*missing, *_notes2(studies, records)), 2)
 
@@ -265,14 +261,9 @@ def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
     and P%."""
     ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
     shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
-    cells = [
-        *_score_texts(record),
-        ranks[0],
-        shares[0],
-        _number(record.get("decline_percent")),
-        _difference_text(record),
-    ]
-    return cells + ([_number(record.get("paper_score")), ranks[1], shares[1]] if with_paper else [])
+    decline_percent, paper_score = (_number(record.get(name)) for name in ("decline_percent", "paper_score"))
+    cells = [*_score_texts(record), ranks[0], shares[0], decline_percent, _difference_text(record)]
+    return cells + ([paper_score, ranks[1], shares[1]] if with_paper else [])
 
 
 def _score_texts(record: TableRow) -> tuple[str, str]:
@@ -360,7 +351,7 @@ def table3_layout(studies: Sequence[Study]) -> "Table":
         notes.append(f"- {study.base.task}: {each}; scores in per cent with the 95 % interval.")
     names = f"{SINGLE_LAYER_TIED} (of {SINGLE_LAYER_TIED}: to the layer with the best score)"
     notes += _study_notes([(study, study.grid.table3) for study in rows], names, records)
-    heading = f"Table 3: {model_title(studies[0])}, LoRA on one layer and a tied pair on all"
+    heading = f"Table 3: {last_name(studies[0].base.model)}, LoRA on one layer and a tied pair on all"
     return Table(heading, ["task", *(name.replace("_", " ") for name in columns)], [("", body)], notes)
 
 

@@ -93,7 +93,7 @@ def test_one_after_another_and_a_failure_is_kept(study: Given, tmp_path: Path) -
     """Nothing leaves a result here. What was scored before needs none, and the groups come without the others."""
     plan = planned(study, tmp_path / "out", together=2, ranks="2")
     world = World(plan, ticks=2)
-    scored = plan.folder.score("base")
+    scored = plan.folder.scores / "base"
     scored.mkdir(parents=True)
     (scored / "results.json").write_text('{"score": 1.0, "n": 2, "confidence_interval": [0.0, 2.0]}')
     world.work.run()

@@ -23,9 +23,8 @@ from megatron_tiedlora.checkpoint.base_identity import base_differences, identif
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import read_header
-from megatron_tiedlora.convert import index, inputs
+from megatron_tiedlora.convert import index, inputs, open_adapter
 from megatron_tiedlora.convert.export_peft import UNNAMED
-from megatron_tiedlora.convert.open_adapter import exported_base
 from megatron_tiedlora.integrations.vllm.factors import check_served, read_served
 from megatron_tiedlora.integrations.vllm.serve import ADAPTERS, HUB, PLUGIN
 
@@ -122,7 +121,7 @@ class AdapterResolver(LoRAResolver):
         with self._lock:  # concurrent requests read the base once
             source = self._find_model(base_model)
             identity = self._identify(source, "fp32")
-        served, trained = read_served(folder, source), exported_base(folder, identity)
+        served, trained = read_served(folder, source), open_adapter.exported_base(folder, identity)
         if served is None:
             read_header(folder / WEIGHTS_FILE)  # of a LoRA, whose tensors vLLM reads itself
         elif served.vera is None:

@@ -13,8 +13,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapter_settings import ServeSettings
-from megatron_tiedlora.convert import serving
-from megatron_tiedlora.convert.collection import find_folders
+from megatron_tiedlora.convert import collection, serving
 from megatron_tiedlora.convert.export_peft import UNNAMED, base_location
 from megatron_tiedlora.convert.inputs import NATIVE_FOLDER
 from megatron_tiedlora.integrations.vllm.factors import ServedAdapter, check_served, read_unloaded
@@ -31,7 +30,7 @@ def find_servable(root: Path, source: ModelSource, *, only_tied: bool) -> tuple[
     """Return the adapters in `root` that a server of `source` can serve, without tensors, by their names in requests,
     and a sentence for each of the others. Raise UserError if `root` is not a folder."""
     found, problems = dict[str, ServedAdapter](), list[str]()
-    for folder in progress_bar("adapters", "adapter", find_folders(root)):
+    for folder in progress_bar("adapters", "adapter", collection.find_folders(root)):
         if folder != root and folder.name != "adapter" and RunFolder(folder.parent).is_run:
             continue  # an export of this run
         named, native = folder.parent if folder.name in UNNAMED and folder != root else folder, folder / NATIVE_FOLDER
