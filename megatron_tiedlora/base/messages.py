@@ -54,8 +54,7 @@ def naming(name: str) -> Iterator[None]:
 
 @contextmanager
 def os_errors(said: str, *, fix: str = "", kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
-    """Convert an `OSError` (or an error of `kinds`) in the block into a `UserError` with the text `said`, the system's
-    reason, and `fix`."""
+    """Convert an error of `kinds` in the block into a `UserError` with the text `said`, its reason, and `fix`."""
     try:
         yield
     except kinds as error:
@@ -236,11 +235,6 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
         cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False))
         lines.append(f"{indent}{'  '.join(cells)}".rstrip())
     return lines
-
-
-def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
