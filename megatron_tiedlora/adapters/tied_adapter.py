@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, Slots, SomeTokens, factors_of_layers, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, find_method
-from megatron_tiedlora.base.shapes import QKV, ModelShape, NamedLinear, linear_sizes
+from megatron_tiedlora.base.shapes import QKV, ModelShape, NamedLinear
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
 
@@ -40,18 +40,6 @@ def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target
     return tuple(
         Target(name, linear.in_size, linear.blocks, linear.sharded_dim) for name, linear in adaptable if name in names
     )
-
-
-def sized_targets(
-    names: Sequence[str], *, hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int = 0
-) -> tuple[Target, ...]:
-    """Return the targets from the sizes in an adapter record, so that an adapter can be loaded without its base.
-
-    Args:
-        intermediate_size: the width of the MLP, which only `gate_up` and `down_proj` need.
-    """
-    known = linear_sizes(hidden_size, qkv_rows, intermediate_size)
-    return tuple(Target(name, *sizes) for name, sizes in known.items() if name in names)
 
 
 @dataclass(frozen=True)

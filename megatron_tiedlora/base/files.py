@@ -31,6 +31,7 @@ from megatron_tiedlora.base.messages import UserError, first_line, os_errors, sh
 
 TEMPORARY_PREFIX = ".writing-"
 _ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"
+_UNCHANGED = "; nothing was changed; check the disk space and the permissions"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 Guard = Callable[[], None]
@@ -66,22 +67,19 @@ def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = No
     name = path.name if parent is None else "output"  # short, because `path` may have the longest allowed name
     temporary = (parent or path.parent) / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
     try:
-        guard()  # before mkdir, which would bring back a folder that was removed
-        temporary.mkdir(parents=parent is None)
-        yield temporary
-        readable = temporary.stat().st_mode & 0o666
-        for item in sorted(temporary.rglob("*")):
-            if item.is_file() and item.stat().st_mode & 0o777 != readable:
-                item.chmod(readable)  # safetensors creates files that only their owner can read
-            sync_path(item)
-        sync_path(temporary)
-        guard()
-        _put_in_place(temporary, path, guard)
-    except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{path}: cannot be written ({reason}); nothing was changed; check the disk space and the permissions"
-        ) from error
+        # safetensors raises its own error if the disk is full
+        with os_errors(f"{path}: cannot be written", fix=_UNCHANGED, kinds=(OSError, SafetensorError)):
+            guard()  # before mkdir, which would bring back a folder that was removed
+            temporary.mkdir(parents=parent is None)
+            yield temporary
+            readable = temporary.stat().st_mode & 0o666
+            for item in sorted(temporary.rglob("*")):
+                if item.is_file() and item.stat().st_mode & 0o777 != readable:
+                    item.chmod(readable)  # safetensors creates files that only their owner can read
+                sync_path(item)
+            sync_path(temporary)
+            guard()
+            _put_in_place(temporary, path, guard)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # it still exists only after an error
 
@@ -132,8 +130,7 @@ def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        fix = "; nothing was changed; check the disk space and the permissions"
-        with os_errors(f"{path}: cannot be written", fix=fix):
+        with os_errors(f"{path}: cannot be written", fix=_UNCHANGED):
             yield temporary
             sync_path(temporary)
             guard()

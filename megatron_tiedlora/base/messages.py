@@ -48,20 +48,17 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not name:
-            raise
-        told = UserError(named(name, str(error)))
-        told.of_peer = error.of_peer
-        raise told from None
+        error.args = (one_line(named(name, str(error))),)
+        raise
 
 
 @contextmanager
-def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
-    """Convert an `OSError` in the block into a `UserError` with the text `said`, the system's reason, and `fix`."""
+def os_errors(said: str, *, fix: str = "", kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Convert an error of `kinds` in the block into a `UserError` with the text `said`, its reason, and `fix`."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{said} ({error.strerror or error}){fix}") from None
+    except kinds as error:
+        raise UserError(f"{said} ({getattr(error, 'strerror', None) or error}){fix}") from None
 
 
 @contextmanager
@@ -238,11 +235,6 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
         cells = (f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False))
         lines.append(f"{indent}{'  '.join(cells)}".rstrip())
     return lines
-
-
-def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
-    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -274,7 +274,7 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, be
         os.link(temporary, owned)  # fails if there is a token, even one that another host has just written
     except OSError:  # a token exists, or the file system has no hard links
         if not take_over:
-            _reject_owned(folder, now=now, resumes=resumes, hint=hint)
+            reject_owner(folder, now=now, resumes=resumes, hint=hint)
         before()
         os.replace(temporary, owned)
     else:
@@ -286,17 +286,12 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, be
                 mark.unlink()
 
 
-def reject_owner(folder: Path, *, held: FolderLock, hint: str) -> None:
-    """Raise FolderTaken if a living launch owns `folder`. `held` is a lock that was just taken on its file system: if
-    two launches first take one folder each and then check the other's, at most one of them continues."""
-    _reject_owned(folder, now=os.fstat(held.descriptor).st_mtime, resumes=False, hint=hint)
-
-
-def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
-    """Raise FolderTaken if the folder has a living owner that has not lost its claim to the folder.
+def reject_owner(folder: Path, *, now: float, hint: str, resumes: bool = False) -> None:
+    """Raise FolderTaken if the folder has a living owner that has not lost its claim to the folder. If two launches
+    first take one folder each and then check the other's, at most one of them continues.
 
     Args:
-        now: mtime of a file that was just written in the folder, because the clocks of hosts differ.
+        now: mtime of a file that was just written in its file system, because the clocks of hosts differ.
     """
     file = folder / OWNER_FILE
     token = read_token(file)

@@ -4,7 +4,7 @@ All progress bars of the library are created here, so that no log contains carri
 """
 
 import sys
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -23,9 +23,9 @@ class _Lines(tqdm):
 
     def __init__(self, **options: Any) -> None:
         self._line_at, self._line_n = 0.0, -1.0  # of the last line: seconds since the start, and count
-        line = _LINE if options["total"] else None  # tqdm has its own format without a total
         # With `gui`, tqdm calls `display` for all output. Without smoothing, the rate is the mean since the start.
-        super().__init__(**{"bar_format": line, "gui": True, "miniters": 1, "smoothing": 0, **options})
+        super().__init__(**{"gui": True, "miniters": 1, "smoothing": 0, **options})
+        self.bar_format = options.get("bar_format", _LINE if self.total else None)  # tqdm has its own without a total
 
     def display(self, *_: Any, **__: Any) -> None:
         """Write a line if enough time has passed. tqdm calls this after every change."""
@@ -70,8 +70,6 @@ def progress_bar(
         shows: whether the bar is shown; False on all ranks but the first.
         options: more arguments for `tqdm`. With `leave=True` the bar stays on the terminal after it is closed.
     """
-    if isinstance(items, Sized):
-        total = len(items)
     kind: type[Any] = tqdm if sys.stderr.isatty() else _Lines
     own = {"leave": False, "unit": unit, "unit_scale": unit == "B", "disable": not shows}
     return kind(iterable=items, desc=what, total=total, **{**own, **options})

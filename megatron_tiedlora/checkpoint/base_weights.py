@@ -56,20 +56,7 @@ def weight_map(folder: Path) -> dict[str, Path]:
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
         hint = f"; found {other}: save the model with safe_serialization first" if other else "; give a model's folder"
         raise UserError(f"{folder}: has neither {tensor_files.SINGLE_FILE} nor {tensor_files.INDEX_FILE}{hint}")
-    with open_weights(single) as reader:
-        return dict.fromkeys(reader.keys(), single)
-
-
-def open_weights(file: Path) -> Any:
-    """Open a file with `safe_open` on the CPU and return it. Raise UserError if the file is truncated or damaged."""
-    try:
-        with file.open("rb") as stream:
-            if (header := int.from_bytes(stream.read(8), "little")) > tensor_files.LARGEST_HEADER:
-                said = f"its header length, {header:,} bytes, exceeds the limit of {tensor_files.LARGEST_HEADER:,}"
-                raise UserError(f"{file}: not a complete safetensors file ({said}); download or copy it again")
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: the file cannot be mapped
-        raise UserError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from None
+    return dict.fromkeys(sorted(tensor_files.read_header(single).entries), single)
 
 
 class WeightFiles(ExitStack):
@@ -88,9 +75,13 @@ class WeightFiles(ExitStack):
         self._readers: dict[Path, Any] = {}
 
     def reader(self, file: Path) -> Any:
-        """Return the opened file (see `open_weights`), which stays open."""
+        """Return the opened file, which stays open. Raise UserError if the file is truncated or damaged."""
         if file not in self._readers:
-            self._readers[file] = self.enter_context(open_weights(file))
+            self.header(file)  # first, because it limits the size of a header
+            try:
+                self._readers[file] = self.enter_context(safe_open(file, framework="pt", device="cpu"))
+            except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: the file cannot be mapped
+                raise UserError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
         return self._readers[file]
 
     def stored(self, name: str) -> Any:

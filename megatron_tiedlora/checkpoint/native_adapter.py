@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.files import Count, Guard, Real, Size, Text, new_folder, unguarded, with_checksums
 from megatron_tiedlora.base.installation import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import METHODS
-from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape, linear_sizes
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
@@ -167,8 +167,8 @@ class StoredAdapter(BaseIdentity):
     def config(self) -> AdapterConfig:
         """Return the adapter's config."""
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
-        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
-        targets = sized_targets(self.targets, qkv_rows=(query, kv, kv), **sizes)
+        known = linear_sizes(self.hidden_size, (query, kv, kv), self.intermediate_size)
+        targets = tuple(Target(name, *sizes) for name, sizes in known.items() if name in self.targets)
         start = self.seed, self.init_std_a, self.init_std_b
         return AdapterConfig(self.method, self.rank, self.alpha, tuple(self.layers), targets, *start)
 

@@ -401,17 +401,13 @@ def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[H
         yield warning("disk", here, value, "free some space: a save that does not fit ends the run")
     # gloo listens on the address of the host's own name. NCCL looks for an interface itself.
     is_named = len(hosts) == 1 or machine.variables.get("GLOO_SOCKET_IFNAME")
-    if not is_named and all(map(is_loopback, machine.name_addresses)):
+    # An address such as 127.0.1.1, which Debian gives to hosts, is only valid on its own host.
+    if not is_named and all(ipaddress.ip_address(address).is_loopback for address in machine.name_addresses):
         addresses = ", ".join(machine.name_addresses)
         found = f"resolves to {addresses}, which other hosts cannot reach" if addresses else "does not resolve there"
         fix = f"give {machine.host} its real address in its /etc/hosts, or set GLOO_SOCKET_IFNAME"
         kind = warning if machine.gpus else error
         yield kind("loopback_name", here, f"{name}: its own name, {machine.host}, {found}", fix)
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether an address is only valid on its own host, such as 127.0.1.1, which Debian gives to hosts."""
-    return ipaddress.ip_address(address).is_loopback
 
 
 # As text --------------------------------------------------------------------------------------------------------------

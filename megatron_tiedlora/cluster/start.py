@@ -421,21 +421,18 @@ def stamp(file: Path) -> Stamp | None:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def judge(
-    file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
-) -> Verdict:
+def judge(file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int) -> Verdict:
     """Return the verdict on the launch. Its status is 0 only if the run finished or a forwarded signal stopped it.
 
     Args:
         launcher_status: the launcher's exit status; -N if signal N killed the launcher.
         passed_on: the signal that this command received and forwarded; 0 if there was none.
-        late_seconds: the maximum time to wait for a missing status file.
     """
     path = file.folder.path
     signals = {-number: number.name for number in signal.Signals}
     ended = f"{launcher} ended with {signals.get(launcher_status, f'status {launcher_status}')}"
     failed = launcher_status if launcher_status > 0 else 128 - launcher_status if launcher_status else 1
-    content = file.read() if launcher_status else seen_late(file.read, path, seconds=late_seconds)
+    content = file.read() if launcher_status else seen_late(file.read, path, seconds=LATE_SECONDS)
     if content is None:
         if not path.is_dir():
             why = f"{path} does not exist on this host: the ranks rejected it (see above), or it is not shared"

@@ -23,7 +23,7 @@ from megatron_tiedlora.convert.nemo import convert_nemo
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 from megatron_tiedlora.convert.serving import serve_hints
 from megatron_tiedlora.convert.verify import verify_export
-from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 
 
 def merge(settings: adapter_settings.MergeSettings) -> int:
@@ -52,7 +52,7 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
                 )
     except RunStopped as stopped:
         show(f"stopped by {stopped}: {output} was not written", file=sys.stderr)
-        return exit_status(stopped.signal_number)
+        return stopped.status
     show(f"merged {settings.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
         show(f"{opened.source.name} has no tokenizer, so the merged model has no tokenizer; use --tokenizer to add one")

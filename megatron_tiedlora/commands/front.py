@@ -27,7 +27,6 @@ class Command:
         settings: the settings class or the parsing function in config/, as MODULE:NAME. A parsing function takes the
             command-line arguments.
         about: the description of the command in `tiedlora --help`.
-        script: the equivalent script, or '' if there is none.
         is_rank: whether a launcher may start several ranks of this command. Then only one rank prints an error.
     """
 
@@ -35,49 +34,41 @@ class Command:
     main: str
     settings: str
     about: str
-    script: str = ""
     is_rank: bool = False
 
 
 COMMANDS = (
     Command("train", "train:main", "settings:Settings",
-            "fine-tune a model, in one process or as one rank of a job", "launch/train.py", is_rank=True),
+            "fine-tune a model, in one process or as one rank of a job", is_rank=True),
     Command("run", "jobs:run", "job_settings:parse_launch",
-            "start `train` on GPUs and hosts, watch it, and report how it ended", "launch/run.py"),
+            "start `train` on GPUs and hosts, watch it, and report how it ended"),
     Command("evaluate", "evaluate:main", "adapter_settings:EvaluateSettings",
-            "generate answers to a task's held-out rows, and score them", "launch/evaluate.py", is_rank=True),
+            "generate answers to a task's held-out rows, and score them", is_rank=True),
     Command("sweep", "jobs:sweep", "job_settings:parse_sweep",
-            "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
-    Command("doctor", "jobs:doctor", "job_settings:DoctorSettings",
-            "check the hosts of a job before it starts", "launch/doctor.py"),
-    Command("plan", "jobs:plan", "job_settings:parse_plan",
-            "find the fastest parallel configuration for a cluster", "tools/plan.py"),
-    Command("merge", "convert:merge", "adapter_settings:MergeSettings",
-            "merge an adapter into its base model", "tools/merge_adapter.py"),
+            "train methods x ranks x learning rates, and write tables"),
+    Command("doctor", "jobs:doctor", "job_settings:DoctorSettings", "check the hosts of a job before it starts"),
+    Command("plan", "jobs:plan", "job_settings:parse_plan", "find the fastest parallel configuration for a cluster"),
+    Command("merge", "convert:merge", "adapter_settings:MergeSettings", "merge an adapter into its base model"),
     Command("export", "convert:export", "adapter_settings:ExportSettings",
-            "write an adapter as LoRA for PEFT, vLLM and others", "tools/export_peft.py"),
+            "write an adapter as LoRA for PEFT, vLLM and others"),
     Command("import", "convert:import_adapter", "adapter_settings:ImportSettings",
-            "convert a PEFT LoRA or VeRA to a native adapter", "tools/import_peft.py"),
-    Command("verify", "convert:verify", "adapter_settings:VerifySettings",
-            "check a merged folder or an export", "tools/verify_export.py"),
+            "convert a PEFT LoRA or VeRA to a native adapter"),
+    Command("verify", "convert:verify", "adapter_settings:VerifySettings", "check a merged folder or an export"),
     Command("index", "jobs:index", "adapter_settings:IndexSettings",
             "index a folder of adapters; name, tag, find, verify and compare them"),
-    Command("serve", "convert:serve", "adapter_settings:ServeSettings",
-            "serve a folder of adapters by name with vLLM"),
+    Command("serve", "convert:serve", "adapter_settings:ServeSettings", "serve a folder of adapters by name with vLLM"),
     Command("serve-training", "serve_training:main", "service_settings:ServiceSettings",
-            "train the adapters of many clients on one base, by the tinker protocol", "launch/serve_training.py",
-            is_rank=True),
+            "train the adapters of many clients on one base, by the tinker protocol", is_rank=True),
     Command("push", "jobs:push", "adapter_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
     Command("convert-nemo", "convert:convert", "tool_settings:ConvertNemoSettings",
-            "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
-    Command("check-gpu", "jobs:check_gpu", "tool_settings:CheckGpuSettings",
-            "check what this machine's GPUs can do", "tools/check_gpu.py"),
+            "convert GPT-2B-001 from its .nemo file"),
+    Command("check-gpu", "jobs:check_gpu", "tool_settings:CheckGpuSettings", "check what this machine's GPUs can do"),
     Command("bench", "jobs:bench", "tool_settings:BenchSettings",
-            "measure a training step or generation", "tools/bench_step.py", is_rank=True),
+            "measure a training step or generation", is_rank=True),
     Command("prepare-demo", "prepare_demo:main", "tool_settings:PrepareDemoSettings",
-            "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
+            "make the demo model (needs the extra demo)"),
     Command("random-model", "convert:make_random", "tool_settings:RandomModelSettings",
-            "write a random model, `tiny` for a first try", "tools/write_random_model.py"),
+            "write a random model, `tiny` for a first try"),
     Command("recipes", "jobs:recipes", "tool_settings:RecipesSettings",
             "write batch scripts and YAML files for Slurm, Kubernetes and SkyPilot"),
     Command("env", "jobs:env", "tool_settings:EnvSettings", "print versions, devices and variables for a bug report"),

@@ -178,7 +178,7 @@ def bench(settings: BenchSettings) -> int:
     # These import DeepSpeed and transformers, which takes seconds. A wrong path does not wait for them.
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import leave_process_group
-    from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
+    from megatron_tiedlora.runtime.stopping import RunStopped
     from megatron_tiedlora.selfcheck import compare, serving_bench, step_bench
     from megatron_tiedlora.selfcheck.bench_report import report_lines
 
@@ -189,7 +189,7 @@ def bench(settings: BenchSettings) -> int:
         else:
             found = (serving_bench.measure_serving if what == "serving" else compare.measure_sides)(settings)
     except RunStopped as stop:
-        return exit_status(stop.signal_number)
+        return stop.status
 
     def publish() -> None:
         assert found is not None, "rank 0 has the report"

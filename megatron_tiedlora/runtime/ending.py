@@ -35,7 +35,7 @@ from megatron_tiedlora.runtime.heartbeat import Heartbeat, PeerFailure
 from megatron_tiedlora.runtime.launch_env import first_to_fail, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import gpu_name, leave_process_group
 from megatron_tiedlora.runtime.run_folder import LOGS_FOLDER, RunFolder, State
-from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
+from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 
 
 class _Tee:
@@ -238,7 +238,7 @@ class End:
 
     def stopped(self, stop: RunStopped) -> None:
         """End a run after all ranks agreed to stop, or after this rank got a signal before they could agree."""
-        self.status, reason = exit_status(stop.signal_number), str(stop)
+        self.status, reason = stop.status, str(stop)
         if stop.signal_number == signal.SIGUSR1 and self.step <= self.first_step:
             # A job that is queued again without having made a step would be queued forever. Batch scripts detect this
             # by the status, or by the reason if torchrun's own status hides it.

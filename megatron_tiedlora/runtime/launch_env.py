@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from megatron_tiedlora.base.files import read_small_text
-from megatron_tiedlora.base.messages import UserError, shown, user_path
+from megatron_tiedlora.base.messages import UserError, os_errors, shown, user_path
 
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
@@ -73,12 +73,9 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
         UserError: the file does not exist, has no host, has a malformed line, or lists a host twice or without slots.
     """
     file = user_path(path, flag="--hostfile")
-    try:  # a pipe or a device may never end, and DeepSpeed does not accept one as a hostfile
-        reason = None if stat.S_ISREG(file.stat().st_mode) else "not a regular file"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    if reason is not None:
-        raise UserError(f"--hostfile {path}: cannot be read ({reason}); write one `NAME slots=N` line per host")
+    with os_errors(f"--hostfile {path}: cannot be read", fix="; write one `NAME slots=N` line per host"):
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe may never end, and DeepSpeed does not accept one
+            raise OSError("not a regular file")
     hosts: dict[str, Host] = {}
     for number, line in enumerate(read_small_text(file).splitlines(), start=1):
         content = line.partition("#")[0].strip()
@@ -304,10 +301,8 @@ def first_to_fail() -> bool:
     try:
         if (file := launch_file("failed")) is not None:
             file.touch(0o600, exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:  # a second report is better than none
-        return True
+    except OSError as error:  # a second report is better than none
+        return not isinstance(error, FileExistsError)
     return True
 
 

@@ -5,8 +5,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -318,44 +318,42 @@ def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard
 
 def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
     """Plot training and validation loss over steps to a PNG file. Raise UserError if it cannot be written."""
-    from matplotlib import pyplot
-
-    plain_figures()
     rows = read_metrics(metrics)
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
-    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.12, top=0.97)  # tight_layout would draw the figure again
-    for split, style in (
-        ("train", {"color": "#7aa6c2", "linewidth": 1.2}),
-        ("validation", {"color": "#b5401f", "marker": "o"}),
-    ):
-        points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
-        if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, label=split, **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per supervised token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    save_figure(figure, target, guard=guard)
+    with new_figure(target, guard=guard, figsize=(7, 4.2), dpi=120) as (figure, axes):
+        # tight_layout would draw the figure again
+        figure.subplots_adjust(left=0.11, right=0.98, bottom=0.12, top=0.97)
+        for split, style in (
+            ("train", {"color": "#7aa6c2", "linewidth": 1.2}),
+            ("validation", {"color": "#b5401f", "marker": "o"}),
+        ):
+            points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+            if points:
+                steps, losses = zip(*points, strict=True)
+                axes.plot(steps, losses, label=split, **style)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats per supervised token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
-def plain_figures() -> None:
-    """Make matplotlib draw without a display and without the user's matplotlibrc file, which could run programs."""
-    import matplotlib
+@contextmanager
+def new_figure(target: Path, *shape: int, guard: Guard = unguarded, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield a figure and its axes, as `pyplot.subplots` returns them for the same arguments. At the end of the block,
+    write it to a PNG file atomically. The same figure always has the same bytes.
 
-    matplotlib.rcdefaults()
-    matplotlib.use("Agg")
-
-
-def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
-    """Write a matplotlib figure to a PNG file atomically and close it. The same figure always has the same bytes.
+    Matplotlib draws without a display and without the user's matplotlibrc file, which could run programs.
 
     Raises:
         UserError: the file cannot be written.
     """
+    import matplotlib
     from matplotlib import pyplot
 
+    matplotlib.rcdefaults()
+    matplotlib.use("Agg")
+    figure, axes = pyplot.subplots(*shape, **options)
     try:
+        yield figure, axes
         with files.new_file(target, guard=guard) as unfinished:
             figure.savefig(unfinished, format="png", metadata={"Software": None})
     finally:

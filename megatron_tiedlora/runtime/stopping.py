@@ -7,7 +7,7 @@ here, and the ranks stop after they have agreed in a reduction.
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import NamedTuple
@@ -26,14 +26,14 @@ _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 
 
 class RunStopped(BaseException):
-    """The exception that stops a run after a signal. The exit status is 128 + `signal_number`.
+    """The exception that stops a run after a signal. `status` is the exit status: 130 for SIGINT, 143 for SIGTERM.
 
     Like KeyboardInterrupt, it is not an Exception, so that code that handles errors does not catch it.
     """
 
     def __init__(self, signal_number: int, reason: str) -> None:
         super().__init__(reason)
-        self.signal_number = signal_number
+        self.signal_number, self.status = signal_number, 128 + signal_number
 
 
 def launcher_processes() -> list[psutil.Process]:
@@ -43,18 +43,15 @@ def launcher_processes() -> list[psutil.Process]:
     are returned. If ssh started the launcher, its sshd session is returned, because it ends with the connection. The
     agent of torchrun and the daemons of mpirun and srun are returned too. Other parents, such as a shell, are not.
     """
-    watched = []
-    try:
+    with suppress(psutil.Error):  # a process has just died
         parent = psutil.Process().parent()
-        command = " ".join(parent.cmdline()) if parent else ""
-        if parent and "deepspeed.launcher.launch" in command:
+        words = parent.cmdline() if parent else []
+        if parent and "deepspeed.launcher.launch" in " ".join(words):
             runner = deepspeed_runner()
-            watched = [parent, *([runner] if runner else _ssh_sessions(parent))]
-        elif parent and (is_torchrun(parent.cmdline()) or parent.name().startswith(_LAUNCHERS)):
-            watched = [parent]
-    except psutil.Error:  # a process has just died; is_running() then shows it for the processes already found
-        pass
-    return watched
+            return [parent, *([runner] if runner else _ssh_sessions(parent))]
+        if parent and (is_torchrun(words) or parent.name().startswith(_LAUNCHERS)):
+            return [parent]
+    return []
 
 
 def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
@@ -188,11 +185,6 @@ def alive(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
-
-
-def exit_status(signal_number: int) -> int:
-    """Return the exit status for a stop by a signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
-    return 128 + signal_number
 
 
 class StopSignals(ExitStack):

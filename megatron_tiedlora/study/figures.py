@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
+from megatron_tiedlora.runtime.run_folder import new_figure
 from megatron_tiedlora.study.estimates import Estimate, averaged
 from megatron_tiedlora.study.record import Study
 from megatron_tiedlora.study.tables import SECTION_TITLES, mean_base, metric_title, table2_cell, title
@@ -55,25 +55,22 @@ def draw_figures(studies: Sequence[Study], folder: Path, *, guard: files.Guard =
 
 def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: files.Guard) -> None:
     """Draw the panels in rows of three with a common legend below them, and save the figure."""
-    from matplotlib import pyplot
-
-    plain_figures()
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     height, entries = 4.2 * rows + 0.5, dict[str, Any]()
-    figure, grid = pyplot.subplots(rows, columns, figsize=(5.2 * columns, height), dpi=130, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for panel, axes in zip(panels, grid.flat, strict=False):
-        panel(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        entries.update(zip(labels, handles, strict=True))
-    names = sorted(entries, key=[*NAMES.values(), BASE_LABEL, PAPER_LABEL].index)
-    figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
-    if names:
-        columns = -(-len(names) // (2 if len(panels) == 1 else 1))
-        figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
-    save_figure(figure, target, guard=guard)
+    size = (5.2 * columns, height)
+    with new_figure(target, rows, columns, guard=guard, figsize=size, dpi=130, squeeze=False) as (figure, grid):
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for panel, axes in zip(panels, grid.flat, strict=False):
+            panel(axes)
+            handles, labels = axes.get_legend_handles_labels()
+            entries.update(zip(labels, handles, strict=True))
+        names = sorted(entries, key=[*NAMES.values(), BASE_LABEL, PAPER_LABEL].index)
+        figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
+        if names:
+            columns = -(-len(names) // (2 if len(panels) == 1 else 1))
+            figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
 
 
 def _draw(

@@ -146,7 +146,7 @@ def lock_study(folder: Path, *, part: str = "", take_over: bool = False) -> owne
             if take_over and not part:
                 ownership.take_folder(other, take_over=True, hint=hint).release()
             else:
-                ownership.reject_owner(other, held=lock, hint=hint)
+                ownership.reject_owner(other, now=os.fstat(lock.descriptor).st_mtime, hint=hint)
     except BaseException:
         lock.release()
         raise

@@ -409,7 +409,8 @@ class Table:
         """Return the table as Markdown."""
         lines = [f"# {self.title}", ""]
         for heading, rows in self.sections:
-            lines += [*([f"## {heading}", ""] if heading else []), *messages.markdown_lines(self.header, rows), ""]
+            cells = (self.header, ["---"] * len(self.header), *rows)
+            lines += [*([f"## {heading}", ""] if heading else []), *(f"| {' | '.join(line)} |" for line in cells), ""]
         return "".join(f"{messages.printable(line)}\n" for line in (*lines, *self.notes))
 
     def latex(self) -> str:

@@ -112,6 +112,7 @@ WRONG: dict[str, tuple[Mapping[str, Changes], str, str, list[str], str]] = {
     "import": ({"nodeb": {"torch_error": "no libcudart"}}, "torch_broken", "error", ["nodeb"], "no libcudart"),
     "full": ({"nodeb": {"output_free_bytes": 9 << 20}}, "disk", "warning", ["nodeb"], "9.44 MB free"),
     "Debian": ({"nodeb": {"name_addresses": ["127.0.1.1"]}}, "loopback_name", "error", ["nodeb"], "127.0.1.1"),
+    "IPv6": ({"nodeb": {"name_addresses": ["::1"]}}, "loopback_name", "error", ["nodeb"], "::1"),
     "nameless": ({"nodeb": {"name_addresses": []}}, "loopback_name", "error", ["nodeb"], "nodeb, does not resolve"),
     "twice": ({"nodeb": {"id": "nodea boot1"}}, "same_machine", "error", ["nodea", "nodeb"], "one machine"),
     "shm": ({"nodeb": {"shm_bytes": 64 << 20}}, "shm", "warning", ["nodeb"], "67.11 MB"),

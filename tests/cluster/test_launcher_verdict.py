@@ -12,6 +12,7 @@ import pytest
 from support.launcher_jobs import make_job
 
 from megatron_tiedlora.base.ownership import START_ID, FolderLock, take_folder
+from megatron_tiedlora.cluster import start as start_module
 from megatron_tiedlora.cluster.start import StatusFile, _say_what_may_be_left, judge
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
@@ -36,7 +37,8 @@ def test_what_another_start_does_in_the_folder_is_not_ours(
         assert not (file.is_new() or file.has_begun() or file.is_awaited()) and file.is_of_another
         RunFolder(tmp_path).write_status("finished", step=4, reason="max_steps")
     assert not (file.is_new() or file.has_begun() or file.is_awaited())  # also after its end
-    found = judge(file, launcher="srun", launcher_status=launcher_status, passed_on=0, late_seconds=0.1)
+    monkeypatch.setattr(start_module, "LATE_SECONDS", 0.1)
+    found = judge(file, launcher="srun", launcher_status=launcher_status, passed_on=0)
     assert found.status != 0 and found.line.startswith(f"{tmp_path} belongs to another launch; srun ended")
 
 
@@ -63,10 +65,13 @@ def test_a_status_that_is_seen_late_counts_where_the_launcher_ended_well(
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_wait_for_a_status_is_short_and_only_where_the_folder_is(tmp_path: Path, there: bool) -> None:
+def test_the_wait_for_a_status_is_short_and_only_where_the_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    monkeypatch.setattr(start_module, "LATE_SECONDS", 0.5)
     file = StatusFile(RunFolder(tmp_path if there else tmp_path / "nowhere"))
     begun = time.monotonic()
-    found = judge(file, launcher="srun", launcher_status=0, passed_on=0, late_seconds=0.5)
+    found = judge(file, launcher="srun", launcher_status=0, passed_on=0)
     assert found.status == 1 and found.line.endswith("; srun ended with status 0")
     assert (0.5 <= time.monotonic() - begun < 5) is there
 

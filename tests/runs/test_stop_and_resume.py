@@ -146,7 +146,7 @@ def test_the_first_signal_counts(base: Base, folder: Path) -> None:
         all_of,
         partial(kill_at_step, 3, signal.SIGINT),
         partial(terminate, "megatron_tiedlora.training.adapter_run", "save_checkpoint", call=2),
-        *(partial(terminate, "megatron_tiedlora.runtime.ending", name) for name in ("exit_status", "End.record")),
+        *(partial(terminate, "megatron_tiedlora.runtime.ending", name) for name in ("End.stopped", "End.record")),
     )
     ended = run(base, folder, prelude=interrupt_then_terminate, expect=130)
     assert status(folder) == {"state": "stopped", "step": 3, "reason": "SIGINT"}

@@ -20,11 +20,11 @@ from support.task_files import refusal
 from support.tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
-from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, sized_targets, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, Target, TiedAdapter, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.presets import PRESETS
-from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.base.shapes import TARGET_NAMES, linear_sizes
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, remove_superseded
@@ -156,8 +156,8 @@ def test_an_adapter_fits_its_base_in_every_precision(base: Path, tmp_path: Path)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_sizes_from_a_file_are_those_of_the_model(preset: str) -> None:
     shape = shape_from_hf(PRESETS[preset])
-    sizes = {"hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size}
-    assert sized_targets(TARGET_NAMES, qkv_rows=shape.heads.rows, **sizes) == targets_of(shape, TARGET_NAMES)
+    known = linear_sizes(shape.hidden_size, shape.heads.rows, shape.intermediate_size)
+    assert tuple(Target(name, *sizes) for name, sizes in known.items()) == targets_of(shape, TARGET_NAMES)
 
 
 # --------------------------------------------------------------------------------------------- what is refused

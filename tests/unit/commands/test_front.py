@@ -31,6 +31,14 @@ def leave(argv: Sequence[str]) -> int:
     return int(end.value.code or 0)
 
 
+def scripts() -> dict[str, str | None]:
+    """The command that each script in launch/ and tools/ runs, by the script's path; None if it runs no command."""
+    files = [file for folder in ("launch", "tools") for file in sorted((ROOT / folder).glob("*.py"))]
+    runs = re.compile(r"from megatron_tiedlora\.commands\.front import run\n[\s\S]*\n    run\(\"([a-z-]+)\"")
+    found = {str(file.relative_to(ROOT)): runs.search(file.read_text()) for file in files}
+    return {name: match and match[1] for name, match in found.items()}
+
+
 def test_every_command_is_a_function_and_every_script_runs_one() -> None:
     names = [command.name for command in COMMANDS]
     assert len(set(names)) == len(names) and all(name == name.lower() for name in names)
@@ -44,13 +52,12 @@ def test_every_command_is_a_function_and_every_script_runs_one() -> None:
         reader = getattr(importlib.import_module(f"megatron_tiedlora.config.{settings}"), name)
         made = reader if isinstance(reader, type) else inspect.signature(reader, eval_str=True).return_annotation
         assert first.annotation is made, command.name
-        if command.script:
-            text = (ROOT / command.script).read_text()
-            assert "from megatron_tiedlora.commands.front import run\n" in text and f'    run("{command.name}"' in text
-            assert len(text.splitlines()) < 12, "scripts are thin"
-    scripts = {str(file.relative_to(ROOT)) for folder in ("launch", "tools") for file in (ROOT / folder).glob("*.py")}
+    ran = scripts()
     of_a_clone = {"tools/pack_gpu_check.py", "tools/run_offline.py", "tools/write_install_tables.py"}
-    assert scripts - {command.script for command in COMMANDS} == of_a_clone
+    assert {name for name, command in ran.items() if command is None} == of_a_clone
+    assert sorted(filter(None, ran.values())) == sorted({*names} - {"index", "serve", "push", "recipes", "env"})
+    for name in ran.keys() - of_a_clone:
+        assert len((ROOT / name).read_text().splitlines()) < 12, "scripts are thin"
 
 
 HELP = """
@@ -112,14 +119,14 @@ def test_the_rank_that_a_launcher_puts_first_is_no_command(
 
 def test_texts_name_a_command_by_its_one_name() -> None:
     """Not by its script, which only a clone has, but where a launcher needs a script."""
-    scripts = re.compile("|".join(re.escape(command.script) for command in COMMANDS if command.script))
+    of_commands = re.compile("|".join(re.escape(name) for name, command in scripts().items() if command))
     named = {
         (str(file.relative_to(ROOT)), line.strip())
         for folder, kind in (("megatron_tiedlora", "*.py"), ("docs", "*.md"), ("launch", "*.md"), (".", "*.md"))
         for file in (ROOT / folder).glob(kind if folder == "." else f"**/{kind}")
         if file.name != "front.py"
         for line in file.read_text().splitlines()
-        if scripts.search(line)
+        if of_commands.search(line)
     }
     assert {name for name, _ in named} == {"README.md", "launch/README.md", "docs/install.md"}, named
     assert len(named) == 5 and ("README.md", "deepspeed launch/train.py --ds_config zero2.json") in named, named
