@@ -189,7 +189,8 @@ def _adapters_in(folder: Path, *, deeper: bool = True) -> list[Path]:
     places = (path for path in (folder, folder / "adapter") if (path / native_adapter.CONFIG_FILE).is_file())
     if (own := next(places, None)) is not None:
         return [own]
-    return [adapter for run in sorted(folder.glob("*")) if deeper for adapter in _adapters_in(run, deeper=False)]
+    runs = sorted(folder.iterdir()) if deeper and folder.is_dir() else []
+    return [adapter for run in runs for adapter in _adapters_in(run, deeper=False)]
 
 
 def adapter_name(adapter: Path) -> str:
