@@ -111,14 +111,19 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """See the base class."""
         super().connection_made(transport)
-        self.loop.call_later(_IDLE_SECONDS, self._check, None)
+        self._timer = self.loop.call_later(_IDLE_SECONDS, self._check, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See the base class."""
+        self._timer.cancel()  # it would keep this in memory
+        super().connection_lost(exc)
 
     def _check(self, seen: Any) -> None:
         """Close the connection if the last request is the one that was `seen` last time, and has its response."""
         if self.cycle is seen and (seen is None or seen.response_complete):
             self.transport.close()
-        elif not self.transport.is_closing():
-            self.loop.call_later(_IDLE_SECONDS, self._check, self.cycle)
+        else:
+            self._timer = self.loop.call_later(_IDLE_SECONDS, self._check, self.cycle)
 
 
 def _allowed_files() -> int:
