@@ -266,8 +266,9 @@ class TiedLoraModel(BaseTuner):
         return adapter, load_model.find_places(self._source.shape, described)
 
     def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **_: Any
-    ) -> None:
+        self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str,
+        **_: Any,
+    ) -> None:  # fmt: skip
         if not isinstance(target, TiedLoraLinear):
             layer = TiedLoraLinear(target, self.tied_lora_adapters).train(target.training)
             self._replace_module(parent, target_name, layer, target)

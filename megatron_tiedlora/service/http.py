@@ -254,18 +254,17 @@ class _Service:
                 loop.call_soon_threadsafe(done.set)
 
         async def leave() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._facts.poll_seconds):
+                    while (await request.receive())["type"] != "http.disconnect":
+                        pass
+            await run_in_threadpool(self._desk.forget_call, future, wake)
             done.set()
 
-        left = asyncio.create_task(leave())
         await run_in_threadpool(self._desk.when_done, future, wake)
-        try:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(done.wait(), self._facts.poll_seconds)
-        finally:
-            left.cancel()
-            await run_in_threadpool(self._desk.forget_call, future, wake)
+        leaving = asyncio.create_task(leave())
+        await done.wait()
+        leaving.cancel()
 
     async def health(self, request: Request) -> Response:
         """Answered that the server lives. This needs no key."""

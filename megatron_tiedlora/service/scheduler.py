@@ -69,13 +69,16 @@ class Scheduler:
         self._samples = dict[str, deque[Ticket]]()  # by owner, the longest unserved first
         self._served, self._number = Counter[str](), 0  # the number of the last command that served an owner
         self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
+        self._looked = self._clock()  # when it was last looked for models whose session has ended
         self._steps = Counter[str]()  # of models in memory, since their last saved state
         self._running: list[Ticket] = []  # the operations of the running command
 
     def next(self) -> WorkerCommand:
         """Return the next command. It waits up to `TICK_SECONDS` for operations, and is empty if there are none."""
         self._receive()
-        leaving = self._desk.lapsed(self._loaded.keys() - self._queues)
+        leaving = list[str]()
+        if (now := self._clock()) >= self._looked + TICK_SECONDS:
+            self._looked, leaving = now, self._desk.lapsed(self._loaded.keys() - self._queues)
         for model in leaving:
             self._unload(model)
         creates, passes, others = list[Ticket](), list[Ticket](), list[Ticket]()

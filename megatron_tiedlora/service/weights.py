@@ -119,6 +119,8 @@ class WeightFolders:
     def make_room(self, owner: str, limits: Limits, now: float) -> None:
         """Raise Refused if all that is stored of an owner reaches the limit. Temporary weights that rest go first."""
         total = self._database.stored(owner)
+        if total < limits.disk_bytes:
+            return
         resting = f"owner = ? AND sampler != '' AND {_LAST_USED} <= ? ORDER BY {_LAST_USED}"
         for weights in self.where(resting, owner, now - limits.answer_seconds):
             if total >= limits.disk_bytes:

@@ -13,6 +13,7 @@ import pytest
 from support.folders import ROOT
 
 from megatron_tiedlora.base.installation import EXTRAS, missing_modules, require_extra
+from megatron_tiedlora.service.endpoints import TESTED_CLIENTS
 from tools.write_install_tables import PAGE, PURPOSES, with_tables
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -108,3 +109,8 @@ def test_the_tables_of_the_page_are_those_of_the_code() -> None:
     """After a change of either: python tools/write_install_tables.py."""
     assert Path(PAGE).read_text() == with_tables(PAGE.read_text())
     assert PURPOSES.keys() - {""} == OF_EXTRAS.keys()
+
+
+def test_the_extra_of_the_client_has_the_releases_that_were_tried() -> None:
+    first, last = TESTED_CLIENTS
+    assert PROJECT["optional-dependencies"]["tinker"] == [f"tinker>=0.{first},<0.{last + 1}"]
