@@ -71,6 +71,7 @@ class Scheduler:
         self._loaded, self._used = dict[str, float](), dict[str, float]()  # when models in memory were loaded, and used
         self._looked = self._clock()  # when it was last looked for models whose session has ended
         self._steps = Counter[str]()  # of models in memory, since their last saved state
+        self._had_passes = False  # in the last command
         self._running: list[Ticket] = []  # the operations of the running command
 
     def next(self) -> WorkerCommand:
@@ -83,6 +84,9 @@ class Scheduler:
             self._unload(model)
         creates, passes, others = list[Ticket](), list[Ticket](), list[Ticket]()
         self._number += 1
+        # Steps come before passes, so that the next passes of their models share micro-batches with those of others.
+        fronts = [queue[0].operation for model, queue in self._queues.items() if model in self._loaded]
+        steps_first = self._had_passes and not all(isinstance(one, Pass) for one in fronts)
         for model in self._in_turn():
             queue = self._queues.get(model)
             if queue is None:  # the model has just given its place to another one
@@ -97,7 +101,7 @@ class Scheduler:
                 creates.append(self._create(model, queue))
                 others += self._new_state(creates[-1])
             num_before, owner = len(queue), queue[0].owner if queue else ""
-            passes += self._passes(queue, passes)
+            passes += () if steps_first else self._passes(queue, passes)
             others += self._others(queue)
             if not queue:
                 del self._queues[model]
@@ -106,6 +110,7 @@ class Scheduler:
             if len(queue) < num_before:
                 self._served[owner] = self._number
             self._used[model] = self._clock()
+        self._had_passes = bool(passes)  # then others may come first, but not again and again
         self._running = [*creates, *passes, *others, *self._some_samples()]
         fresh = tuple(one.model for one in passes if one.fresh)
         return WorkerCommand(tuple(leaving), fresh, tuple((one.model, one.operation) for one in self._running))
