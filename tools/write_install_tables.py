@@ -27,6 +27,7 @@ PURPOSES = {
     "lm-eval": "`python -m megatron_tiedlora.lm_eval` ([trainers.md](trainers.md#lm-evaluation-harness))",
     "quantised": "faster `--base nf4` ([quantised.md](quantised.md)); without it nf4 is slower but bit-identical",
     "service": "the training service",
+    "tinker": "a client of the training service; the releases that were tried",
     "mpi": "ranks that `mpirun` starts without a master address",
     "gpu": "an optional attention kernel; pip builds it with nvcc: `pip install --no-build-isolation '.[gpu]'`",
     "demo": "the demo model and its task",

@@ -267,7 +267,7 @@ class TiedLoraModel(BaseTuner):
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str,
-        **_: Any,
+        *_: Any, **__: Any,
     ) -> None:  # fmt: skip
         if not isinstance(target, TiedLoraLinear):
             layer = TiedLoraLinear(target, self.tied_lora_adapters).train(target.training)
