@@ -35,24 +35,7 @@ _NUMBER = (r"(?:[\w.-]+:)?([1-9]\d{0,5})", "one number")
 _FORMS = {"--array": (r"%([1-9]\d*)", "only a limit such as %4, as each group is a task")}
 _FORMS |= {"--signal": (r"USR1@(\d+)", "USR1@SECONDS, on which ranks save")}
 _FORMS |= {"--gres": (rf"gpu:{_NUMBER[0]}|(?!.*gpu).*", "gpu:N or gpu:TYPE:N, else --gpus-per-node=N")}
-_SCRIPT = """\
-#!/bin/bash
-# Written by tiedlora sweep --slurm. The arguments are parts of the study; a task of the array takes one by its index.
-#SBATCH --requeue
-#SBATCH --open-mode=append
-set -u
-cd {cwd} || exit
-shift "${{SLURM_ARRAY_TASK_ID:-0}}"
-if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
-{command} --part="$1"
-status=$?
-# 138: before the time limit, USR1 stopped the ranks after at least one step, and they saved. Other ends are final.
-if [ "$status" -eq 138 ]; then
-    echo "the time limit is near: saved; job $SLURM_JOB_ID returns to the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$status"
-"""
+_SCRIPT = Path(__file__).with_name("job.sbatch")
 
 
 class JobOptions(NamedTuple):
@@ -123,7 +106,7 @@ class Submission:
     @property
     def script(self) -> str:
         """The batch script, whose arguments are parts of the study. It runs in the current folder."""
-        return _SCRIPT.format(cwd=shlex.quote(str(Path.cwd())), command=shlex.join(self.command))
+        return _SCRIPT.read_text().format(cwd=shlex.quote(str(Path.cwd())), command=shlex.join(self.command))
 
     def commands(self, numbers: Sequence[str]) -> Iterator[list[str]]:
         """Yield the sbatch command of each job. Before the next one, the caller appends its number to `numbers`."""

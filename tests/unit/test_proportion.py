@@ -25,31 +25,31 @@ Table = Mapping[str, tuple[float, str]]
 # At most so many lines, and the reason where the number was raised.
 LINES: Table = {
     "(top)": (84, "lm_eval.py; PEFT's method has a package"),
-    "adapters": (1391, "layouts of adapters that come and go"),
-    "base": (2253, "the extra `service`"),
-    "checkpoint": (2261, "files of a checkpoint in any folder"),
-    "cluster": (1466, "--on_end"),
-    "commands": (1197, "serve-training"),
-    "config": (3143, "serve-training"),
-    "convert": (3391, "aliases, tags, lineage and gc of the index"),
-    "data": (4650, "losses of tokens in shared micro-batches"),
-    "engine": (1035, "optimizers in a module of their own; log-probabilities out"),
-    "evaluation": (2132, "settings and log-probabilities of each row, prompts computed once"),
-    "integrations": (2059, "--top_k for vLLM"),
-    "model": (4378, "the tail of a stage in a module; losses of tokens"),
-    "parallel": (2720, "losses of tokens; log-probabilities of the most likely tokens"),
-    "peft": (460, "a package of its own, from integrations/ and peft.py"),
-    "planning": (4667, "the decoder's module"),
-    "runtime": (2221, "limits of many ranks"),
-    "selfcheck": (4226, "the decoder's module"),
-    "service": (3406, "protocol, order, durable queues and sampling; the next work on it makes it smaller"),
-    "study": (2091, "seeds, paired differences, LaTeX, jobs of Slurm"),
-    "training": (2865, "models that are added to a running engine"),
+    "adapters": (1367, "layouts of adapters that come and go"),
+    "base": (2141, "the extra `service`"),
+    "checkpoint": (2224, "files of a checkpoint in any folder"),
+    "cluster": (1459, "--on_end"),
+    "commands": (1160, "serve-training"),
+    "config": (3040, "serve-training"),
+    "convert": (3353, "aliases, tags, lineage and gc of the index"),
+    "data": (4625, "losses of tokens in shared micro-batches"),
+    "engine": (1023, "optimizers in a module of their own; log-probabilities out"),
+    "evaluation": (2110, "settings and log-probabilities of each row, prompts computed once"),
+    "integrations": (2047, "--top_k for vLLM"),
+    "model": (4319, "the tail of a stage in a module; losses of tokens"),
+    "parallel": (2681, "losses of tokens; log-probabilities of the most likely tokens"),
+    "peft": (439, "a package of its own, from integrations/ and peft.py"),
+    "planning": (4661, "the decoder's module"),
+    "runtime": (2210, "limits of many ranks"),
+    "selfcheck": (4201, "the decoder's module"),
+    "service": (3406, "protocol, order, durable queues and sampling; limits of polls, disk and crashes"),
+    "study": (2052, "seeds, paired differences, LaTeX, jobs of Slurm"),
+    "training": (2853, "models that are added to a running engine"),
 }
 WHOLE: Table = {
-    "lines": (52096, "a training service for many clients"),
-    "modules": (241, "the same"),
-    "import lines in %": (6.35, "the same"),
+    "lines": (51455, "a training service for many clients"),
+    "modules": (240, "the same"),
+    "import lines in %": (6.33, "the same"),
 }
 # fmt: on
 # Comments and docstrings in percent of all lines, when last measured. The share stays within a tenth of it: they are
@@ -81,10 +81,10 @@ class Measured:
 
 
 def measure(package: Path) -> Measured:
-    """Measure all modules of a package."""
+    """Measure all modules of a package, but not what protoc writes."""
     lines: Counter[str] = Counter()
     imports = explaining = 0
-    files = sorted(package.rglob("*.py"))
+    files = sorted(file for file in package.rglob("*.py") if not file.stem.endswith("_pb2"))
     for file in files:
         parts = file.relative_to(package).parts
         text = file.read_text(encoding="utf-8")
