@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from support.desk_engine import BAD_RATE, BAD_TOKEN, CREATE, SAMPLE, Clock, Hash
 
 from megatron_tiedlora.service.database import Database
 from megatron_tiedlora.service.desk import Desk
-from megatron_tiedlora.service.operations import Failure, Operation, PassResult, Step
+from megatron_tiedlora.service.operations import Failure, Load, Operation, PassResult, Step
 from megatron_tiedlora.service.records import Answered, Limits, Refused
 
 
@@ -302,3 +302,54 @@ def test_a_full_disk_refuses_with_503_and_changes_nothing(service: Restarts, mod
     found = len(kept(service, model))
     assert isinstance(service.result(service.desk.submit("ann", model, found, one_pass(1))), PassResult)
     assert kept(service, model) == list(range(found + 1))
+
+
+# Loads, and names that come again -------------------------------------------------------------------------------------
+
+
+def test_a_load_that_fails_leaves_the_gradients_and_one_that_succeeds_does_not(
+    service: Restarts, model: str
+) -> None:
+    """Also for passes that were sent before the load's answer, and after a crash."""
+    path = f"tinker://{model}/weights/w"
+    service.result(service.desk.save("ann", model, 1, "w", kind="weights"))
+    found = list[Any]()
+    for begin, target in ((2, "tinker://x/weights/typo"), (6, path)):
+        service.desk.submit("ann", model, begin, one_pass(1))
+        if target == path:
+            service.desk.load("ann", model, begin + 1, target, optimizer=True)
+        else:
+            service.desk.reject("ann", model, begin + 1, Load, "unknown")
+        service.desk.submit("ann", model, begin + 2, one_pass(2))
+        service.crash()
+        found.append(service.result(service.desk.submit("ann", model, begin + 3, step())))
+    session = model.split(":")[0]
+    for number, passes in enumerate(([one_pass(1), one_pass(2)], [one_pass(2)]), 1):
+        service.result(service.desk.create("ann", session, number, CREATE, info={}))
+        *_, stepped = service.windows(f"{session}:train:{number}", *passes, step())
+        assert stepped == found[number - 1]
+
+
+def test_weights_of_another_shape_are_not_loaded(service: Restarts, model: str) -> None:
+    session = model.split(":")[0]
+    service.result(service.desk.create("ann", session, 1, replace(CREATE, rank=2, seed=5), info={}))
+    other = f"{session}:train:1"
+    service.result(service.desk.save("ann", other, 1, "w", kind="weights"))
+    with pytest.raises(Refused, match="is tl6 of rank 2, and not of this model's shape; create a model from it"):
+        service.desk.load("ann", model, 1, f"tinker://{other}/weights/w", optimizer=True)
+    create = replace(CREATE, rank=2, folder=f"tinker://{other}/weights/w")
+    service.result(service.desk.create("ann", session, 2, create, info={}))
+    service.desk.load("ann", f"{session}:train:2", 1, f"tinker://{other}/weights/w", optimizer=True)
+
+
+def test_a_name_that_comes_again_has_another_folder(service: Restarts, model: str) -> None:
+    """An engine may still have the old weights in memory, by their folder."""
+    folders = set[str]()
+    for number in range(1, 7):
+        service.result(service.desk.save("ann", model, number, "w", kind="weights", overwrite=True))
+        folders.update(found.folder for found in service.desk.checkpoints("ann"))
+        if number % 3:
+            service.desk.delete_checkpoint("ann", f"tinker://{model}/weights/w")
+        service.clock.now += 10
+        service.desk.ready(0)
+    assert len(folders) == 6
