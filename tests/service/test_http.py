@@ -22,6 +22,7 @@ from support.service_facts import FACTS
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.service.operations import Create, Pass, Sample, Step
+from megatron_tiedlora.service.records import Refused
 from megatron_tiedlora.service.tokens import TokenFile, new_token
 from megatron_tiedlora.service.wire_pb2 import Datum, ForwardBackwardOutput, ForwardBackwardRequest, SampleResponse
 
@@ -188,6 +189,21 @@ def test_a_rejected_operation_uses_its_number_up(client: Client) -> None:
     assert [event[3] for event in client.desk.events if event[0] == "reject"] == ["3", "4", "5", "6"]
     sent.model_id = "of nobody"
     assert client.sent_pass(sent.SerializeToString())[0] == 404
+
+
+def test_an_operation_is_sent_again_after_an_error_of_the_disk(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, submit = client.made(), client.desk.submit
+
+    def full(*_: Any, **__: Any) -> str:
+        raise Refused(503, "the server cannot use its desk.sqlite (disk is full); try again")
+
+    monkeypatch.setattr(client.desk, "submit", full, raising=False)
+    assert client.post("optim_step", model_id=model, seq_id=1)[0] == 503
+    monkeypatch.setattr(client.desk, "submit", submit)
+    assert client.post("optim_step", model_id=model, seq_id=1)[0] == 200
+    assert not [event for event in client.desk.events if event[0] == "reject"]
 
 
 # Samples

@@ -26,6 +26,7 @@ from megatron_tiedlora.service.operations import (
     PassResult,
     Sample,
     Save,
+    Step,
     StepResult,
 )
 from megatron_tiedlora.service.records import Answered, Limits
@@ -228,7 +229,7 @@ def test_owners_take_turns_however_many_models_and_samples_one_has(tmp_path: Pat
 
 def test_an_operation_that_ends_the_server_again_and_again_fails(tmp_path: Path) -> None:
     """Operations that ran together with it fail too, and later ones do not."""
-    for crashes in (3, 2):
+    for crashes in (4, 2):
         folder = tmp_path / str(crashes)
         service = Service(folder, 1)
         model, _ = service.create(0)
@@ -242,13 +243,32 @@ def test_an_operation_that_ends_the_server_again_and_again_fails(tmp_path: Path)
         for _ in range(4):
             service.turn()
         found = [type(service.result(request)) for request in requests]
-        assert found == ([Failure, Failure] if crashes == 3 else [PassResult, StepResult])
-        if crashes == 3:
+        assert found == ([Failure, Failure] if crashes == 4 else [PassResult, StepResult])
+        if crashes == 4:
             assert "ended 3 times" in service.result(requests[0]).message
         later = service.desk.submit("ann", model, 3, one_pass(31))
         service.turn()
         assert isinstance(service.result(later), PassResult), "what had been answered is not blamed"
         service.desk.close()
+
+
+def test_a_model_that_has_fallen_out_of_step_shares_its_next_passes_with_the_others(tmp_path: Path) -> None:
+    service = Service(tmp_path / "service", 3, round_tokens=20)
+    models = [service.create(number)[0] for number in range(3)]
+    service.turn()
+    kinds = list[tuple[int, int]]()
+    for model in models[1:]:
+        service.desk.submit("ann", model, 1, one_pass(30))
+    service.turn()
+    for number in range(1, 7):  # the first model takes its steps while the others have passes
+        for model in models:
+            late = model == models[0]
+            service.desk.submit("ann", model, number + (not late), one_pass(31) if number % 2 == late else step())
+        command = service.turn()
+        kinds.append((len(passes_of(command)), sum(isinstance(one, Step) for _, one in command.operations)))
+    while (command := service.turn()).operations:
+        kinds.append((len(passes_of(command)), sum(isinstance(one, Step) for _, one in command.operations)))
+    assert kinds.count((3, 0)) >= 3 and all(not (passes and steps) for passes, steps in kinds), kinds
 
 
 def test_nothing_is_asked_in_a_loop_while_a_model_waits_for_a_place(
