@@ -263,8 +263,10 @@ class _Service:
 
         await run_in_threadpool(self._desk.when_done, future, wake)
         leaving = asyncio.create_task(leave())
-        await done.wait()
-        leaving.cancel()
+        try:
+            await done.wait()
+        finally:
+            leaving.cancel()
 
     async def health(self, request: Request) -> Response:
         """Answered that the server lives. This needs no key."""

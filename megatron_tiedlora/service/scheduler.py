@@ -10,8 +10,10 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.operations import (
     Create,
@@ -155,7 +157,8 @@ class Scheduler:
 
     def crashed(self) -> None:
         """Record that the process ends with an error in the last command."""
-        self._desk.crashed(one.request for one in self._running)
+        with suppress(UserError):  # the error of the command is the one to report
+            self._desk.crashed(one.request for one in self._running)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 
