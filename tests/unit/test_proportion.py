@@ -49,7 +49,7 @@ LINES: Table = {
 WHOLE: Table = {
     "lines": (51460, "a training service for many clients"),
     "modules": (240, "the same"),
-    "import lines in %": (6.33, "the same"),
+    "import lines in %": (6.34, "the same"),
 }
 # fmt: on
 # Comments and docstrings in percent of all lines, when last measured. The share stays within a tenth of it: they are
