@@ -25,7 +25,7 @@ from megatron_tiedlora.service.operations import OperationResult
 from megatron_tiedlora.service.records import Limits, Refused, known
 
 DATABASE_FILE = "desk.sqlite"
-_FORMAT = 1  # version of the schema, stored as SQLite's `user_version`
+_FORMAT = 2  # version of the schema, stored as SQLite's `user_version`
 _APPLICATION = 0x544C6465  # stored as SQLite's `application_id`
 _LOG_BYTES = 2**26  # size to which the log's file shrinks after a large transaction
 

@@ -287,9 +287,9 @@ class Desk:
         """Queue a sample from the weights of a sampler. Return its request and the ids of its sequences."""
         with self._writing():
             info = self.sampler_of(owner, sampler)
+            self._database.run("UPDATE samplers SET used = ? WHERE key = ?", self._clock(), sampler)
             made = replace(sample, folder=info.folder), {"num_samples": sample.num_samples}
             request = self._accept(owner, sampler, number, info.session, lambda: made)
-            self._database.run("UPDATE samplers SET used = ? WHERE key = ?", self._clock(), sampler)
             extra = json.loads(self._database.value("SELECT extra FROM operations WHERE request = ?", request))
         return request, [f"{request}-{index}" for index in range(extra["num_samples"])]
 
@@ -420,7 +420,7 @@ class Desk:
             queue = self._queues.get(model)
             # The weights of a broken model are not those that the client knows. And `absorb` may have found that the
             # state on the disk is that after a later operation.
-            if queue is None or queue.broken is not None or number < queue.saved:
+            if queue is None or queue.broken is not None or number < queue.saved or queue.failed(number):
                 return
             path = Path(folder).resolve()
             queue.save(number, str(path.relative_to(self._folder)))

@@ -120,10 +120,11 @@ class _Connection(H11Protocol):
 
     def _check(self, seen: Any) -> None:
         """Close the connection if the last request is the one that was `seen` last time, and has its response."""
-        if self.cycle is seen and (seen is None or seen.response_complete):
+        rests = self.cycle is None or self.cycle.response_complete
+        if rests and self.cycle is seen:
             self.transport.close()
         else:
-            self._timer = self.loop.call_later(_IDLE_SECONDS, self._check, self.cycle)
+            self._timer = self.loop.call_later(_IDLE_SECONDS, self._check, self.cycle if rests else self)
 
 
 def _allowed_files() -> int:
@@ -324,10 +325,6 @@ def _response(found: Answered) -> Response:
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": message}, status)
-
-
 def _told(handler: _Handler, path: str) -> _Handler:
     """Return a handler that answers errors with one sentence, and logs where an unexpected one was raised."""
 
@@ -336,21 +333,22 @@ def _told(handler: _Handler, path: str) -> _Handler:
         try:
             return await handler(request)
         except HTTPException as error:
-            return _error(error.status_code, error.detail)
+            return JSONResponse({"error": error.detail}, error.status_code)
         except UserError as error:
-            return _error(status_of(error), str(error))
+            return JSONResponse({"error": str(error)}, status_of(error))
         except ClientDisconnect:
             return Response(status_code=400)
         except asyncio.CancelledError:  # by the server's stop; clients send the request again
-            return _error(503, "the server stops")
+            return JSONResponse({"error": "the server stops"}, 503)
         except Exception as error:  # its message may quote the request, so only its place is logged
             frame, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
             logger.error("%s: %s at %s:%s", path, kind, frame.filename, frame.lineno)
-            return _error(500, f"internal error of the server ({kind}); its log says where")
+            return JSONResponse({"error": f"internal error of the server ({kind}); its log says where"}, 500)
 
     return handle
 
 
 def _no_route(request: Request, error: Any) -> Response:
     """Answered a request for which there is no endpoint."""
-    return _error(error.status_code, f"{request.method} {shown(request.url.path)}: this server has no such endpoint")
+    said = f"{request.method} {shown(request.url.path)}: this server has no such endpoint"
+    return JSONResponse({"error": said}, error.status_code)

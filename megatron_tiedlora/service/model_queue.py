@@ -66,6 +66,10 @@ class ModelQueue:
         find = f"SELECT *, {_CHANGES} AS changes FROM operations WHERE queue = ? AND number = ?"
         return self._database.row(find, self.known["model"], number)
 
+    def failed(self, number: int) -> bool:
+        """Return whether an operation has failed. A load that failed leaves gradients, which a state does not have."""
+        return (future := self.at(number)) is not None and bool(future["result_kind"] == "Failure")
+
     @property
     def busy(self) -> bool:
         """Return whether an operation without an answer can run."""

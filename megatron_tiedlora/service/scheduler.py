@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.operations import (
     Create,
@@ -93,6 +94,7 @@ class Scheduler:
             queue = self._queues.get(model)
             if queue is None:  # the model has just given its place to another one
                 continue
+            num_before, owner = len(queue), queue[0].owner
             if model not in self._loaded:
                 if len(self._loaded) >= self._most:
                     victim = self._victim({one.model for one in (*creates, *passes, *others)})
@@ -102,7 +104,6 @@ class Scheduler:
                     leaving.append(victim)
                 creates.append(self._create(model, queue))
                 others += self._new_state(creates[-1])
-            num_before, owner = len(queue), queue[0].owner if queue else ""
             passes += () if steps_first else self._passes(queue, passes)
             others += self._others(queue)
             if not queue:
@@ -155,10 +156,10 @@ class Scheduler:
                 self._desk.saved(one.model, one.number, one.operation.folder)
         self._desk.gauges["models_in_memory"] = len(self._loaded)
 
-    def crashed(self) -> None:
-        """Record that the process ends with an error in the last command."""
+    def crashed(self, end: End) -> None:
+        """Record that this process ends with an error, also another rank's, in the last command; not if by a signal."""
         with suppress(UserError):  # the error of the command is the one to report
-            self._desk.crashed(one.request for one in self._running)
+            self._desk.crashed(one.request for one in self._running if not end.status)
 
     # Models in memory ------------------------------------------------------------------------------------------------
 

@@ -92,17 +92,13 @@ def serve_rank(settings: ServiceSettings, rank: int, world_size: int, stop: Stop
             most_models=room.num_models,
             state_steps=settings.state_steps,
         )
+        end.held.callback(scheduler.crashed, end)
         serves = front.serving(room)
     with stop.deferred(), serves:
         while True:
             stop.agree(True)
             command = decided_by_rank_0(scheduler.next if scheduler else WorkerCommand, kind=WorkerCommand)
-            try:
-                results = worker.run(command)
-            except Exception:  # its requests may be the reason, and come again after a restart
-                if scheduler is not None:
-                    scheduler.crashed()
-                raise
+            results = worker.run(command)
             if scheduler is not None:
                 scheduler.answer(results)
 

@@ -129,7 +129,7 @@ class WeightFolders:
         if total >= limits.disk_bytes:
             said = f"{bytes_in_words(total)} of requests, answers and saved weights"
             limit = bytes_in_words(limits.disk_bytes)
-            raise Refused(400, f"{said} reach the limit of {limit}; fetch answers, take a step, or delete weights")
+            raise Refused(400, f"{said} reach the limit of {limit}; fetch answers, or delete weights")
 
     def room_failure(self, owner: str, limits: Limits, now: float) -> Failure | None:
         """Make room in a transaction. Return None, or a failure if there is none."""

@@ -77,7 +77,7 @@ def test_a_damaged_body(file: Path) -> None:
 
 def test_the_database_of_another_program_or_version(file: Path) -> None:
     changed(file, "PRAGMA user_version = 7")
-    assert "has format 7, not 1" in refusal(file)
+    assert "has format 7, not 2" in refusal(file)
     changed(file, "PRAGMA application_id = 7")
     assert "is not of a training service" in refusal(file)
 

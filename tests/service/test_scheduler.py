@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from support.desk_engine import BAD_TOKEN, CREATE, SAMPLE, HashEngine, digest, one_pass, step
 
+from megatron_tiedlora.runtime.ending import End
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.service import scheduler as module
 from megatron_tiedlora.service.desk import Desk
 from megatron_tiedlora.service.operations import (
@@ -237,7 +239,7 @@ def test_an_operation_that_ends_the_server_again_and_again_fails(tmp_path: Path)
         requests = [service.desk.submit("ann", model, 1, one_pass(30)), service.desk.submit("ann", model, 2, step())]
         for _ in range(crashes):
             service.scheduler.next()
-            service.scheduler.crashed()
+            service.scheduler.crashed(End(0, 1, StopRequests()))
             service.desk.close()
             service = Service(folder, 1)
         for _ in range(4):

@@ -186,7 +186,7 @@ def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
     """Every rank draws as many numbers as it holds, from the same seed, instead of cutting the full draw."""
     module = importlib.import_module(ADAPTER)
 
-    def draw(adapter: Any, values: Any) -> None:
+    def draw(adapter: Any, values: Any = None) -> Any:
         config = adapter.config
         for name, parameter in adapter.named_parameters():
             factor = config.factor(name)
@@ -195,7 +195,8 @@ def start_from_local_shape(patch: pytest.MonkeyPatch) -> None:
                 drawn = module.draw_normal(parameter.shape, std=std, seed=config.seed, name=name)
                 parameter.data.copy_(drawn)
             else:
-                parameter.data.copy_(adapter.part.shard(name, values[name]))
+                parameter.data.copy_(adapter.part.shard(name, (values or module.initial_values(config))[name]))
+        return adapter
 
     patch.setattr(f"{ADAPTER}.TiedAdapter.load_full", draw)
 

@@ -178,20 +178,19 @@ def kill_rank_at_call(rank: int, module: str, name: str, mark: Path, *, call: in
 def poison(step: int, what: str) -> None:
     """At training step `step` the loss is nan ("loss"), or finite with gradients that are nan ("gradient")."""
     module: Any = importlib.import_module("megatron_tiedlora.engine.runner")
-    forward = module.Runner.forward
+    weighted = module.Losses.weighted
     steps = [0]
 
     def look(trainer: Any, *_: Any) -> None:
         steps[0] = trainer.last_step + 1
 
-    def poisoned(runner: Any, *given: Any) -> Any:
-        loss = forward(runner, *given)
-        if steps[0] != step or not loss.requires_grad:
-            return loss
-        return loss * float("nan") if what == "loss" else loss + (loss * 0.0).sqrt()
+    def poisoned(losses: Any, loss: Any, segments: Any) -> Any:
+        if steps[0] == step and loss.requires_grad:
+            loss = loss * float("nan") if what == "loss" else loss + (loss * 0.0).sqrt()
+        return weighted(losses, loss, segments)
 
     before_call("megatron_tiedlora.training.loop", "Trainer._train_step", look)
-    module.Runner.forward = poisoned
+    module.Losses.weighted = poisoned
 
 
 def scripted_validation(losses: dict[int, float]) -> None:

@@ -37,7 +37,7 @@ REFUSED_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.uns
 SENDS_OBJECTS = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "rpc",
                  "send_object_list", "recv_object_list", "_object_to_tensor", "_tensor_to_object"}  # fmt: skip
 # Probes of a port, which never listen and are closed at once.
-BINDERS = {("megatron_tiedlora/runtime/launch_env.py", "free_port"), ("megatron_tiedlora/service/http.py", "serving")}
+BINDERS = {("megatron_tiedlora/runtime/launch_env.py", "free_port"), ("megatron_tiedlora/service/http.py", "take_port")}
 
 
 def calls(file: Path) -> Iterator[tuple[str, ast.Call, str]]:
