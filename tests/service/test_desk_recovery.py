@@ -354,3 +354,12 @@ def test_a_name_that_comes_again_has_another_folder(service: Restarts, model: st
         service.clock.now += 10
         service.desk.ready(0)
     assert len(folders) == 6
+
+
+def test_no_state_is_recorded_after_a_load_that_failed(service: Restarts, model: str) -> None:
+    """The gradients before it are still there, and a state has none."""
+    service.result(service.desk.reject("ann", model, 1, Load, "unknown"))
+    folder = service.desk.state_folder(model, 1)
+    folder.mkdir(parents=True)
+    service.desk.saved(model, 1, str(folder))
+    assert service.desk.origin(model) == CREATE
