@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -108,7 +109,7 @@ class Client:
                 if error.code not in (408, 503):  # a poll is over, or the server is ending
                     raise Rejected(error.code, json.loads(error.read())["error"]) from None
                 time.sleep(0.1 * (error.code == 503))
-            except OSError:
+            except (OSError, http.client.IncompleteRead):  # it was killed, perhaps in the middle of an answer
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
